@@ -1,0 +1,58 @@
+"""Tablewright: a compiler for embedding models. ``optimize(model, plan)`` makes a plain PyTorch recommender train faster.
+
+Names are imported on first use (PEP 562), so that ``import tablewright`` costs nothing.
+"""
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "optimize": "rewriter.optimize",
+    "OptimizedModel": "rewriter.optimized_model",
+    "Plan": "rewriter.plan",
+    "TablePlan": "rewriter.plan",
+    "SGD": "rewriter.plan",
+    "Adagrad": "rewriter.plan",
+    "RowwiseAdagrad": "rewriter.plan",
+    "Adam": "rewriter.plan",
+    "Report": "rewriter.report",
+    "Equivalence": "rewriter.equivalence",
+    "TablewrightError": "rewriter.errors",
+    "CaptureError": "rewriter.errors",
+    "PlanError": "rewriter.errors",
+    "PassError": "rewriter.errors",
+    "VerifyError": "rewriter.errors",
+    "ExportError": "rewriter.errors",
+    "InBackwardError": "rewriter.errors",
+}
+
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from .rewriter.equivalence import Equivalence
+    from .rewriter.errors import (
+        CaptureError,
+        ExportError,
+        InBackwardError,
+        PassError,
+        PlanError,
+        TablewrightError,
+        VerifyError,
+    )
+    from .rewriter.optimize import optimize
+    from .rewriter.optimized_model import OptimizedModel
+    from .rewriter.plan import SGD, Adagrad, Adam, Plan, RowwiseAdagrad, TablePlan
+    from .rewriter.report import Report
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

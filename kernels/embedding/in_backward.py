@@ -1,0 +1,101 @@
+"""Updates inside the backward: one per table, after **all** its contributions of that backward.
+
+The backward of every lookup *defers*: it hands its slot gradients and ids over and goes on. When autograd has finished that
+backward (every group, every forward call in the loss, checkpointed recomputation), the contributions are merged into one
+:class:`GroupSpec` and each table is updated once, with duplicates summed first. Nothing is materialised per table.
+
+A backward that fails part-way drops its contributions with the autograd task that held them: no table changes.
+"""
+from __future__ import annotations
+
+import functools
+import itertools
+import weakref
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+
+from .spec import GroupSpec, Lookup, Table, decode
+
+
+class Owner(Protocol):
+    """Whoever holds the optimizer state; see :class:`.optimizers.RowUpdates`."""
+
+    def update_rows(self, spec: GroupSpec, slot_grads, indices, offsets, sample_weights) -> None: ...
+
+    def launch_key(self, table: str) -> tuple: ...
+
+
+_owners: weakref.WeakValueDictionary[int, Owner] = weakref.WeakValueDictionary()
+_numbers = itertools.count(1)
+
+
+def register(owner: Owner) -> int:
+    """A number by which a graph node can name ``owner`` for as long as ``owner`` lives."""
+    number = next(_numbers)
+    _owners[number] = owner
+    return number
+
+
+@dataclass
+class _Backward:
+    """What one running backward has deferred for one owner."""
+
+    texts: list[str] = field(default_factory=list)
+    slot_grads: list = field(default_factory=list)
+    indices: list = field(default_factory=list)
+    offsets: list = field(default_factory=list)
+    sample_weights: list = field(default_factory=list)
+    __hash__ = object.__hash__
+
+
+# Held strongly only by the callback that autograd queued, so a failed backward forgets its contributions. One launch is of
+# one device and dtype.
+_running: weakref.WeakValueDictionary[tuple, _Backward] = weakref.WeakValueDictionary()
+
+
+def defer(number: int, text: str, slot_grads, indices, offsets, sample_weights) -> None:
+    """Keep one lookup group's contribution until the running backward ends. Raises ``RuntimeError`` outside a backward."""
+    if number not in _owners:
+        raise RuntimeError(
+            "a lookup asks for its update inside the backward, but the optimizer that would make it is gone: "
+            "keep the model that optimize() returned alive until backward() has run"
+        )
+    spec = decode(text)
+    due = [i for i, lookup in enumerate(spec.lookups) if spec.tables[lookup.table].grad == "in_backward"]
+    launch = _owners[number].launch_key(spec.tables[spec.lookups[due[0]].table].name)
+    key = (number, torch._C._current_graph_task_id(), launch)
+    backward = _running.get(key)
+    if backward is None:
+        backward = _running[key] = _Backward()
+        engine = torch.autograd.Variable._execution_engine
+        engine.queue_callback(functools.partial(_finish, number, backward))
+    backward.texts.append(text)
+    backward.slot_grads.extend(slot_grads)
+    backward.indices.extend(indices[i] for i in due)
+    backward.offsets.extend(offsets[i] for i in due)
+    backward.sample_weights.extend(sample_weights[i] for i in due)
+
+
+def _finish(number: int, backward: _Backward) -> None:
+    spec = merge(tuple(backward.texts))
+    with torch.no_grad():
+        _owners[number].update_rows(spec, backward.slot_grads, backward.indices, backward.offsets, backward.sample_weights)
+
+
+@functools.lru_cache(maxsize=1024)
+def merge(texts: tuple[str, ...]) -> GroupSpec:
+    """One spec for the in-backward lookups of several launches: tables of one name become one, slots are numbered on."""
+    tables: dict[str, Table] = {}
+    lookups: list[Lookup] = []
+    slots: list[int] = []
+    for text in texts:
+        spec = decode(text)
+        for lookup in spec.lookups:
+            table = spec.tables[lookup.table]
+            if table.grad == "in_backward":
+                tables.setdefault(table.name, table)
+                lookups.append(replace(lookup, table=list(tables).index(table.name), slot=lookup.slot + len(slots)))
+        slots.extend(spec.slots)
+    return GroupSpec(tuple(tables.values()), tuple(lookups), tuple(slots))

@@ -1,0 +1,3 @@
+// The kernels for any CPU of this architecture.
+#define TW_KERNELS tw_kernels_baseline
+#include "kernels.inc"

@@ -1,0 +1,277 @@
+"""Real ``torch.optim`` optimizers whose step updates only the looked-up rows of tables, all tables in one launch.
+
+Two of them. :func:`row_wise` turns the user's own optimizer into one that does the same on sparse table gradients, sharing its
+param groups and its state, so that schedulers, ``state_dict`` and the user's own object go on meaning the same thing.
+:class:`RowUpdates` is the one a plan asks for: SGD, AdaGrad, rowwise AdaGrad or lazy Adam over tables only.
+"""
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, SparseAdam
+
+from .spec import GroupSpec
+from .updates import TableUpdate
+
+
+def _implementation(table: Tensor):
+    from .op import implementation
+
+    return implementation(table.device)
+
+
+def _apply(work: list[tuple[Tensor, Tensor, TableUpdate]]) -> None:
+    """Update every (table, sparse gradient) pair; one launch per dtype and device."""
+    launches: dict[tuple, list] = {}
+    for item in work:
+        launches.setdefault((item[0].device, item[0].dtype), []).append(item)
+    for items in launches.values():
+        tables = [table.detach() for table, _, _ in items]
+        grads = [_coalesced(grad) for _, grad, _ in items]
+        rows = [g._indices().squeeze(0) for g in grads]
+        values = [g._values() for g in grads]
+        _implementation(tables[0]).update_from_sparse(tables, rows, values, [update for _, _, update in items])
+
+
+def _coalesced(grad: Tensor) -> Tensor:
+    """``grad`` with ascending rows, each once. Compiled backwards lose the mark though their rows are: look before sorting."""
+    rows = grad._indices()[0]
+    if grad.is_coalesced() or bool((rows[1:] > rows[:-1]).all()):
+        return grad
+    return grad.coalesce()
+
+
+def _step_count(state: dict) -> int:
+    """Advance ``state["step"]`` (a tensor, as torch keeps it, or an int, as SparseAdam does) and return it."""
+    state["step"] += 1
+    return int(state["step"])
+
+
+# --- the user's optimizer ------------------------------------------------------------------------------------------------------
+
+
+def _sgd(state: dict, table: Tensor, group: dict) -> TableUpdate:
+    return TableUpdate("sgd", lr=float(group["lr"]), maximize=group["maximize"])
+
+
+def _adagrad(state: dict, table: Tensor, group: dict) -> TableUpdate:
+    step = _step_count(state)
+    lr = float(group["lr"]) / (1 + (step - 1) * float(group["lr_decay"]))
+    return TableUpdate("adagrad", lr=lr, eps=group["eps"], step=step, maximize=group["maximize"], state=(state["sum"],))
+
+
+def _adam(state: dict, table: Tensor, group: dict) -> TableUpdate:
+    if not state:
+        state["step"] = torch.tensor(0.0)
+        state["exp_avg"] = torch.zeros_like(table)
+        state["exp_avg_sq"] = torch.zeros_like(table)
+    step = _step_count(state)
+    beta1, beta2 = map(float, group["betas"])
+    return TableUpdate(
+        "adam", lr=float(group["lr"]), eps=group["eps"], beta1=beta1, beta2=beta2, step=step,
+        weight_decay=group.get("weight_decay", 0.0), maximize=group["maximize"], state=(state["exp_avg"], state["exp_avg_sq"]),
+    )  # fmt: skip
+
+
+def _sparse_adam(state: dict, table: Tensor, group: dict) -> TableUpdate:
+    if not state:
+        state["step"] = 0
+        state["exp_avg"] = torch.zeros_like(table)
+        state["exp_avg_sq"] = torch.zeros_like(table)
+    return _adam(state, table, group)
+
+
+def why_not_row_wise(optimizer: Optimizer, group: dict, lazy: bool) -> str | None:
+    """Why tables of this param group cannot be updated row by row with the same result, or ``None`` if they can.
+
+    ``lazy`` also allows what only approximates the plain optimizer: Adam and AdamW on touched rows alone.
+    """
+    kind = type(optimizer)
+    name = kind.__name__
+    if kind not in _UPDATES:
+        return f"{name} is not torch's own SGD, Adagrad, SparseAdam, Adam or AdamW, so what its step does is unknown here"
+    if group.get("differentiable") or group.get("capturable"):
+        return f"{name} runs with differentiable or capturable set"
+    if kind is SGD:
+        if group["momentum"] != 0:
+            return f"SGD with momentum={group['momentum']} moves rows that were not looked up"
+        if group["weight_decay"] != 0:
+            return f"SGD with weight_decay={group['weight_decay']} decays rows that were not looked up"
+    if kind is Adagrad:
+        if group["weight_decay"] != 0:
+            return f"Adagrad with weight_decay={group['weight_decay']} decays rows that were not looked up"
+        if group["eps"] == 0 and group["initial_accumulator_value"] == 0:
+            return "Adagrad with eps=0 and no initial accumulator divides 0 by 0 on rows that were not looked up"
+    if kind in (Adam, AdamW):
+        if group["amsgrad"]:
+            return f"{name} with amsgrad has no row-wise form here"
+        if group["weight_decay"] != 0 and not (kind is AdamW or group.get("decoupled_weight_decay")):
+            return f"{name} with weight_decay={group['weight_decay']} (not decoupled) has no row-wise form here"
+        if not lazy:
+            return f"{name} moves rows that were not looked up; `numerics: approximate` allows updating touched rows only"
+    return None
+
+
+class _RowWise:
+    """Mixed into the class of the user's optimizer: the tables' sparse gradients are stepped here, all others there."""
+
+    _row_wise_tables: set[int]
+
+    def step(self, closure: Callable[[], float] | None = None):
+        """As in the base optimizer; ``closure`` is evaluated once, first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        base, make_update = self._base_step, _UPDATES[self._base]  # type: ignore[attr-defined]
+        taken: list[tuple[Tensor, Tensor, dict]] = []
+        for group in self.param_groups:  # type: ignore[attr-defined]
+            for param in group["params"]:
+                grad = param.grad
+                if grad is not None and grad.is_sparse and id(param) in self._row_wise_tables:
+                    taken.append((param, grad, group))
+        try:
+            for param, _, _ in taken:
+                param.grad = None
+            base(self)
+        finally:
+            for param, grad, _ in taken:
+                param.grad = grad
+        with torch.no_grad():
+            state = self.state  # type: ignore[attr-defined]
+            _apply([(param, grad, make_update(state[param], param, group)) for param, grad, group in taken])
+        return loss
+
+
+_UPDATES = {SGD: _sgd, Adagrad: _adagrad, Adam: _adam, AdamW: _adam, SparseAdam: _sparse_adam}
+
+
+def row_wise(optimizer: Optimizer, tables: Iterable[Tensor]) -> Optimizer:
+    """The user's ``optimizer`` as one that steps the sparse gradients of ``tables`` in one fused, row-wise launch.
+
+    The result is an instance of the same class and *shares* the param groups and the state: a learning-rate scheduler built on
+    either works for both, their ``state_dict`` is one, and stepping the original still does the same, only slower. Every
+    table must have passed :func:`why_not_row_wise`.
+    """
+    base = type(optimizer)
+    cls = type(base.__name__, (_RowWise, base), {"__doc__": base.__doc__, "__module__": __name__, "_base": base})
+    result = copy.copy(optimizer)
+    result.__class__ = cls
+    result.__dict__.pop("step", None)  # a scheduler's wrapper around the original's step
+    result._row_wise_tables = {id(t) for t in tables}
+    # torch wraps each class's step with hooks and a profiler range; calling the wrapped base step would run hooks twice.
+    cls._base_step = staticmethod(getattr(base.step, "__wrapped__", base.step))
+    result._patch_step_function()
+    return result
+
+
+# --- the plan's optimizer ------------------------------------------------------------------------------------------------------
+
+
+class RowUpdates(Optimizer):
+    """SGD, AdaGrad, rowwise AdaGrad or lazy Adam on embedding tables, touched rows only (formulas: ``updates.py``).
+
+    Each param group has ``kind``, ``lr``, ``eps``, ``betas``, ``weight_decay`` (decoupled, touched rows), ``maximize`` and
+    ``in_backward``. Tables of an ``in_backward`` group are updated when a backward ends; for the others ``step()`` reads the
+    sparse ``.grad``. A dense ``.grad`` is taken as touching its rows that are not all zero.
+
+    State per table: ``step`` and ``sum`` (``[rows, dim]``, rowwise ``[rows]``), or ``step``, ``exp_avg``, ``exp_avg_sq``.
+    """
+
+    def __init__(self, groups: list[dict]) -> None:
+        defaults = dict(kind="sgd", lr=0.01, eps=0.0, betas=(0.9, 0.999), weight_decay=0.0, maximize=False, in_backward=False)
+        super().__init__(groups, defaults)
+        self._index()
+
+    def _index(self) -> None:
+        self._by_name: dict[str, tuple[Tensor, dict]] = {
+            name: (param, group) for group in self.param_groups for name, param in zip(group["param_names"], group["params"])
+        }
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._index()
+
+    def load_state_dict(self, state_dict) -> None:
+        """As in torch.optim; param groups are replaced by the loaded ones."""
+        super().load_state_dict(state_dict)
+        self._index()
+
+    def follow(self, named: dict[str, Tensor]) -> None:
+        """Hold the parameters that now go by the tables' names, where a model replaced them; their state is kept."""
+        for group in self.param_groups:
+            for i, name in enumerate(group["param_names"]):
+                old, new = group["params"][i], named[name]
+                if new is not old:
+                    group["params"][i] = new
+                    if old in self.state:
+                        self.state[new] = {
+                            k: v.to(new.device) if isinstance(v, Tensor) and v.dim() else v for k, v in self.state.pop(old).items()
+                        }
+        self._index()
+
+    def _update(self, param: Tensor, group: dict) -> TableUpdate:
+        kind, state = group["kind"], self.state[param]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            rowwise_dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+            if kind == "adagrad":
+                state["sum"] = torch.zeros_like(param, dtype=rowwise_dtype)
+            elif kind == "rowwise_adagrad":
+                state["sum"] = torch.zeros(param.shape[0], dtype=rowwise_dtype, device=param.device)
+            elif kind == "adam":
+                state["exp_avg"] = torch.zeros_like(param, dtype=rowwise_dtype)
+                state["exp_avg_sq"] = torch.zeros_like(param, dtype=rowwise_dtype)
+        step = _step_count(state)
+        beta1, beta2 = map(float, group["betas"])
+        return TableUpdate(
+            kind, lr=float(group["lr"]), eps=group["eps"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
+            step=step, maximize=group["maximize"], state=tuple(state[k] for k in _STATE[kind]),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None):  # type: ignore[override]
+        """One step of every table that has a gradient. Raises ``RuntimeError`` if all tables are updated in the backward."""
+        if self.param_groups and all(group["in_backward"] for group in self.param_groups):
+            raise RuntimeError(
+                "embedding_optimizer.step() was called, but the plan updates every table inside the backward "
+                "(in_backward: true): leave the call out, or set in_backward: false"
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = []
+        for group in self.param_groups:
+            for param in group["params"]:
+                if group["in_backward"] or param.grad is None:
+                    continue
+                grad = param.grad if param.grad.is_sparse else _touched_rows(param.grad)
+                work.append((param, grad, self._update(param, group)))
+        _apply(work)
+        return loss
+
+    def launch_key(self, table: str) -> tuple:
+        """Tables with equal keys can be updated in one launch."""
+        param = self._by_name[table][0]
+        return param.device, param.dtype
+
+    def update_rows(self, spec: GroupSpec, slot_grads, indices, offsets, sample_weights) -> None:
+        """The in-backward update of the tables of ``spec``; called once by each backward that reached them."""
+        reached = {lookup.table for lookup in spec.lookups if slot_grads[lookup.slot] is not None}
+        held = [self._by_name[table.name] for table in spec.tables]
+        tables = [param.detach() for param, _ in held]
+        updates = [self._update(*pair) if i in reached else None for i, pair in enumerate(held)]
+        slot_grads = [None if g is None else g.to(tables[0].dtype) for g in slot_grads]
+        _implementation(tables[0]).update(spec, slot_grads, tables, indices, offsets, sample_weights, updates)
+
+
+_STATE = {"sgd": (), "adagrad": ("sum",), "rowwise_adagrad": ("sum",), "adam": ("exp_avg", "exp_avg_sq")}
+
+
+def _touched_rows(grad: Tensor) -> Tensor:
+    rows = grad.ne(0).any(dim=1).nonzero().squeeze(1)
+    return torch.sparse_coo_tensor(rows.unsqueeze(0), grad[rows], grad.shape, is_coalesced=True, check_invariants=False)

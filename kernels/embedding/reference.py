@@ -1,0 +1,396 @@
+"""Table-batched lookups in plain PyTorch: the oracle for every other implementation, and the fallback where none of them runs.
+
+Every function takes the static :class:`GroupSpec` and lists of tensors: ``tables`` one per ``spec.tables``; ``indices``,
+``offsets`` and ``sample_weights`` one per ``spec.lookups`` (the last two may hold None); ``extras`` one per ``spec.extras``;
+``slot_grads`` one per ``spec.slots``. Meanings are those of ``F.embedding`` and ``F.embedding_bag``. Sums run in float32
+(float64 for float64 tables) and are rounded to the table's dtype once, at the end.
+
+Two points where ``F.embedding_bag`` has no single answer are fixed here: with ``include_last_offset``, ids after the last
+offset belong to no bag (torch 2.13 forgets them in the sum but counts them in the mean); and ids and offsets may have
+different integer dtypes.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .spec import GroupSpec, Lookup
+from .updates import TableUpdate
+
+OptionalTensors = Sequence["Tensor | None"]
+
+
+@dataclass
+class _Reads:
+    """One lookup, unrolled: the id at place i reads ``rows[i]`` for bag ``bag[i]``, scaled by ``scale[i]`` (None = 1)."""
+
+    rows: Tensor  # int64 [n]
+    bag: Tensor  # int64 [n]
+    scale: Tensor | None  # accumulation dtype [n]
+    trained: Tensor | None  # bool [n], False where padding_idx stops the gradient; None = all True
+    leading: tuple[int, ...]  # shape of the result without its last dimension
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which rows and gradients of ``dtype`` tables are summed and updated."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_inputs(
+    spec: GroupSpec, tables: Sequence[Tensor], indices: Sequence[Tensor], offsets: OptionalTensors, sample_weights: OptionalTensors
+) -> None:
+    """Raise on the first thing that is wrong: lookups in order; for each its types and shapes, its offsets, then its ids.
+
+    IndexError: an id outside its table. ValueError: shapes, offsets that decrease, do not start at 0 or pass the end, or
+    lookups of one slot with different leading shapes. TypeError: ids or offsets that are not int32 or int64. Positions in
+    messages count in the flattened tensor. Reads values, so it synchronises on a GPU.
+    """
+    for table, tensor in zip(spec.tables, tables, strict=True):
+        if tuple(tensor.shape) != (table.rows, table.dim):
+            raise ValueError(f"table {table.name!r} has shape {tuple(tensor.shape)}; its graph was built for {(table.rows, table.dim)}")
+    for lookup, ids, offs, weights in zip(spec.lookups, indices, offsets, sample_weights, strict=True):
+        _check_shapes(lookup, ids, offs, weights)
+        if offs is not None:
+            _check_offsets(lookup, ids, offs)
+        _check_ids(spec, lookup, ids, offs)
+    leading: dict[int, tuple[tuple[int, ...], str]] = {}
+    for lookup, ids, offs in zip(spec.lookups, indices, offsets, strict=True):
+        shape = leading_shape(lookup, ids, offs)
+        first, name = leading.setdefault(lookup.slot, (shape, lookup.name))
+        if shape != first:
+            raise ValueError(
+                f"lookups {name!r} and {lookup.name!r} write one tensor, but their leading shapes differ: {list(first)} and {list(shape)}"
+            )
+
+
+def leading_shape(lookup: Lookup, ids: Tensor, offsets: Tensor | None) -> tuple[int, ...]:
+    """The shape of a lookup's result without the last dimension."""
+    if lookup.pooling == "none":
+        return tuple(ids.shape)
+    if offsets is None:
+        return (ids.shape[0],)
+    return (offsets.shape[0] - lookup.include_last_offset,)
+
+
+def forward(
+    spec: GroupSpec,
+    tables: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    offsets: OptionalTensors,
+    sample_weights: OptionalTensors,
+    extras: Sequence[Tensor],
+) -> list[Tensor]:
+    """Look everything up: one tensor ``[*leading, width]`` per slot, in the tables' dtype; columns nobody writes are zero.
+
+    Raises what :func:`check_inputs` raises, and ValueError for an extra whose shape does not fit its slot.
+    """
+    check_inputs(spec, tables, indices, offsets, sample_weights)
+    dtype = tables[0].dtype
+    acc = accumulation_dtype(dtype)
+    out: list[Tensor | None] = [None] * len(spec.slots)
+
+    def slot(index: int, leading: tuple[int, ...]) -> Tensor:
+        held = out[index]
+        if held is None:
+            held = out[index] = tables[0].new_zeros((*leading, spec.slots[index]))
+        return held
+
+    for lookup, ids, offs, weights in zip(spec.lookups, indices, offsets, sample_weights, strict=True):
+        table, dim = tables[lookup.table], spec.tables[lookup.table].dim
+        reads = _reads(spec, lookup, ids, offs, weights, acc)
+        target = slot(lookup.slot, reads.leading).narrow(-1, lookup.column, dim)
+        rows = table.detach()[reads.rows]
+        if lookup.pooling == "none":
+            target.copy_(rows.view(*reads.leading, dim))
+            continue
+        rows = rows.to(acc)
+        if reads.scale is not None:
+            rows = rows * reads.scale[:, None]
+        target.copy_(rows.new_zeros(reads.leading[0], dim).index_add_(0, reads.bag, rows))
+    for extra, value in zip(spec.extras, extras, strict=True):
+        target = slot(extra.slot, tuple(value.shape[:-1]))
+        if value.shape != (*target.shape[:-1], extra.width):
+            raise ValueError(
+                f"a dense tensor of shape {list(value.shape)} cannot be joined to embeddings of leading shape "
+                f"{list(target.shape[:-1])} at width {extra.width}"
+            )
+        target.narrow(-1, extra.column, extra.width).copy_(value.detach())
+    return [slot(i, (0,)) for i in range(len(out))]
+
+
+def sparse_gradients(
+    spec: GroupSpec,
+    slot_grads: OptionalTensors,
+    tables: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    offsets: OptionalTensors,
+    sample_weights: OptionalTensors,
+    wanted: Sequence[bool],
+) -> list[tuple[Tensor, Tensor] | None]:
+    """The coalesced gradient of every wanted table: (row numbers int64 ``[U]`` ascending, values ``[U, dim]``), else None.
+
+    Duplicate ids, also across lookups of one table, are summed in a fixed order (on CPU). Ids equal to ``padding_idx`` and
+    slots without gradient contribute no rows.
+    """
+    check_inputs(spec, tables, indices, offsets, sample_weights)
+    summed = _summed(spec, slot_grads, tables, indices, offsets, sample_weights, wanted)
+    return [None if s is None else (s[0], s[1].to(tables[t].dtype)) for t, s in enumerate(summed)]
+
+
+def dense_gradients(
+    spec: GroupSpec,
+    slot_grads: OptionalTensors,
+    tables: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    offsets: OptionalTensors,
+    sample_weights: OptionalTensors,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Like :func:`sparse_gradients`, but each a full ``[rows, dim]`` tensor with zeros elsewhere."""
+    sparse = sparse_gradients(spec, slot_grads, tables, indices, offsets, sample_weights, wanted)
+    return [
+        None if s is None else torch.zeros_like(tables[t], memory_format=torch.contiguous_format).index_copy_(0, *s)
+        for t, s in enumerate(sparse)
+    ]
+
+
+def sample_weight_gradients(
+    spec: GroupSpec,
+    slot_grads: OptionalTensors,
+    tables: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    offsets: OptionalTensors,
+    sample_weights: OptionalTensors,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradient of every wanted lookup's sample weights, of their shape: ``<grad_out[bag], row>``, 0 for padding."""
+    check_inputs(spec, tables, indices, offsets, sample_weights)
+    acc = accumulation_dtype(tables[0].dtype)
+    result: list[Tensor | None] = []
+    for lookup, ids, offs, weights, want in zip(spec.lookups, indices, offsets, sample_weights, wanted, strict=True):
+        if not want or weights is None:
+            result.append(None)
+            continue
+        gradient = torch.zeros_like(weights, memory_format=torch.contiguous_format)
+        result.append(gradient)
+        if slot_grads[lookup.slot] is None:
+            continue
+        grad = _lookup_gradient(spec, lookup, slot_grads, acc)
+        reads = _reads(spec, lookup, ids, offs, None, acc, keep_padding=True)
+        dots = (grad[reads.bag] * tables[lookup.table].detach()[reads.rows].to(acc)).sum(-1)
+        if reads.trained is not None:
+            dots = torch.where(reads.trained, dots, 0)
+        gradient.view(-1)[: dots.numel()] = dots.to(weights.dtype)
+    return result
+
+
+@torch.no_grad()
+def update(
+    spec: GroupSpec,
+    slot_grads: OptionalTensors,
+    tables: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    offsets: OptionalTensors,
+    sample_weights: OptionalTensors,
+    updates: Sequence[TableUpdate | None],
+) -> None:
+    """Backward and optimizer in one: sum each row's gradient over all lookups of its table, then update row and state in
+    place. A table whose entry of ``updates`` is None stays as it is. Raises what :func:`check_inputs` raises, before writing."""
+    check_inputs(spec, tables, indices, offsets, sample_weights)
+    wanted = [u is not None for u in updates]
+    summed = _summed(spec, slot_grads, tables, indices, offsets, sample_weights, wanted)
+    for table, row_gradient, rule in zip(tables, summed, updates, strict=True):
+        if row_gradient is not None and rule is not None:
+            _update_rows(table, *row_gradient, rule)
+
+
+@torch.no_grad()
+def update_from_sparse(
+    tables: Sequence[Tensor], rows: OptionalTensors, values: OptionalTensors, updates: Sequence[TableUpdate | None]
+) -> None:
+    """The optimizer alone: update ``tables[i]`` at ``rows[i]`` (int64 ``[U]``, ascending) from gradients ``values[i]``
+    (``[U, dim]``). Where any of the three is None the table stays as it is. Raises what :func:`check_sparse` raises."""
+    check_sparse(tables, rows, values, updates)
+    for table, row, value, rule in zip(tables, rows, values, updates, strict=True):
+        if row is not None and value is not None and rule is not None:
+            _update_rows(table, row, value.to(accumulation_dtype(table.dtype)), rule)
+
+
+def check_sparse(tables: Sequence[Tensor], rows: OptionalTensors, values: OptionalTensors, updates: Sequence[TableUpdate | None]) -> None:
+    """Raise ValueError for sparse gradients that are not coalesced or do not fit, IndexError for a row outside its table."""
+    for i, (table, row, value, rule) in enumerate(zip(tables, rows, values, updates, strict=True)):
+        if row is None or value is None or rule is None:
+            continue
+        if value.shape != (row.numel(), table.shape[1]):
+            raise ValueError(f"the sparse gradient of table {i} has {row.numel()} rows and values of shape {list(value.shape)}")
+        if (row[1:] <= row[:-1]).any():
+            raise ValueError(f"the sparse gradient of table {i} is not coalesced: its row numbers must ascend strictly")
+        if row.numel() and not 0 <= int(row[0]) <= int(row[-1]) < table.shape[0]:
+            raise IndexError(f"the sparse gradient of table {i} names rows outside [0, {table.shape[0]})")
+
+
+def _check_shapes(lookup: Lookup, ids: Tensor, offsets: Tensor | None, weights: Tensor | None) -> None:
+    where = f"lookup {lookup.name!r}"
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{where} got ids of dtype {ids.dtype}; they must be int32 or int64")
+    if offsets is not None:
+        if offsets.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{where} got offsets of dtype {offsets.dtype}; they must be int32 or int64")
+        if lookup.pooling == "none" or ids.dim() != 1 or offsets.dim() != 1:
+            raise ValueError(
+                f"{where} (pooling {lookup.pooling}) got ids {list(ids.shape)} and offsets {list(offsets.shape)}; "
+                "offsets go with pooling sum or mean and 1-D ids"
+            )
+        if lookup.include_last_offset and offsets.numel() == 0:
+            raise ValueError(f"{where} includes the last offset, so it needs at least one offset; it got none")
+    elif lookup.pooling != "none" and ids.dim() != 2:
+        raise ValueError(f"{where} got ids of shape {list(ids.shape)} and no offsets; pooling {lookup.pooling} needs ids [B, L] or offsets")
+    if weights is not None:
+        if lookup.pooling != "sum":
+            raise ValueError(f"{where} got sample weights with pooling {lookup.pooling}; they go with pooling sum")
+        if weights.shape != ids.shape:
+            raise ValueError(f"{where} got sample weights of shape {list(weights.shape)} for ids of shape {list(ids.shape)}")
+
+
+def _check_offsets(lookup: Lookup, ids: Tensor, offsets: Tensor) -> None:
+    where = f"offsets of lookup {lookup.name!r}"
+    if offsets.numel() == 0:
+        return
+    if offsets[0] != 0:
+        raise ValueError(f"{where} must start at 0; offset 0 is {int(offsets[0])}")
+    decreasing = (offsets[1:] < offsets[:-1]).nonzero()
+    if len(decreasing):
+        p = int(decreasing[0]) + 1
+        raise ValueError(f"{where} must not decrease: offset {p} is {int(offsets[p])}, after {int(offsets[p - 1])}")
+    if offsets[-1] > ids.numel():
+        p = int((offsets > ids.numel()).nonzero()[0])
+        raise ValueError(f"{where} must lie within the ids: offset {p} is {int(offsets[p])}, but there are {ids.numel()} ids")
+
+
+def _check_ids(spec: GroupSpec, lookup: Lookup, ids: Tensor, offsets: Tensor | None) -> None:
+    table = spec.tables[lookup.table]
+    flat = ids.reshape(-1)
+    if offsets is not None:
+        flat = flat[: _last_id(lookup, flat, offsets)]
+    lowest = -table.rows if lookup.wrap_negative else 0
+    bad = ((flat < lowest) | (flat >= table.rows)).nonzero()
+    if len(bad):
+        p = int(bad[0])
+        raise IndexError(
+            f"id {int(flat[p])} at position {p} of lookup {lookup.name!r} is out of range for table {table.name!r} with "
+            f"{table.rows} rows: ids must be in [{lowest}, {table.rows}). Check how the ids are made (hashing, vocabulary "
+            "size, padding value), or build the table with more rows"
+        )
+
+
+def _last_id(lookup: Lookup, flat: Tensor, offsets: Tensor) -> int:
+    """How many of the ids belong to a bag."""
+    if offsets.numel() == 0:
+        return 0
+    return int(offsets[-1]) if lookup.include_last_offset else flat.numel()
+
+
+def _reads(
+    spec: GroupSpec, lookup: Lookup, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, acc: torch.dtype, keep_padding: bool = False
+) -> _Reads:
+    """Unroll one lookup. Padding ids of a bag are dropped (or kept and marked, with ``keep_padding``)."""
+    rows = ids.reshape(-1).to(torch.int64)
+    leading = leading_shape(lookup, ids, offsets)
+    if offsets is None:
+        count = math.prod(leading)
+        bag = torch.arange(count, device=ids.device).repeat_interleave(rows.numel() // max(count, 1))
+    else:
+        rows = rows[: _last_id(lookup, rows, offsets)]
+        ends = offsets[1:] if lookup.include_last_offset else torch.cat([offsets[1:], offsets.new_tensor([rows.numel()])])
+        starts = offsets[: leading[0]]
+        bag = torch.arange(leading[0], device=ids.device).repeat_interleave((ends[: leading[0]] - starts).to(torch.int64))
+    scale = None if weights is None else weights.detach().reshape(-1)[: rows.numel()].to(acc)
+    if lookup.wrap_negative:
+        rows = torch.where(rows < 0, rows + spec.tables[lookup.table].rows, rows)
+    trained = None if lookup.padding_idx is None else rows != lookup.padding_idx
+    if trained is not None and lookup.pooling != "none" and not keep_padding:
+        rows, bag, scale = rows[trained], bag[trained], None if scale is None else scale[trained]
+        trained = None
+    if lookup.pooling == "mean":
+        counts = torch.bincount(bag, minlength=leading[0])
+        scale = counts[bag].to(acc).reciprocal()
+    return _Reads(rows, bag, scale, trained, leading)
+
+
+def _lookup_gradient(spec: GroupSpec, lookup: Lookup, slot_grads: OptionalTensors, acc: torch.dtype) -> Tensor:
+    """The part of a slot's gradient that belongs to one lookup, ``[bags, dim]`` in the accumulation dtype."""
+    grad = slot_grads[lookup.slot]
+    assert grad is not None
+    dim = spec.tables[lookup.table].dim
+    return grad.detach().narrow(-1, lookup.column, dim).reshape(-1, dim).to(acc)
+
+
+def _summed(
+    spec: GroupSpec,
+    slot_grads: OptionalTensors,
+    tables: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    offsets: OptionalTensors,
+    sample_weights: OptionalTensors,
+    wanted: Sequence[bool],
+) -> list[tuple[Tensor, Tensor] | None]:
+    """Per wanted table: distinct rows ascending and their gradients, summed in the accumulation dtype and not rounded."""
+    acc = accumulation_dtype(tables[0].dtype)
+    parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in tables]
+    for lookup, ids, offs, weights in zip(spec.lookups, indices, offsets, sample_weights, strict=True):
+        if not wanted[lookup.table] or slot_grads[lookup.slot] is None:
+            continue
+        reads = _reads(spec, lookup, ids, offs, weights, acc)
+        values = _lookup_gradient(spec, lookup, slot_grads, acc)[reads.bag]
+        if reads.scale is not None:
+            values = values * reads.scale[:, None]
+        kept = slice(None) if reads.trained is None else reads.trained
+        parts[lookup.table].append((reads.rows[kept], values[kept]))
+    result: list[tuple[Tensor, Tensor] | None] = []
+    for table, found, want in zip(tables, parts, wanted, strict=True):
+        if not want:
+            result.append(None)
+            continue
+        rows = torch.cat([table.new_empty(0, dtype=torch.int64), *(r for r, _ in found)])
+        distinct, place = torch.unique(rows, return_inverse=True)  # sorted
+        values = table.new_zeros((distinct.numel(), table.shape[1]), dtype=acc)
+        begin = 0
+        for part, value in found:
+            values.index_add_(0, place[begin : begin + part.numel()], value)
+            begin += part.numel()
+        result.append((distinct, values))
+    return result
+
+
+def _update_rows(table: Tensor, rows: Tensor, gradient: Tensor, rule: TableUpdate) -> None:
+    """Apply one rule to distinct rows; ``gradient`` is ``[U, dim]`` in the accumulation dtype. Formulas: updates.py."""
+    acc = accumulation_dtype(table.dtype)
+    weight = table[rows].to(acc)
+    state = [s[rows].to(acc) for s in rule.state]
+    if rule.maximize:
+        gradient = -gradient
+    if rule.weight_decay:
+        weight *= 1 - rule.lr * rule.weight_decay
+    if rule.kind == "sgd":
+        weight -= rule.lr * gradient
+    elif rule.kind == "adagrad":
+        state[0] += gradient * gradient
+        weight -= rule.lr * gradient / (state[0].sqrt() + rule.eps)
+    elif rule.kind == "rowwise_adagrad":
+        state[0] += (gradient * gradient).mean(1)
+        weight -= (rule.lr / (state[0].sqrt() + rule.eps))[:, None] * gradient
+    elif rule.kind == "adam":
+        m, v = state
+        m += (1 - rule.beta1) * (gradient - m)
+        v += (1 - rule.beta2) * (gradient * gradient - v)
+        rate = rule.lr * math.sqrt(1 - rule.beta2**rule.step) / (1 - rule.beta1**rule.step)
+        weight -= rate * m / (v.sqrt() + rule.eps)
+    else:
+        raise ValueError(f"unknown update {rule.kind!r}; known: sgd, adagrad, rowwise_adagrad, adam")
+    table[rows] = weight.to(table.dtype)
+    for stored, value in zip(rule.state, state, strict=True):
+        stored[rows] = value.to(stored.dtype)

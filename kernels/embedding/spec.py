@@ -1,0 +1,85 @@
+"""What one table-batched lookup does, as data: the tables, the lookups and where each result goes.
+
+A :class:`GroupSpec` is the static half of one call of ``torch.ops.tablewright.embedding_bags``; the tensors (tables, ids,
+offsets, weights) are the other half. It travels through the graph as a string (:meth:`GroupSpec.encode`), so that a graph
+node stays an ordinary ATen-style call that can be printed, exported and compared; :func:`decode` caches by that string.
+
+Vocabulary: a *lookup* reads one table with one tensor of ids. Several lookups may read one table (tied tables). Each lookup
+writes its rows into a *slot*, one output tensor ``[*leading, width]``, starting at a *column*: lookups that a model
+concatenates share a slot, and the concatenation disappears. *Extras* are dense tensors copied into a slot (the dense vector
+that a DLRM concatenates with its embeddings).
+"""
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, dataclass
+
+GRADS = ("sparse", "dense", "none", "in_backward")
+POOLINGS = ("none", "sum", "mean")
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table. ``grad`` says what the backward makes of it: a coalesced ``sparse`` gradient, a ``dense`` one, ``none``
+    (frozen), or an update ``in_backward``."""
+
+    name: str  # the plain model's parameter name, e.g. "user.embedding.weight"
+    rows: int
+    dim: int
+    grad: str = "dense"
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """One read of a table.
+
+    ``pooling`` "none": ids of any shape ``[*S]``, result ``[*S, dim]`` (nn.Embedding). "sum" and "mean": ids ``[N]`` with
+    offsets ``[B]`` (``[B + 1]`` with ``include_last_offset``), or ids ``[B, L]`` without offsets; result ``[B, dim]``.
+    ``padding_idx``: with "none" the row is read but gets no gradient; with "sum"/"mean" it is left out of the bag (and of
+    its count). An empty bag is zero. ``wrap_negative``: id ``-k`` means row ``rows - k``, as in ``weight[ids]``.
+    """
+
+    table: int
+    name: str  # the plain model's module path (or "weight[ids]" form), for messages
+    pooling: str
+    slot: int
+    column: int
+    padding_idx: int | None = None
+    include_last_offset: bool = False
+    wrap_negative: bool = False
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A dense tensor ``[*leading, width]`` copied into a slot at ``column``."""
+
+    slot: int
+    column: int
+    width: int
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """All static facts of one launch. ``slots[s]`` is the width of output ``s``."""
+
+    tables: tuple[Table, ...]
+    lookups: tuple[Lookup, ...]
+    slots: tuple[int, ...]
+    extras: tuple[Extra, ...] = ()
+
+    def encode(self) -> str:
+        """The canonical text of this spec: compact JSON, field order fixed."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+
+@functools.lru_cache(maxsize=4096)
+def decode(text: str) -> GroupSpec:
+    """The spec that :meth:`GroupSpec.encode` wrote. Equal texts give the same object, so it can key other caches."""
+    raw = json.loads(text)
+    return GroupSpec(
+        tables=tuple(Table(**t) for t in raw["tables"]),
+        lookups=tuple(Lookup(**l) for l in raw["lookups"]),
+        slots=tuple(raw["slots"]),
+        extras=tuple(Extra(**e) for e in raw["extras"]),
+    )

@@ -1,0 +1,10 @@
+"""The rewrites, in the order in which they run."""
+from __future__ import annotations
+
+from .dense_layers import FindDenseLayers
+from .group_tables import GroupTables
+from .remove_zero_dropout import RemoveZeroDropout
+from .rule import Pass
+from .table_gradients import TableGradients
+
+DEFAULT: tuple[type[Pass], ...] = (RemoveZeroDropout, GroupTables, TableGradients, FindDenseLayers)

@@ -1,0 +1,243 @@
+"""What a captured graph takes for granted, because Python read it while the graph was made, and whether it still holds."""
+from __future__ import annotations
+
+import copy
+import weakref
+from operator import attrgetter, itemgetter
+
+import torch
+from torch import nn
+
+from .inputs import Inputs
+from .recording import ReadLog
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_GONE = object()
+
+
+class Guards:
+    """The conditions under which a captured graph is the model.
+
+    Inputs: structure, None-ness, kinds, dtypes, ranks, device, baked numbers, and dimensions that export fixed. Modules:
+    plain attributes that Python read, on the shell and on the user's own module; training flags that Python branched on;
+    dtypes of parameters where the graph has them baked in.
+
+    >>> reason = guards.failure(args, kwargs)   # None, or a sentence: recapture (after guards.sync()) or raise
+    >>> graph_module(*guards.flatten(args, kwargs))
+    """
+
+    def __init__(self, shell: nn.Module, originals: dict[str, nn.Module] | None, inputs: Inputs, log: ReadLog, *,
+                 sizes: dict[tuple[int, int], int] | None = None, relations=None, baked_dtypes: bool = False):
+        """``sizes``: (leaf, dimension) -> fixed size. ``relations``: callable(leaves) -> sentence or None."""
+        self.inputs = inputs
+        self.sizes = dict(sizes or {})
+        self.relations = relations
+        self.modes = {path: _module(shell, path).__dict__["training"] for path in sorted(log.modes)}
+        self._names = {path: tuple(seen) for path, seen in log.attributes.items() if seen}
+        self._class_names = {path: dict(seen) for path, seen in log.class_attributes.items() if seen}
+        self._shell = shell
+        self._originals = {path: weakref.ref(module) for path, module in (originals or {}).items()}
+        self._baked_dtypes = baked_dtypes
+        self._snapshot()
+
+    def _snapshot(self) -> None:
+        shell = self._shell
+        self._modes = [(path, _module(shell, path).__dict__, value) for path, value in self.modes.items()]
+        self._groups = [_Group(path, names, _module(shell, path)) for path, names in self._names.items()]
+        self._original_groups = []
+        for path, names in self._names.items():
+            module = self._originals.get(path, lambda: None)()
+            if module is not None:
+                mine = tuple(name for name in names if name in module.__dict__)
+                if mine:
+                    self._original_groups.append((self._originals[path], _Group(path, mine, module)))
+        self._class_reads = [(path, name, value, attrgetter(name)) for path, seen in self._class_names.items()
+                             for name, value in seen.items()]
+        self._dtypes = [(module._parameters, tuple(each.dtype for each in module._parameters.values() if each is not None))
+                        for module in shell.modules() if module._parameters] if self._baked_dtypes else []
+        self._fast = [(group.values_of, _module(shell, group.path).__dict__, group.values) for group in self._groups]
+        self._fast_originals = [(ref, group.values_of, group.values) for ref, group in self._original_groups]
+        self._careful = [(weakref.ref(_module(shell, group.path)), group) for group in self._groups if group.careful] + [
+            (ref, group) for ref, group in self._original_groups if group.careful]
+
+    # the inputs -----------------------------------------------------------------------------------------------------------
+    def flatten(self, args: tuple, kwargs: dict) -> list:
+        """The graph's inputs, in placeholder order. Raises ValueError where the structure is not the captured one."""
+        leaves = self.inputs.flatten(args, kwargs)
+        if leaves is None:
+            raise ValueError(self.inputs.failure(None, args, kwargs))
+        return self.inputs.pick(leaves)
+
+    def failure(self, args: tuple, kwargs: dict) -> str | None:
+        """None where the graph serves this call, else a sentence that says what changed since the capture."""
+        leaves = self.inputs.flatten(args, kwargs)
+        reason = self.inputs.failure(leaves, args, kwargs)
+        if reason is not None:
+            return reason
+        for (leaf, dim), size in self.sizes.items():
+            if leaves[leaf].shape[dim] != size:
+                return (f"dimension {dim} of input '{self.inputs.names[leaf]}' was {size} when captured and is "
+                        f"{leaves[leaf].shape[dim]} now, and the captured graph holds for {size} only")
+        if self.relations is not None and (reason := self.relations(leaves)):
+            return reason
+        return self.module_failure()
+
+    # the modules ------------------------------------------------------------------------------------------------------------
+    def module_failure(self) -> str | None:
+        """``failure`` without the inputs."""
+        for path, namespace, value in self._modes:
+            if namespace["training"] != value:
+                return (f"'{path or 'the model'}' was in {_mode(value)} mode when captured and is in "
+                        f"{_mode(not value)} mode now, and its forward() branches on self.training")
+        try:
+            for values_of, namespace, values in self._fast:
+                if values_of(namespace) != values:
+                    return self._explain()
+            for ref, values_of, values in self._fast_originals:
+                module = ref()
+                if module is not None and values_of(module.__dict__) != values:
+                    return self._explain()
+            for ref, group in self._careful:
+                if (module := ref()) is not None and group.changed_within(module.__dict__):
+                    return self._explain()
+        except (KeyError, ValueError, RuntimeError, TypeError):
+            return self._explain()
+        for path, name, value, read in self._class_reads:
+            for module in (_module(self._shell, path), self._originals.get(path, lambda: None)()):
+                if module is not None and _differs(now := read(module), value):
+                    return _changed(name, path, value, now)
+        for parameters, dtypes in self._dtypes:
+            if tuple([each.dtype for each in parameters.values() if each is not None]) != dtypes:
+                return "the dtype of parameters changed since the capture, and the captured graph has it baked in"
+        return None
+
+    def _explain(self) -> str | None:
+        for group in self._groups:
+            if (reason := group.explain(_module(self._shell, group.path).__dict__)) is not None:
+                return reason
+        for ref, group in self._original_groups:
+            module = ref()
+            if module is not None and (reason := group.explain(module.__dict__)) is not None:
+                return reason
+        return None
+
+    def sync(self) -> list[str]:
+        """Copies attributes that changed on the user's own modules to the shell, so that a recapture sees them.
+
+        Returns their names, "head.temperature". Where both sides changed, the user's own module wins.
+        """
+        copied = []
+        for ref, group in self._original_groups:
+            module = ref()
+            if module is None:
+                continue
+            shell = _module(self._shell, group.path)
+            for name, before in zip(group.names, group.values):
+                now = module.__dict__.get(name, _GONE)
+                if now is _GONE:
+                    shell.__dict__.pop(name, None)
+                elif _differs(now, before):
+                    shell.__dict__[name] = copy.copy(now) if isinstance(now, (list, dict, set)) else now
+                else:
+                    continue
+                copied.append(f"{group.path}.{name}" if group.path else name)
+        for path, seen in self._class_names.items():
+            module = self._originals.get(path, lambda: None)()
+            for name in seen:
+                if module is not None and name in module.__dict__:
+                    _module(self._shell, path).__dict__[name] = module.__dict__[name]
+                    copied.append(f"{path}.{name}" if path else name)
+        return copied
+
+    def __deepcopy__(self, memo):
+        """For a copy of the shell: same conditions, on the copy alone; the user's own modules are no longer watched."""
+        twin = copy.copy(self)
+        twin._shell = copy.deepcopy(self._shell, memo)
+        twin._originals = {}
+        twin._snapshot()
+        return twin
+
+
+class _Group:
+    """The attributes read on one module, with their values at capture."""
+
+    def __init__(self, path: str, names: tuple[str, ...], module: nn.Module):
+        self.path, self.names = path, names
+        namespace = module.__dict__
+        get = itemgetter(*names)
+        self.values_of = get if len(names) > 1 else _one(names[0])
+        found = self.values_of(namespace)
+        # containers are compared with a copy; numbers also by type (1 and 1.0 are equal, but not the same graph)
+        self.values = tuple(copy.deepcopy(value) if _is_plain_container(value) else value for value in found)
+        self.inner = [(name, value, dict(vars(value))) for name, value in zip(names, found) if _has_plain_fields(value)]
+        self.types = tuple(map(type, self.values))
+        # torch's own modules are many and convert their numbers themselves: equality is enough there
+        self.careful = bool(self.inner) or (not type(module).__module__.startswith("torch.")
+                                            and any(kind in (int, float, bool) for kind in self.types))
+
+    def changed_within(self, namespace: dict) -> bool:
+        if tuple(map(type, self.values_of(namespace))) != self.types:
+            return True
+        return any(vars(value) != fields for _, value, fields in self.inner)
+
+    def explain(self, namespace: dict) -> str | None:
+        for name, before in zip(self.names, self.values):
+            now = namespace.get(name, _GONE)
+            if now is _GONE:
+                return f"attribute '{name}' of '{self.path or 'the model'}' was deleted since the capture"
+            if _differs(now, before):
+                return _changed(name, self.path, before, now)
+        for name, value, fields in self.inner:
+            for key, before in fields.items():
+                if _differs(now := vars(value).get(key, _GONE), before):
+                    return _changed(f"{name}.{key}", self.path, before, now)
+            if len(vars(value)) != len(fields):
+                return f"attribute '{name}' of '{self.path or 'the model'}' gained fields since the capture"
+        return None
+
+
+def _one(name: str):
+    return lambda namespace: (namespace[name],)
+
+
+def _module(root: nn.Module, path: str) -> nn.Module:
+    return root.get_submodule(path) if path else root
+
+
+def _mode(training: bool) -> str:
+    return "training" if training else "evaluation"
+
+
+def _changed(name: str, path: str, before, now) -> str:
+    return f"attribute '{name}' of '{path or 'the model'}' was {_show(before)} when captured and is {_show(now)} now"
+
+
+def _show(value) -> str:
+    if value is _GONE:
+        return "missing"
+    text = repr(value) if isinstance(value, _PLAIN) or _is_plain_container(value) else f"one {type(value).__name__}"
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def _differs(now, before) -> bool:
+    if now is before:
+        return False
+    if type(now) is not type(before) or not (isinstance(now, _PLAIN) or _is_plain_container(now)):
+        return True
+    return bool(now != before)
+
+
+def _is_plain_container(value, depth: int = 0) -> bool:
+    kind = type(value)
+    if kind not in (list, tuple, set, frozenset, dict) or depth > 4 or len(value) > 10_000:
+        return False
+    items = [*value, *value.values()] if kind is dict else value
+    return all(isinstance(item, _PLAIN) or _is_plain_container(item, depth + 1) for item in items)
+
+
+def _has_plain_fields(value) -> bool:
+    """A settings object: its fields are watched as well as its identity."""
+    fields = getattr(value, "__dict__", None)
+    return type(fields) is dict and not isinstance(value, (nn.Module, torch.Tensor, type)) and not callable(value) and all(
+        isinstance(item, _PLAIN) or _is_plain_container(item) for item in fields.values())
+

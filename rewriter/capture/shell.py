@@ -1,0 +1,178 @@
+"""A shell: a second module tree over the user's own parameters, which capture may instrument freely.
+
+``clone_shell`` copies the tree of modules, never a tensor. ``attach`` gives a captured graph a forward that reads every
+parameter, buffer and training flag through the shell at each call, so that whatever happens to the shell is seen.
+"""
+from __future__ import annotations
+
+import copy
+import functools
+import types
+import weakref
+from collections import OrderedDict
+
+import torch
+from torch import fx, nn
+
+from ..errors import CaptureError, explain
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_WRAPPERS = {
+    "torch._dynamo.eval_frame.OptimizedModule": "pass the module given to torch.compile, and compile the result instead",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "call optimize() first and wrap its result",
+    "torch.nn.parallel.data_parallel.DataParallel": "call optimize() on the wrapped module",
+    "torch.fx.graph_module.GraphModule": "pass the model that it was traced from",
+}
+
+
+class RefusingHooks(OrderedDict):
+    """The hook dict of a shell's submodule: hooks there would never run, so adding one is an error."""
+
+    path = ""
+
+    def __setitem__(self, key, hook):
+        raise CaptureError(explain(
+            f"a hook was registered on '{self.path}' of an optimized model", why="the model runs as one graph, which does not "
+            "call its submodules one by one, so this hook would never run",
+            fix="register it on the optimized model itself, or put it on the plain model's own modules"))
+
+    def __reduce__(self):
+        return _refusing, (self.path,)
+
+
+def _refusing(path: str) -> RefusingHooks:
+    hooks = RefusingHooks()
+    hooks.path = path
+    return hooks
+
+
+def clone_shell(model: nn.Module) -> nn.Module:
+    """A module tree of the same classes that holds the *same* Parameter and buffer objects.
+
+    Each module's ``__dict__`` is copied, and plain containers in it, so that the shell can change without the model.
+    Modules that appear twice stay one. Training flags are copied and then independent.
+    Raises CaptureError for scripted or wrapped modules, and where a submodule is shadowed on every access path.
+    """
+    shells: dict[int, nn.Module] = {}
+    root = _clone(model, shells)
+    for path, module in model.named_modules():
+        if path and isinstance(module, nn.Module):
+            shell = shells[id(module)]
+            for name in _HOOKS:
+                if not module.__dict__.get(name):
+                    shell.__dict__[name] = _refusing(path)
+    return root
+
+
+def _clone(module: nn.Module, shells: dict[int, nn.Module]) -> nn.Module:
+    if id(module) in shells:
+        return shells[id(module)]
+    cls = type(module)
+    for base in cls.__mro__:
+        name = f"{base.__module__}.{base.__qualname__}"
+        if name in _WRAPPERS:
+            raise CaptureError(explain(f"a {base.__name__} cannot be optimized", fix=_WRAPPERS[name]))
+    if isinstance(module, torch.jit.ScriptModule):
+        raise CaptureError(explain(f"a scripted module ({cls.__name__}) cannot be captured",
+                                   fix="pass the plain nn.Module it was scripted from"))
+    shell = shells[id(module)] = cls.__new__(cls)
+    mine = shell.__dict__
+    for key, value in module.__dict__.items():
+        if key == "_modules":
+            mine[key] = type(value)((name, child if child is None else _clone(child, shells)) for name, child in value.items())
+        elif key in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+            mine[key] = copy.copy(value)
+        elif key == "_compiled_call_impl":
+            mine[key] = None  # module.compile() would run the user's compiled forward, not the shell's
+        else:
+            mine[key] = _copy_value(value, shells)
+    return shell
+
+
+def _copy_value(value, shells):
+    """Containers are copied, what points at the model's modules is turned to their shells, all else is shared."""
+    if isinstance(value, nn.Module):
+        return _clone(value, shells)
+    kind = type(value)
+    if kind in (list, tuple, set, frozenset):
+        return kind(_copy_value(item, shells) for item in value)
+    if kind in (dict, OrderedDict):
+        return kind((key, _copy_value(item, shells)) for key, item in value.items())
+    if kind is types.MethodType and isinstance(value.__self__, nn.Module):
+        return types.MethodType(value.__func__, _clone(value.__self__, shells))
+    if kind is functools.partial:
+        args = [_copy_value(item, shells) for item in value.args]
+        return functools.partial(_copy_value(value.func, shells), *args,
+                                 **{key: _copy_value(item, shells) for key, item in value.keywords.items()})
+    if kind.__name__ == "_WrappedHook" and kind.__module__ == "torch.nn.modules.module":
+        owner = value.module() if value.with_module else None
+        return kind(_copy_value(value.hook, shells), None if owner is None else _clone(owner, shells))
+    return value
+
+
+def refuse_hooks(shell: nn.Module) -> None:
+    """Raises CaptureError naming the first submodule with a forward or backward hook (the root's own hooks are allowed)."""
+    for path, module in shell.named_modules():
+        for name in _HOOKS:
+            hooks = module.__dict__.get(name)
+            if path and hooks:
+                hook = next(iter(hooks.values()))
+                raise CaptureError(explain(
+                    f"'{path}' ({type(module).__name__}) has a {name.strip('_').replace('_', ' ')[:-1]}: "
+                    f"{getattr(hook, '__qualname__', type(hook).__qualname__)}",
+                    why="a captured graph does not call submodules one by one, so the hook would run at capture only",
+                    fix="remove the hook, write its work into forward(), or register it on the whole model"))
+
+
+class ShellGraph(fx.GraphModule):
+    """A GraphModule whose generated forward runs on the shell: every ``self.a.b`` in it reads the shell's ``a.b``."""
+
+    @property
+    def training(self) -> bool:
+        shell = self.__dict__.get("_shell")
+        return True if shell is None else shell.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if (shell := self.__dict__.get("_shell")) is not None:
+            shell.training = mode
+
+    def recompile(self):
+        code = super().recompile()
+        cls = type(self)
+        generated = cls.forward
+
+        def forward(self, *args):
+            return generated(self._shell, *args)
+
+        cls.forward = forward
+        return code
+
+    def __deepcopy__(self, memo):
+        # the shell and the graph are copied, then joined again: GraphModule's own copy would freeze what is live
+        return attach(copy.deepcopy(self._shell, memo), copy.deepcopy(self.graph, memo))
+
+    def __reduce__(self):
+        raise CaptureError(explain("a captured graph cannot be pickled", why="pickling a GraphModule loses node.meta",
+                                   fix="save the plain model and its plan, and optimize again on load"))
+
+
+def attach(shell: nn.Module, graph: fx.Graph) -> ShellGraph:
+    """A GraphModule for ``graph`` whose ``get_attr`` targets resolve live through ``shell``.
+
+    It shares the shell's dicts of modules, parameters and buffers, so ``.to()``, ``load_state_dict(assign=True)`` and
+    ``train()`` on either are seen by both, also where a child has a name that GraphModule uses ("graph", "code").
+    """
+    result = ShellGraph(nn.Module(), fx.Graph(), type(shell).__name__)
+    result.__dict__["_shell"] = shell
+    for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+        result.__dict__[name] = shell.__dict__[name]
+    result.graph = graph
+    if any(hasattr(fx.GraphModule, name) or name in ("meta", "_graph") for name in shell._modules):
+        graph.owning_module = shell  # lint() and friends must look a child "graph" up on the shell, not on the GraphModule
+    return result
+
+
+def weak_modules(model: nn.Module) -> dict[str, weakref.ref]:
+    """Every module of ``model`` by path (each once), without keeping the model alive."""
+    return {path: weakref.ref(module) for path, module in model.named_modules()}

@@ -1,0 +1,220 @@
+"""Compare numbers: outputs, gradients and one optimizer step of the rewritten model against the plain one.
+
+Everything runs on copies of the weights, under one random state, so nothing of the model changes. Gradients are those of a
+fixed random combination of all outputs. A difference is judged relative to the largest value of the tensor it is in.
+"""
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph
+from torch.utils import _pytree as pytree
+
+from ..kernels.embedding import reference
+from ..kernels.embedding.op import OP
+from ..kernels.embedding.optimizers import RowUpdates, _touched_rows, row_wise
+from ..kernels.embedding.spec import decode
+from .capture import attach
+from .errors import VerifyError
+from .verify import copy_graph
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """``what``: "output 0", "gradient of x", "x after a step". ``error``: largest difference over the largest value."""
+
+    what: str
+    error: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.tolerance  # a NaN is not
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """All comparisons of one check; true if all agree."""
+
+    differences: tuple[Difference, ...]
+
+    def __bool__(self) -> bool:
+        return all(d.ok for d in self.differences)
+
+    def raise_if_failed(self) -> None:
+        """Raises :class:`VerifyError` with the comparisons that failed."""
+        if not self:
+            raise VerifyError(str(self))
+
+    def __str__(self) -> str:
+        bad = [d for d in self.differences if not d.ok]
+        worst = max((d for d in self.differences if d.ok), key=lambda d: d.error / d.tolerance, default=None)
+        lines = [f"{len(self.differences) - len(bad)} of {len(self.differences)} comparisons with the plain model agree"]
+        lines += [f"  DIFFERENT: {d.what}: {d.error:.3g} relative to its largest value (allowed {d.tolerance:g})" for d in bad[:20]]
+        if worst is not None:
+            lines.append(f"  worst that agrees: {worst.what}: {worst.error:.3g} (allowed {worst.tolerance:g})")
+        return "\n".join(lines)
+
+
+def difference(what: str, expected: Tensor | None, actual: Tensor | None) -> Difference:
+    """How far ``actual`` is from ``expected``; a missing gradient counts as zeros."""
+    if expected is None and actual is None:
+        return Difference(what, 0.0, 0.0)
+    known = expected if expected is not None else actual
+    assert known is not None
+    tolerance = TOLERANCE.get(known.dtype, 0.0)
+    a, b = (torch.zeros_like(known, layout=torch.strided) if t is None else _dense(t) for t in (expected, actual))
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return Difference(f"{what} (shape {tuple(a.shape)} {a.dtype} against {tuple(b.shape)} {b.dtype})", float("inf"), tolerance)
+    if not a.numel():
+        return Difference(what, 0.0, tolerance)
+    a, b = a.double(), b.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    error = torch.where(same, 0.0, (a - b).abs()).max()
+    return Difference(what, float(error / a[a.isfinite()].abs().max().clamp_min(1e-6)) if a.isfinite().any() else 0.0, tolerance)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return (tensor.to_dense() if tensor.layout != torch.strided else tensor).detach()
+
+
+def run(call: Callable[[], Any], module: nn.Module) -> tuple[list[Any], dict[str, Tensor | None]]:
+    """The flat outputs of ``call`` and the gradients of ``module``'s parameters, from a fixed random state."""
+    for param in module.parameters():
+        param.grad = None
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(0)
+        outputs = pytree.tree_leaves(call())
+        torch.manual_seed(1)
+        total = sum((o * torch.randn_like(o)).sum() for o in outputs if isinstance(o, Tensor) and o.requires_grad)
+        if isinstance(total, Tensor):
+            total.backward()
+    return outputs, {name: p.grad for name, p in module.named_parameters()}
+
+
+def compare(expected: tuple, actual: tuple) -> list[Difference]:
+    """Outputs and gradients of two :func:`run` calls."""
+    found = []
+    for i, (a, b) in enumerate(zip(expected[0], actual[0], strict=True)):
+        if isinstance(a, Tensor):
+            found.append(difference(f"output {i}", a, b))
+    return found + [difference(f"gradient of {name}", grad, actual[1][name]) for name, grad in expected[1].items()]
+
+
+def without_in_backward(graph: Graph) -> Graph:
+    """A copy of ``graph`` whose in-backward tables give sparse gradients instead."""
+    result = copy_graph(graph)
+    for node in result.nodes:
+        if node.target is OP:
+            spec = decode(node.args[5])  # type: ignore[arg-type]
+            tables = tuple(replace(t, grad="sparse") if t.grad == "in_backward" else t for t in spec.tables)
+            node.args = (*node.args[:5], replace(spec, tables=tables).encode())
+    return result
+
+
+def numeric_check(shell: nn.Module, leaves: list) -> Callable[[Graph, Graph], None]:
+    """A check for the pipeline: two graphs must agree in outputs and gradients on ``leaves``."""
+
+    def check(before: Graph, after: Graph) -> None:
+        results = []
+        for graph in (before, after):
+            twin = copy.deepcopy(shell)
+            module = attach(twin, without_in_backward(graph))
+            results.append(run(lambda m=module: m(*_copies(leaves)), twin))
+        Equivalence(tuple(compare(*results))).raise_if_failed()
+
+    return check
+
+
+def _copies(values: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), values)
+
+
+def check_model(model, args: tuple, kwargs: dict) -> Equivalence:
+    """See :meth:`OptimizedModel.check`."""
+    variant = model._variant_for(args, kwargs)
+    plain, twin = copy.deepcopy(model._shell), copy.deepcopy(model._shell)
+    fused = attach(twin, without_in_backward(variant.graph))
+    given = _copies((args, kwargs))
+    expected = run(lambda: plain(*given[0], **given[1]), plain)
+    leaves = variant.captured.guards.flatten(*_copies((args, kwargs)))
+    actual = run(lambda: fused(*leaves), twin)
+    found = compare(expected, actual)
+    compiler = model._compiler
+    stepped = False
+    if model.embedding_optimizer is not None:
+        _reference_step(model.embedding_optimizer, plain)
+        _twin_of(model.embedding_optimizer, model, twin).step()
+        stepped = True
+    optimizer = compiler.user_optimizer() if compiler.user_optimizer is not None else None
+    if optimizer is not None:
+        base = getattr(type(optimizer), "_base", type(optimizer))
+        _rebuilt(base, optimizer, model, plain).step()
+        other = _rebuilt(base, optimizer, model, twin)
+        tables = dict(twin.named_parameters(remove_duplicate=False))
+        sparse = [tables[n] for n in compiler.row_wise_tables]
+        (row_wise(other, sparse) if sparse else other).step()
+        stepped = True
+    if stepped:
+        after = dict(twin.named_parameters())
+        found += [difference(f"{name} after a step", p, after[name]) for name, p in plain.named_parameters()]
+    return Equivalence(tuple(found))
+
+
+def _places(model: nn.Module, other: nn.Module) -> dict[int, Tensor]:
+    """For each parameter of ``model``, the one at the same place in ``other``."""
+    twins = dict(other.named_parameters(remove_duplicate=False))
+    return {id(p): twins[name] for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _rebuilt(base: type, optimizer, model: nn.Module, other: nn.Module):
+    places = _places(model, other)
+    groups = [{**g, "params": [places[id(p)] for p in g["params"] if id(p) in places]} for g in optimizer.param_groups]
+    for group in groups:
+        group.pop("param_names", None)
+    kept = [g for g in groups if g["params"]]
+    result = base(kept)
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if id(param) in places and param in optimizer.state:
+                result.state[places[id(param)]] = copy.deepcopy(optimizer.state[param])
+    return result
+
+
+def _twin_of(optimizer: RowUpdates, model: nn.Module, other: nn.Module) -> RowUpdates:
+    places = _places(model, other)
+    groups = []
+    for group in optimizer.param_groups:
+        named = [(n, places[id(p)]) for n, p in zip(group["param_names"], group["params"])]
+        groups.append({**{k: v for k, v in group.items() if k != "param_names"}, "params": named, "in_backward": False})
+    result = RowUpdates(groups)
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param in optimizer.state:
+                result.state[places[id(param)]] = copy.deepcopy(optimizer.state[param])
+    return result
+
+
+def _reference_step(optimizer: RowUpdates, plain: nn.Module) -> None:
+    """The plan's step on the plain model's own gradients, by the reference implementation."""
+    named = dict(plain.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            for name, param in zip(group["param_names"], group["params"]):
+                table, grad = named[name], named[name].grad
+                if grad is None:
+                    continue
+                touched = grad.coalesce() if grad.is_sparse else _touched_rows(grad)
+                lone = RowUpdates([{**{k: v for k, v in group.items() if k != "param_names"}, "params": [(name, table)]}])
+                if param in optimizer.state:
+                    lone.state[table] = copy.deepcopy(optimizer.state[param])
+                update = lone._update(table, lone.param_groups[0])
+                rows, values = touched._indices().squeeze(0), touched._values()
+                reference.update_from_sparse([table.detach()], [rows], [values], [update])

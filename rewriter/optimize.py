@@ -1,0 +1,212 @@
+"""``optimize(model, plan)``: capture, rewrite, check, and return the model that does the same faster."""
+from __future__ import annotations
+
+import copy
+import time
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph
+from torch.optim import Optimizer
+
+from ..kernels.embedding import cpu
+from ..kernels.embedding.op import OP
+from ..kernels.embedding.optimizers import RowUpdates, row_wise
+from ..passes.lookups import tables_read
+from ..passes.records import APPLIED
+from ..passes.table_gradients import Choice
+from .bisect import first_difference
+from .capture import attach, capture, clone_shell
+from .embedding_optimizer import decide
+from .equivalence import numeric_check
+from .errors import CaptureError, PlanError, TablewrightError
+from .in_backward_guard import InBackwardGuard
+from .optimized_model import TICKET, OptimizedModel, Variant, refuse_optimized, with_signature_of
+from .pipeline import Check, Step, run_passes
+from .plan import Plan
+from .report import Report
+from .samples import Samples
+
+_MAX_VARIANTS = 16
+VERIFY = ("structure", "numerics")
+
+
+def optimize(
+    model: nn.Module, plan: Plan | str | Path | Mapping[str, Any] = "auto", *, optimizer: Optimizer | None = None,
+    sample_inputs: Any = None, sample_kwargs: Mapping[str, Any] | None = None, verify: str = "structure",
+    copy: bool = False, on_skip: str = "report",
+) -> Any:  # fmt: skip
+    """A drop-in for ``model`` whose lookups are table-batched and whose tables are updated row by row.
+
+    ``plan``: "auto", a :class:`Plan`, its plain values, or a path to its YAML or JSON. ``optimizer``: the user's own, built on
+    ``model``'s parameters; its row-wise form is returned beside the model and shares its param groups and state.
+    ``sample_inputs``: a tuple of the positional arguments of one batch (or one tensor or mapping, if that is the only argument),
+    or a list of two such batches of different size; needed where the model cannot be traced without them.
+    ``sample_kwargs``: keyword arguments of the same batch. ``verify="numerics"``: also compare outputs and gradients after each
+    pass (makes copies of the weights). ``copy``: leave ``model`` its own parameters. ``on_skip="error"``: raise where a lookup
+    was found and not fused.
+
+    Returns the :class:`OptimizedModel`, or ``(model, optimizer)`` if an ``optimizer`` was given. ``model`` is not changed;
+    its parameters are shared. Raises :class:`CaptureError`, :class:`PlanError`, :class:`PassError`.
+    """
+    started = time.perf_counter()
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"optimize() takes an nn.Module, not {type(model).__name__}")
+    refuse_optimized(model)
+    if verify not in VERIFY or on_skip not in ("report", "error"):
+        raise PlanError(f"verify is one of {VERIFY} and on_skip is 'report' or 'error'; they are {verify!r} and {on_skip!r}")
+    if optimizer is not None and copy:
+        raise PlanError("copy=True gives the result parameters of its own, which the given optimizer would not step: "
+                        "build the optimizer on the result instead")  # fmt: skip
+    samples = Samples.read(sample_inputs, sample_kwargs)
+    return optimize_with_samples(
+        model, _plan(plan, model, sample_inputs), samples, optimizer, verify=verify, duplicate=copy, on_skip=on_skip,
+        started=started,
+    )  # fmt: skip
+
+
+def optimize_with_samples(
+    model: nn.Module, plan: Plan, samples: Samples, optimizer: Optimizer | None = None, *, verify: str = "structure",
+    duplicate: bool = False, on_skip: str = "report", started: float | None = None,
+) -> Any:  # fmt: skip
+    """:func:`optimize` after its arguments have been read."""
+    started = time.perf_counter() if started is None else started
+    if duplicate:
+        model = copy.deepcopy(model)
+    shell = clone_shell(model)
+    compiler = Compiler(shell, {} if duplicate else dict(model.named_modules()), plan, samples, verify)
+    variant = compiler.compile(samples.args, samples.kwargs, more=samples.more, optimizer=optimizer)
+    result = with_signature_of(model)(shell, compiler, plan)
+    result._variants.append(variant)
+    result.__dict__["_embedding_optimizer"] = compiler.plan_optimizer
+    result.__dict__["_guard"] = InBackwardGuard.of(result)
+    result.__dict__["_report"] = compiler.report(variant, time.perf_counter() - started, copied=duplicate)
+    if on_skip == "error":
+        _raise_if_skipped(result.report)
+    if optimizer is None:
+        return result
+    return result, compiler.returned_optimizer(optimizer, variant)
+
+
+def _plan(plan: Any, model: nn.Module, sample_inputs: Any) -> Plan:
+    if isinstance(plan, Plan):
+        return plan
+    if plan == "auto":
+        return Plan.auto(model, sample_inputs=sample_inputs)
+    if isinstance(plan, Mapping):
+        return Plan.from_dict(plan)
+    if isinstance(plan, (str, Path)) and Path(plan).suffix in (".yaml", ".yml", ".json"):
+        return Plan.load(plan)
+    raise PlanError(f"plan is {plan!r}; it must be 'auto', a Plan, a mapping, or the path of a .yaml or .json file")
+
+
+def _raise_if_skipped(report: Report) -> None:
+    left = [r for r in report.skipped() if r.kind == "lookups"]
+    if left:
+        said = "; ".join(f"{r.subject or 'the model'} ({r.location}): {r.reason}" for r in left)
+        raise PlanError(f"on_skip='error': {len(left)} lookups were not fused: {said}")
+
+
+class Compiler:
+    """Makes variants of one model: once in ``optimize``, and again when a guard of all present ones fails."""
+
+    def __init__(
+        self, shell: nn.Module, originals: Mapping[str, nn.Module], plan: Plan, samples: Samples, verify: str
+    ) -> None:
+        self.shell = shell
+        self.originals = {path: weakref.ref(module) for path, module in originals.items()}
+        self.plan = plan
+        self.samples = samples
+        self.verify = verify
+        self.tables: dict[str, Tensor] = {}
+        self.choices: dict[str, Choice] = {}
+        self.plan_optimizer: RowUpdates | None = None
+        self.user_optimizer: weakref.ref | None = None
+        self.row_wise_tables: list[str] = []
+
+    def for_copy(self, shell: nn.Module) -> Compiler:
+        """For a deep copy of the model, which no longer follows the user's own."""
+        result = Compiler(shell, {}, self.plan, self.samples, self.verify)
+        named = dict([*shell.named_parameters(remove_duplicate=False), *shell.named_buffers(remove_duplicate=False)])
+        result.tables = {name: named[name] for name in self.tables}
+        result.choices = self.choices
+        return result
+
+    def compile(self, args: Any, kwargs: Any, *, more: Any = None, optimizer: Optimizer | None = None) -> Variant:
+        """Capture the model for such inputs and run the plan's passes."""
+        alive = {path: module for path, ref in self.originals.items() if (module := ref()) is not None}
+        batches = args if args is None else [(args, kwargs), *(more or [])]
+        captured = capture(self.shell, batches, originals=alive)
+        if not self.choices:
+            self._decide(captured.graph, optimizer)
+        self.shell.__dict__.setdefault(TICKET, torch.zeros((), dtype=torch.int64))
+        check = None
+        if self.verify == "numerics" and args is not None:
+            check = numeric_check(self.shell, captured.guards.flatten(args, kwargs))
+        graph, steps = self.rewrite(captured.graph, check=check)
+        return Variant(captured, graph, steps, attach(self.shell, graph))
+
+    def rewrite(self, graph: Graph, budget: int | None = None, check: Check | None = None) -> tuple[Graph, list[Step]]:
+        """Run the passes on a captured graph; ``budget`` limits how many rewrites are made."""
+        passes = self.plan.make_passes()
+        return run_passes(graph, self.shell, passes, self.choices, budget=budget, numeric_check=check)
+
+    def _decide(self, graph, optimizer: Optimizer | None) -> None:
+        read = tables_read(graph, self.shell)
+        modules = dict(self.shell.named_modules())
+        every = {
+            name: p for name, p in self.shell.named_parameters()
+            if name in read or isinstance(modules[name.rpartition(".")[0]], (nn.Embedding, nn.EmbeddingBag))
+        }  # fmt: skip
+        every.update({name: t for name, t in read.items() if name not in every})
+        resolved = self.plan.resolve(every)
+        updates = decide(read, resolved, optimizer, self.plan.numerics)
+        self.tables, self.choices, self.plan_optimizer = every, updates.choices, updates.plan_optimizer
+
+    def recapture(self, model: OptimizedModel, args: tuple, kwargs: dict, failure: str) -> Variant:
+        """A variant for a call that no present one fits. Raises :class:`CaptureError` saying what changed."""
+        if len(model._variants) >= _MAX_VARIANTS:
+            raise CaptureError(
+                f"{failure}, and {_MAX_VARIANTS} forms of the model have been captured already: something changes at every call. "
+                "Pass it as a tensor input instead"
+            )
+        for variant in model._variants:
+            variant.captured.guards.sync()
+        try:
+            variant = self.compile(args, kwargs)
+        except TablewrightError as error:
+            raise type(error)(f"{failure}; the model had to be captured again, which failed: {error}") from error
+        model._variants.append(variant)
+        return variant
+
+    def report(self, variant: Variant, seconds: float, copied: bool) -> Report:
+        """What was done in ``variant``."""
+        fused = [n for n in variant.graph.nodes if n.target is OP]
+        table_bytes = sum(t.numel() * t.element_size() for t in self.tables.values())
+        copied_bytes = table_bytes if copied else 0
+        return Report(
+            records=tuple(r for step in variant.steps for r in step.records),
+            door=variant.captured.door, notes=tuple(variant.captured.notes), launches=len(fused), table_bytes=table_bytes,
+            copied_bytes=copied_bytes, kernels=f"CPU kernels: {cpu.describe()}", seconds=seconds,
+            passes=tuple(step.name for step in variant.steps),
+        )  # fmt: skip
+
+    def returned_optimizer(self, optimizer: Optimizer, variant: Variant) -> Optimizer:
+        """The user's optimizer in the form that steps the tables which now have sparse gradients."""
+        done = [r.subject for s in variant.steps if s.name == "table_gradients" for r in s.records if r.status == APPLIED]
+        self.row_wise_tables = [n for n in done if self.choices[n].grad == "sparse" and not self.choices[n].required]
+        result = optimizer
+        if self.row_wise_tables:
+            result = row_wise(optimizer, [self.tables[name] for name in self.row_wise_tables])
+        self.user_optimizer = weakref.ref(result)
+        return result
+
+    def bisect(self, model: OptimizedModel, args: tuple, kwargs: dict) -> str:
+        """See :meth:`OptimizedModel.bisect`."""
+        return first_difference(self, model._variant_for(args, kwargs), args, kwargs)
+
+

@@ -1,0 +1,281 @@
+"""The module that ``optimize`` returns: the plain model's names, parameters and signature around a rewritten graph."""
+from __future__ import annotations
+
+import copy
+import inspect
+import types
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph
+from torch.utils import _pytree as pytree
+
+from ..kernels.embedding import in_backward
+from ..kernels.embedding.op import OP
+from ..kernels.embedding.optimizers import RowUpdates
+from ..passes.records import Record
+from .capture import Captured, attach
+from .errors import PlanError, nearest
+from .in_backward_guard import InBackwardGuard
+from .pipeline import Step
+from .plan import Plan
+from .report import Report
+from .verify import copy_graph
+
+TICKET = "_tablewright_ticket"
+
+
+@dataclass
+class Variant:
+    """One captured and rewritten form of the model, valid while its guards hold."""
+
+    captured: Captured
+    graph: Graph
+    steps: list[Step]
+    module: torch.fx.GraphModule
+
+
+class OptimizedModel(nn.Module):
+    """A drop-in for the plain model. Its parameters *are* the plain model's parameters (unless ``copy=True``), under their plain
+    names, so ``state_dict``, ``named_parameters`` and an optimizer built on the plain model mean the same here; ``train()`` and
+    ``eval()`` are its own. Attributes and methods of the plain model can be read through it; methods other than ``forward``
+    run plainly on the shared weights.
+    """
+
+    def __init__(self, shell: nn.Module, compiler: Any, plan: Plan) -> None:
+        super().__init__()
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[name] = shell.__dict__[name]
+        set_plain = self.__dict__.__setitem__
+        set_plain("_shell", shell)
+        set_plain("_compiler", compiler)  # makes a variant for a call that no present variant fits
+        set_plain("_variants", [])
+        set_plain("_plan", plan)
+        set_plain("_report", Report(()))
+        set_plain("_embedding_optimizer", None)
+        set_plain("_guard", None)
+        self.training = shell.training
+
+    # --- running -------------------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the plain model's ``forward`` computes."""
+        variant = self._variant_for(args, kwargs)
+        guard = self._guard
+        if guard is not None and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            guard.before_forward()
+            leaves = variant.module(*variant.captured.guards.flatten(args, kwargs))
+            guard.watch(leaves)
+        else:
+            leaves = variant.module(*variant.captured.guards.flatten(args, kwargs))
+        spec = variant.captured.out_spec
+        return leaves[0] if spec.is_leaf() else pytree.tree_unflatten(list(leaves), spec)
+
+    def _variant_for(self, args: tuple, kwargs: dict) -> Variant:
+        failure = ""
+        for variant in self._variants:
+            failure = variant.captured.guards.failure(args, kwargs)
+            if failure is None:
+                return variant
+        return self._compiler.recapture(self, args, kwargs, failure)
+
+    def train(self, mode: bool = True) -> OptimizedModel:
+        super().train(mode)
+        self._shell.training = mode
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            shell = self.__dict__.get("_shell")
+            if shell is None or name.startswith("__"):
+                raise
+            return getattr(shell, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        shell = self.__dict__.get("_shell")
+        if shell is not None and name in shell.__dict__ and name != "training":
+            setattr(shell, name, value)  # an attribute of the plain model: the guards see it change
+        else:
+            super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        return self._report._summary()
+
+    # --- what was done -------------------------------------------------------------------------------------------------------
+
+    @property
+    def report(self) -> Report:
+        """What was rewritten, what was not and why. Print it."""
+        return self._report
+
+    @property
+    def plan(self) -> Plan:
+        """The plan this model was optimized by."""
+        return self._plan
+
+    @property
+    def graph_module(self) -> torch.fx.GraphModule:
+        """The rewritten graph (of the first variant)."""
+        return self._variants[0].module
+
+    @property
+    def steps(self) -> list[Step]:
+        """One entry for each pass, with the graph before and after."""
+        return self._variants[0].steps
+
+    def explain(self, path: str) -> str:
+        """Why the module at ``path`` (or each inside it) was or was not rewritten. Raises ``KeyError`` for an unknown path."""
+        known = {n for n, _ in self.named_modules()} | {n for n, _ in self.named_parameters(remove_duplicate=False)}
+        if path not in known:
+            raise KeyError(f"the model has no module or parameter '{path}'{nearest(path, known)}")
+        rows = self._report.of(path)
+        if not rows:
+            return f"{path}: no rewrite looks at what this module does; it runs as in the plain model"
+        return "\n".join(_sentence(r) for r in rows)
+
+    def code(self, step: str | None = None, *, before: bool = False) -> str:
+        """The graph as Python, after (or before) the pass named ``step``; by default after all of them."""
+        if step is None:
+            return self.graph_module.code
+        chosen = next((s for s in self.steps if s.name == step), None)
+        if chosen is None:
+            raise KeyError(f"no pass '{step}' ran; the passes were {', '.join(s.name for s in self.steps)}")
+        return str((chosen.before if before else chosen.after).python_code("self").src)
+
+    def check(self, *args: Any, **kwargs: Any):
+        """Compare outputs, gradients and one optimizer step with the plain model on these inputs (copies of the weights are
+        made and nothing of this model changes). Returns an :class:`~.equivalence.Equivalence`; print it, or call its
+        ``raise_if_failed()``."""
+        from .equivalence import check_model
+
+        return check_model(self, args, kwargs)
+
+    def bisect(self, *args: Any, **kwargs: Any) -> str:
+        """Name the first rewrite that changes the outputs on these inputs, or say that none does."""
+        return self._compiler.bisect(self, args, kwargs)
+
+    # --- weights -------------------------------------------------------------------------------------------------------------
+
+    @property
+    def embedding_optimizer(self) -> RowUpdates | None:
+        """The optimizer that the plan's ``embedding_optimizer`` asks for; ``None`` where the plan names none."""
+        return self._embedding_optimizer
+
+    def table_names(self) -> list[str]:
+        """Parameter names of the tables that lookups read."""
+        return list(self._compiler.tables)
+
+    def dense_parameters(self):
+        """The trainable parameters that are not embedding tables: what a dense optimizer is built on."""
+        tables = set(self._compiler.tables)
+        seen: set[int] = {id(p) for n, p in self.named_parameters(remove_duplicate=False) if n in tables}
+        return (p for n, p in self.named_parameters() if id(p) not in seen)
+
+    def unoptimized(self) -> nn.Module:
+        """An independent plain model (its own class) with today's weights, buffers and mode."""
+        return plain_copy(self._shell)
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As on the plain model: plain names, plain shapes."""
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        self._follow_replaced_parameters()
+        return result
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self._follow_replaced_parameters()
+        return self
+
+    def _follow_replaced_parameters(self) -> None:
+        """``assign=True`` and ``to_empty()`` put new Parameter objects in place; the plan's optimizer must update those."""
+        if self._embedding_optimizer is not None:
+            self._embedding_optimizer.follow(dict(self.named_parameters(remove_duplicate=False)))
+
+    # --- copies --------------------------------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict) -> OptimizedModel:
+        shell = copy.deepcopy(self._shell, memo)
+        result = type(self)(shell, self._compiler.for_copy(shell), self._plan)
+        memo[id(self)] = result
+        owner = -1
+        if self._embedding_optimizer is not None:
+            result.__dict__["_embedding_optimizer"] = copy.deepcopy(self._embedding_optimizer, memo)
+            owner = in_backward.register(result._embedding_optimizer)
+            result.__dict__["_guard"] = InBackwardGuard.of(result)
+        result.__dict__["_report"] = self._report
+        for variant in self._variants:
+            graph = copy_graph(variant.graph)
+            _set_owner(graph, owner)
+            captured = replace(variant.captured, guards=variant.captured.guards.for_copy(shell))
+            result._variants.append(Variant(captured, graph, variant.steps, attach(shell, graph)))
+        return result
+
+    def __reduce_ex__(self, protocol: int):
+        """Saved by recipe: the plain model, the plan, the sample inputs and the optimizer state; ``optimize`` runs on load."""
+        optimizer = self._embedding_optimizer
+        state = None if optimizer is None else optimizer.state_dict()
+        return _rebuild, (plain_copy(self._shell, share=True), self._plan, self._compiler.samples, self.training, state)
+
+    def __dir__(self):
+        return sorted({*super().__dir__(), *dir(self._shell)})
+
+
+def _rebuild(model: nn.Module, plan: Plan, samples: Any, training: bool, optimizer_state: dict | None) -> OptimizedModel:
+    from .optimize import optimize_with_samples
+
+    result = optimize_with_samples(model, plan, samples)
+    if optimizer_state is not None:
+        result.embedding_optimizer.load_state_dict(optimizer_state)
+    return result.train(training)
+
+
+def _set_owner(graph: Graph, owner: int) -> None:
+    """Point every in-backward lookup of a copied graph at the copy's own optimizer."""
+    for node in graph.nodes:
+        if node.target is OP and len(node.args) > 7:
+            node.update_arg(7, owner)
+
+
+def plain_copy(shell: nn.Module, share: bool = False) -> nn.Module:
+    """A plain model from a shell: hooks allowed again, nothing of ours left. ``share`` keeps the same parameter objects."""
+    memo: dict = {}
+    if share:
+        memo.update({id(t): t for t in [*shell.parameters(), *shell.buffers()]})
+    result = copy.deepcopy(shell, memo)
+    result.__dict__.pop(TICKET, None)
+    for module in result.modules():
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            module.__dict__[name] = OrderedDict()
+    return result
+
+
+def _sentence(r: Record) -> str:
+    where = f"{r.subject or 'the model'}" + (f" ({r.location})" if r.location else "")
+    return f"{r.status} {r.rule}: {where}: {r.reason or r.detail or 'rewritten'}"
+
+
+def with_signature_of(model: nn.Module) -> type[OptimizedModel]:
+    """A subclass of :class:`OptimizedModel` whose ``forward`` shows the plain model's signature and documentation."""
+    plain, base = type(model).forward, OptimizedModel.forward
+    forward = types.FunctionType(base.__code__, base.__globals__, "forward", base.__defaults__, base.__closure__)
+    try:
+        forward.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        pass
+    forward.__doc__ = plain.__doc__
+    return type(f"Optimized{type(model).__name__}", (OptimizedModel,), {"forward": forward, "__module__": __name__})
+
+
+def refuse_optimized(model: nn.Module) -> None:
+    """Raises :class:`PlanError` if ``model`` was optimized before, or holds a model that was."""
+    for path, module in model.named_modules():
+        if isinstance(module, OptimizedModel):
+            what = f"its submodule '{path}' is" if path else "the model is"
+            raise PlanError(f"{what} already optimized: call .unoptimized() first, or optimize the whole plain model once")
+
+

@@ -1,0 +1,326 @@
+"""What to do to a model, as data: a frozen tree that prints, diffs, and round-trips through YAML and JSON exactly.
+
+```yaml
+version: 1
+embedding_optimizer: {rowwise_adagrad: {lr: 0.01, eps: 1.0e-8, in_backward: true}}
+tables:                       # globs on module paths; every matching entry applies, key by key, the earlier one winning
+  "user*": {embedding_optimizer: {adagrad: {lr: 0.02}}}
+  "frozen.*": {trainable: false}
+passes: {group_tables: true}  # absent = default, false = off, mapping = options
+numerics: reassociated        # exact | reassociated | approximate: the loosest class of rewrite allowed
+```
+"""
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import yaml
+from torch import nn
+
+from .. import passes as registry
+from ..passes.records import NUMERICS
+from ..passes.rule import Pass
+from .errors import PlanError, nearest
+
+
+@dataclass(frozen=True)
+class EmbeddingOptimizer:
+    """How looked-up rows are updated (formulas: ``kernels/embedding/updates.py``). ``weight_decay`` is decoupled and touches
+    looked-up rows only. ``in_backward``: update when a backward ends instead of in ``embedding_optimizer.step()``; fastest and
+    smallest, and refused where gradients are accumulated, clipped or scaled."""
+
+    key: ClassVar[str] = ""
+    lr: float = 0.01
+    weight_decay: float = 0.0
+    in_backward: bool = False
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            where = f"embedding_optimizer.{self.key}.{f.name}"
+            if f.name == "in_backward":
+                _expect(isinstance(value, bool), where, value, "true or false")
+            elif f.name == "betas":
+                ok = len(value) == 2 and all(_is_number(b) and 0 <= b < 1 for b in value)
+                _expect(ok, where, value, "two numbers in [0, 1)")
+                object.__setattr__(self, "betas", tuple(float(b) for b in value))
+            else:
+                _expect(_is_number(value) and value >= 0, where, value, "a number >= 0")
+                object.__setattr__(self, f.name, float(value))
+
+    def settings(self) -> dict[str, Any]:
+        """Its options as plain values."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class SGD(EmbeddingOptimizer):
+    """``row -= lr * g``."""
+
+    key: ClassVar[str] = "sgd"
+
+
+@dataclass(frozen=True)
+class Adagrad(EmbeddingOptimizer):
+    """``sum += g*g; row -= lr * g / (sqrt(sum) + eps)``: torch.optim.Adagrad on looked-up rows, which is exact."""
+
+    key: ClassVar[str] = "adagrad"
+    eps: float = 1e-10
+
+
+@dataclass(frozen=True)
+class RowwiseAdagrad(EmbeddingOptimizer):
+    """AdaGrad with one accumulator a row: ``sum += mean(g*g)``. A table's state is 1/dim of AdaGrad's."""
+
+    key: ClassVar[str] = "rowwise_adagrad"
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True)
+class Adam(EmbeddingOptimizer):
+    """Lazy Adam: moments and rows move only when looked up (torch.optim.SparseAdam's meaning, not torch.optim.Adam's)."""
+
+    key: ClassVar[str] = "adam"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+
+_OPTIMIZERS: dict[str, type[EmbeddingOptimizer]] = {c.key: c for c in (SGD, Adagrad, RowwiseAdagrad, Adam)}
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """What a plan says of the tables that one glob matches; ``None`` says nothing. ``trainable: false`` freezes them in the
+    optimized model, whatever ``requires_grad`` says."""
+
+    embedding_optimizer: EmbeddingOptimizer | None = None
+    trainable: bool | None = None
+
+    def __post_init__(self) -> None:
+        _check_optimizer(self.embedding_optimizer, "tables.<glob>.embedding_optimizer")
+        _expect(self.trainable in (None, True, False), "tables.<glob>.trainable", self.trainable, "true or false")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan. Fields are the keys of its text form; see the module's example. Raises :class:`PlanError` on anything unknown,
+    with the nearest match."""
+
+    embedding_optimizer: EmbeddingOptimizer | None = None
+    tables: Mapping[str, TablePlan] = field(default_factory=dict)
+    passes: Mapping[str, bool | Mapping[str, Any]] = field(default_factory=dict)
+    numerics: str = "reassociated"
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        _expect(self.version == 1, "version", self.version, "1")
+        _expect(self.numerics in NUMERICS, "numerics", self.numerics, " | ".join(NUMERICS))
+        _check_optimizer(self.embedding_optimizer, "embedding_optimizer")
+        _expect(isinstance(self.tables, Mapping), "tables", self.tables, "a mapping from globs to settings")
+        _expect(isinstance(self.passes, Mapping), "passes", self.passes, "a mapping from pass names to true, false or options")
+        tables = {k: v if isinstance(v, TablePlan) else _table_from(v, f"tables.{k}") for k, v in self.tables.items()}
+        object.__setattr__(self, "tables", MappingProxyType(tables))
+        known = {p.name: p for p in registry.DEFAULT}
+        chosen: dict[str, Any] = {}
+        for name, setting in self.passes.items():
+            _known(name, known, "passes", "pass")
+            if isinstance(setting, Mapping):
+                setting = dict(setting)
+                for option in setting:
+                    _known(option, [f.name for f in fields(known[name])], f"passes.{name}", "option")
+            else:
+                _expect(isinstance(setting, bool), f"passes.{name}", setting, "true, false or a mapping of options")
+            chosen[name] = setting
+        object.__setattr__(self, "passes", MappingProxyType(chosen))
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.to_dict()))
+
+    def __reduce__(self):
+        return Plan.from_dict, (self.to_dict(),)
+
+    @staticmethod
+    def auto(model: nn.Module, *, sample_inputs: Any = None) -> Plan:
+        """The plan that ``"auto"`` means: every exact or reassociated rewrite, and the user's own optimizer."""
+        return Plan()
+
+    # --- text ----------------------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; :meth:`from_dict` reads them back to an equal plan. Keys that say nothing are left out."""
+        out: dict[str, Any] = {"version": self.version}
+        if self.embedding_optimizer is not None:
+            out["embedding_optimizer"] = _optimizer_to(self.embedding_optimizer)
+        if self.tables:
+            out["tables"] = {glob: _table_to(t) for glob, t in self.tables.items()}
+        if self.passes:
+            out["passes"] = {n: s if isinstance(s, bool) else {k: _plain(v) for k, v in s.items()} for n, s in self.passes.items()}
+        out["numerics"] = self.numerics
+        return out
+
+    @staticmethod
+    def from_dict(raw: Mapping[str, Any]) -> Plan:
+        """A plan from plain values. Raises :class:`PlanError` naming the key and its nearest match."""
+        _expect(isinstance(raw, Mapping), "the plan", raw, "a mapping")
+        _expect("version" in raw, "version", None, "1")
+        known = [f.name for f in fields(Plan)]
+        for key in raw:
+            _known(key, known, "the plan", "key")
+        values = dict(raw)
+        for key in ("tables", "passes"):
+            if values.get(key) is None:
+                values.pop(key, None)
+        if values.get("embedding_optimizer") is not None:
+            values["embedding_optimizer"] = _optimizer_from(values["embedding_optimizer"], "embedding_optimizer")
+        return Plan(**values)
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan from a ``.yaml`` or ``.json`` file."""
+        text = Path(path).read_text()
+        try:
+            raw = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text)
+        except (ValueError, yaml.YAMLError) as error:
+            raise PlanError(f"{path} is not valid {'JSON' if str(path).endswith('.json') else 'YAML'}: {error}") from error
+        try:
+            return Plan.from_dict(raw)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write this plan as YAML, or as JSON if ``path`` ends so."""
+        raw = self.to_dict()
+        text = json.dumps(raw, indent=2) + "\n" if str(path).endswith(".json") else yaml.safe_dump(raw, sort_keys=False)
+        Path(path).write_text(text)
+
+    # --- meaning -------------------------------------------------------------------------------------------------------------
+
+    def resolve(self, tables: Iterable[str]) -> dict[str, TablePlan]:
+        """What the plan says of each table (by parameter name, ``"user.emb.weight"``). Globs match that name or its module path.
+
+        Raises :class:`PlanError` for a glob that matches no table.
+        """
+        names = list(tables)
+        for glob in self.tables:
+            if not any(_matches(glob, name) for name in names):
+                paths = [_module_path(n) for n in names]
+                raise PlanError(
+                    f"tables: no table matches '{glob}'{nearest(glob, paths)}. "
+                    f"The model's tables: {', '.join(paths[:20]) or 'none'}{', ...' if len(paths) > 20 else ''}"
+                )
+        resolved = {}
+        for name in names:
+            entries = [t for glob, t in self.tables.items() if _matches(glob, name)]
+            entries.append(TablePlan(embedding_optimizer=self.embedding_optimizer))
+            chosen = {
+                f.name: next((v for e in entries if (v := getattr(e, f.name)) is not None), None) for f in fields(TablePlan)
+            }
+            resolved[name] = TablePlan(**chosen)
+        return resolved
+
+    def make_passes(self) -> list[Pass | Disabled]:
+        """The passes to run, in order, and those that are off with the reason."""
+        made: list[Pass | Disabled] = []
+        for cls in registry.DEFAULT:
+            setting = self.passes.get(cls.name, True)
+            if setting is False:
+                made.append(Disabled(cls, f"the plan says passes.{cls.name}: false"))
+            elif NUMERICS.index(cls.numerics) > NUMERICS.index(self.numerics):
+                made.append(Disabled(cls, f"it is {cls.numerics}, and the plan allows {self.numerics} at most"))
+            else:
+                made.append(cls(**(setting if isinstance(setting, Mapping) else {})))
+        return made
+
+
+@dataclass(frozen=True)
+class Disabled:
+    """A pass that the plan does not allow."""
+
+    cls: type[Pass]
+    reason: str
+
+
+# --- helpers -----------------------------------------------------------------------------------------------------------------
+
+
+def _module_path(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _matches(glob: str, name: str) -> bool:
+    return fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(_module_path(name), glob)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
+
+
+def _expect(ok: bool, where: str, value: Any, needed: str) -> None:
+    if not ok:
+        raise PlanError(f"{where} is {value!r}; it must be {needed}")
+
+
+def _known(key: Any, known: Iterable[str], where: str, what: str) -> None:
+    if key not in known:
+        raise PlanError(f"{where} has no {what} '{key}'{nearest(str(key), known)}. Known: {', '.join(known)}")
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads ``1e-8`` (no dot) as a string; people mean the number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _check_optimizer(value: Any, where: str) -> None:
+    ok = value is None or (isinstance(value, EmbeddingOptimizer) and type(value).key)
+    _expect(ok, where, value, "one of tw.SGD, tw.Adagrad, tw.RowwiseAdagrad, tw.Adam (in text: {adagrad: {lr: 0.01}})")
+
+
+def _optimizer_from(raw: Any, where: str) -> EmbeddingOptimizer:
+    if isinstance(raw, EmbeddingOptimizer):
+        return raw
+    _expect(isinstance(raw, Mapping) and len(raw) == 1, where, raw, "one optimizer, as {adagrad: {lr: 0.01}}")
+    ((key, options),) = raw.items()
+    _known(key, _OPTIMIZERS, where, "optimizer")
+    cls = _OPTIMIZERS[key]
+    options = {} if options is None else options
+    _expect(isinstance(options, Mapping), f"{where}.{key}", options, "a mapping of options")
+    for option in options:
+        _known(option, [f.name for f in fields(cls)], f"{where}.{key}", "option")
+    return cls(**{name: _number(value) for name, value in options.items()})
+
+
+def _optimizer_to(value: EmbeddingOptimizer) -> dict[str, Any]:
+    return {value.key: value.settings()}
+
+
+def _table_from(raw: Any, where: str) -> TablePlan:
+    _expect(isinstance(raw, Mapping), where, raw, "a mapping of settings")
+    for key in raw:
+        _known(key, [f.name for f in fields(TablePlan)], where, "key")
+    values = dict(raw)
+    if values.get("embedding_optimizer") is not None:
+        values["embedding_optimizer"] = _optimizer_from(values["embedding_optimizer"], f"{where}.embedding_optimizer")
+    return TablePlan(**values)
+
+
+def _table_to(value: TablePlan) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for f in fields(value):
+        setting = getattr(value, f.name)
+        if setting is not None:
+            out[f.name] = _optimizer_to(setting) if isinstance(setting, EmbeddingOptimizer) else setting
+    return out

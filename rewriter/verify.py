@@ -1,0 +1,98 @@
+"""Is the rewritten graph still the plain model? Structure after every pass; numbers on request."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, Interpreter, Node
+
+from ..passes.graph import fetch, stored_tensor
+from ..passes.origin import KEY
+from .capture import attach
+from .errors import VerifyError
+
+
+def copy_graph(graph: Graph) -> Graph:
+    """An independent copy with the same node names and meta (``Graph.graph_copy`` loses the output's)."""
+    result = Graph()
+    nodes: dict[Node, Node] = {}
+    for node in graph.nodes:
+        nodes[node] = result.node_copy(node, nodes.__getitem__)
+    return result
+
+
+class _ShapePropagation(Interpreter):
+    """Run a graph on fake tensors and leave each value in ``node.meta["val"]``."""
+
+    def __init__(self, module, mode: FakeTensorMode) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.mode = mode
+
+    def get_attr(self, target, args, kwargs):
+        value = fetch(self.module._shell, target)
+        return self.mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
+
+    def run_node(self, n: Node):
+        value = super().run_node(n)
+        n.meta["val"] = value
+        return value
+
+
+def propagate(graph: Graph, shell: nn.Module) -> bool:
+    """Fill ``meta["val"]`` of every node from its inputs' values. False where capture knows no shapes (no sample inputs)."""
+    inputs = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
+    mode = next((v.fake_mode for v in inputs if isinstance(v, FakeTensor)), None)
+    if mode is None or any(v is None for v in inputs):
+        return False
+    with mode, torch.no_grad():
+        _ShapePropagation(attach(shell, graph), mode).run(*inputs)
+    return True
+
+
+def check_structure(before: Graph, after: Graph, shell: nn.Module) -> None:
+    """Lint, origins, inputs, outputs, stored tensors, shapes and dtypes. Raises :class:`VerifyError` naming the first fault."""
+    try:
+        after.lint()
+    except RuntimeError as error:
+        raise VerifyError(f"the graph is not well formed: {error}") from error
+    for node in after.nodes:
+        if KEY not in node.meta and node.op != "output":
+            raise VerifyError(f"node '{node.name}' has no origin: make nodes through the pass's Editor only")
+    was, now = ([n.target for n in g.nodes if n.op == "placeholder"] for g in (before, after))
+    if was != now:
+        raise VerifyError(f"the inputs changed from {was} to {now}")
+    lost = _stored(before, shell) - _stored(after, shell)
+    if lost:
+        raise VerifyError(f"the graph no longer reads {', '.join(sorted(map(str, _names(shell, lost))))}")
+    old_values = _outputs(before)
+    try:
+        known = propagate(after, shell)
+    except Exception as error:  # whatever an op's fake implementation says of a wrong graph
+        raise VerifyError(f"the graph does not run on its own shapes: {type(error).__name__}: {error}") from error
+    if known:
+        for i, (old, new) in enumerate(zip(old_values, _outputs(after), strict=True)):
+            if isinstance(old, Tensor) and (old.dtype != new.dtype or not _same_shape(old, new)):
+                raise VerifyError(
+                    f"output {i} was {tuple(old.shape)} {old.dtype} and is now {tuple(new.shape)} {new.dtype}"
+                )  # fmt: skip
+
+
+def _same_shape(a: Tensor, b: Tensor) -> bool:
+    sizes = zip(a.shape, b.shape)
+    return a.dim() == b.dim() and all(str(x) == str(y) for x, y in sizes if isinstance(x, int) and isinstance(y, int))
+
+
+def _stored(graph: Graph, shell: nn.Module) -> set[int]:
+    tensors = (stored_tensor(n, shell) for n in graph.nodes if n.users)
+    return {id(t) for t in tensors if t is not None}
+
+
+def _names(shell: nn.Module, ids: set[int]) -> list[str]:
+    return [n for n, t in [*shell.named_parameters(), *shell.named_buffers()] if id(t) in ids]
+
+
+def _outputs(graph: Graph) -> list[Any]:
+    (values,) = next(n for n in reversed(graph.nodes) if n.op == "output").args
+    return [v.meta.get("val") if isinstance(v, Node) else v for v in values]

@@ -1,0 +1,41 @@
+"""Builds the package: the repository root is the Python package ``tablewright``, and one optional C++ library lies in it.
+
+The library uses no Python or PyTorch headers, so torch is not needed to build. Where there is no working C++ compiler the build
+goes on without it, and the pure PyTorch kernels do the work (``tablewright.kernels.embedding.cpu.describe()`` says so).
+"""
+import os
+import platform
+import sys
+
+from setuptools import Extension, setup
+
+NATIVE = "kernels/embedding/native"
+
+
+def packages() -> list[str]:
+    """Every folder with an __init__.py under the package's three floors, as tablewright.*"""
+    found = ["tablewright"]
+    for floor in ("kernels", "passes", "rewriter"):
+        for folder, _, files in os.walk(floor):
+            if "__init__.py" in files:
+                found.append("tablewright." + folder.replace(os.sep, "."))
+    return sorted(found)
+
+
+def native() -> Extension:
+    """The CPU kernels, compiled once per instruction set inside one library that picks at run time."""
+    threads = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has no OpenMP: one thread there
+    sources = ["driver.cpp", "kernels_baseline.cpp", "kernels_avx2.cpp", "kernels_avx512.cpp"]
+    return Extension(
+        "tablewright.kernels.embedding._native",
+        sources=[f"{NATIVE}/{s}" for s in sources],
+        depends=[f"{NATIVE}/{s}" for s in ("abi.h", "radix_sort.h", "kernels.inc")],
+        extra_compile_args=["-O3", "-std=c++14", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", *threads],
+        extra_link_args=threads,
+        language="c++",
+        optional=True,
+    )
+
+
+# Elsewhere (Windows) the flags above mean nothing to the compiler.
+setup(packages=packages(), ext_modules=[native()] if platform.system() in ("Linux", "Darwin") else [])
