@@ -19,7 +19,7 @@ from torch import Tensor
 from .errors import InBackwardError
 
 _WAY_OUT = "set in_backward: false in the plan's embedding_optimizer and call opt.embedding_optimizer.step()"
-_HARMLESS = {"__get__", "__repr__", "size", "dim", "is_floating_point"}
+_HARMLESS = {"__get__", "__repr__", "size", "stride", "dim", "storage_offset", "untyped_storage", "data_ptr", "numel", "detach"}
 _CLEARING = {"detach_", "zero_", "requires_grad_"}  # what zero_grad(set_to_none=False) calls: there is nothing to clear
 
 
@@ -31,7 +31,7 @@ class UpdatedInBackward(Tensor):
         name = getattr(func, "__name__", str(func))
         if name in _CLEARING:
             return args[0]
-        if name in _HARMLESS:
+        if name in _HARMLESS or name.startswith(("is_", "_is_")):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         raise InBackwardError(
@@ -120,3 +120,10 @@ class InBackwardGuard:
 
 def _placeholder(param: Tensor) -> Tensor:
     return torch.zeros(1, dtype=param.dtype, device=param.device).expand(param.shape).as_subclass(UpdatedInBackward)
+
+
+def drop_placeholders(model: torch.nn.Module) -> None:
+    """Forget the placeholders that an earlier optimized form of ``model`` left on shared parameters."""
+    for param in model.parameters():
+        if isinstance(param.grad, UpdatedInBackward):
+            param.grad = None

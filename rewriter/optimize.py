@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from ..kernels.embedding import cpu
 from ..kernels.embedding.op import OP
+from ..kernels.embedding.spec import decode
 from ..kernels.embedding.optimizers import RowUpdates, row_wise
 from ..passes.lookups import tables_read
 from ..passes.records import APPLIED
@@ -24,7 +25,7 @@ from .capture import attach, capture, clone_shell
 from .embedding_optimizer import decide
 from .equivalence import numeric_check
 from .errors import CaptureError, PlanError, TablewrightError
-from .in_backward_guard import InBackwardGuard
+from .in_backward_guard import InBackwardGuard, drop_placeholders
 from .optimized_model import TICKET, OptimizedModel, Variant, refuse_optimized, with_signature_of
 from .pipeline import Check, Step, run_passes
 from .plan import Plan
@@ -77,6 +78,7 @@ def optimize_with_samples(
     started = time.perf_counter() if started is None else started
     if duplicate:
         model = copy.deepcopy(model)
+    drop_placeholders(model)
     shell = clone_shell(model)
     compiler = Compiler(shell, {} if duplicate else dict(model.named_modules()), plan, samples, verify)
     variant = compiler.compile(samples.args, samples.kwargs, more=samples.more, optimizer=optimizer)
@@ -102,6 +104,25 @@ def _plan(plan: Any, model: nn.Module, sample_inputs: Any) -> Plan:
     if isinstance(plan, (str, Path)) and Path(plan).suffix in (".yaml", ".yml", ".json"):
         return Plan.load(plan)
     raise PlanError(f"plan is {plan!r}; it must be 'auto', a Plan, a mapping, or the path of a .yaml or .json file")
+
+
+def _refuse_ids(variant: Variant, args: tuple, kwargs: dict) -> None:
+    """Raises ``TypeError`` where an input that is used as ids has no integer dtype: no capture could make that right."""
+    leaves = variant.captured.guards.inputs.flatten(args, kwargs)
+    if leaves is None:
+        return
+    given = dict(zip((n for n in variant.graph.nodes if n.op == "placeholder"), variant.captured.guards.inputs.pick(leaves)))
+    for node in variant.graph.nodes:
+        if node.target is not OP:
+            continue
+        spec = decode(node.args[5])
+        for lookup, ids in zip(spec.lookups, node.args[1]):
+            value = given.get(ids)
+            if isinstance(value, Tensor) and value.dtype not in (torch.int32, torch.int64):
+                raise TypeError(
+                    f"ids of lookup '{lookup.name}' (table '{spec.tables[lookup.table].name}') are {value.dtype}; "
+                    "they must be int32 or int64: pass ids.long()"
+                )
 
 
 def _raise_if_skipped(report: Report) -> None:
@@ -174,6 +195,7 @@ class Compiler:
                 f"{failure}, and {_MAX_VARIANTS} forms of the model have been captured already: something changes at every call. "
                 "Pass it as a tensor input instead"
             )
+        _refuse_ids(model._variants[0], args, kwargs)
         for variant in model._variants:
             variant.captured.guards.sync()
         try:

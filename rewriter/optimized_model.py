@@ -18,7 +18,7 @@ from ..kernels.embedding.op import OP
 from ..kernels.embedding.optimizers import RowUpdates
 from ..passes.records import Record
 from .capture import Captured, attach
-from .errors import PlanError, nearest
+from .errors import CaptureError, PlanError, nearest
 from .in_backward_guard import InBackwardGuard
 from .pipeline import Step
 from .plan import Plan
@@ -75,12 +75,21 @@ class OptimizedModel(nn.Module):
         return leaves[0] if spec.is_leaf() else pytree.tree_unflatten(list(leaves), spec)
 
     def _variant_for(self, args: tuple, kwargs: dict) -> Variant:
+        if torch.compiler.is_compiling():
+            return self._variant_for_mode()
         failure = ""
         for variant in self._variants:
             failure = variant.captured.guards.failure(args, kwargs)
             if failure is None:
                 return variant
         return self._compiler.recapture(self, args, kwargs, failure)
+
+    def _variant_for_mode(self) -> Variant:
+        """Under torch.compile, which guards inputs and modules itself: the variant for the present training flags."""
+        for variant in self._variants:
+            if all(self.get_submodule(path).training == mode for path, mode in variant.captured.guards.modes.items()):
+                return variant
+        raise CaptureError("the model has not been captured in this mode: call it once without torch.compile, then compile")
 
     def train(self, mode: bool = True) -> OptimizedModel:
         super().train(mode)
@@ -211,7 +220,7 @@ class OptimizedModel(nn.Module):
         for variant in self._variants:
             graph = copy_graph(variant.graph)
             _set_owner(graph, owner)
-            captured = replace(variant.captured, guards=variant.captured.guards.for_copy(shell))
+            captured = replace(variant.captured, guards=copy.deepcopy(variant.captured.guards, memo))
             result._variants.append(Variant(captured, graph, variant.steps, attach(shell, graph)))
         return result
 

@@ -61,7 +61,8 @@ def run_passes(
         try:
             records = item.run(context)
         except CannotUpdate as error:
-            raise PlanError(str(error)) from None
+            failed = next((r.reason for s in steps if s.status == REJECTED for r in s.records), "")
+            raise PlanError(f"{error}. {failed}" if failed else str(error)) from None
         except Exception as error:
             done = ", ".join(s.name for s in steps) or "none"
             raise PassError(

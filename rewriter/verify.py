@@ -32,7 +32,7 @@ class _ShapePropagation(Interpreter):
 
     def get_attr(self, target, args, kwargs):
         value = fetch(self.module._shell, target)
-        return self.mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
+        return self.mode.from_tensor(value.detach(), static_shapes=True) if isinstance(value, Tensor) else value
 
     def run_node(self, n: Node):
         value = super().run_node(n)

@@ -134,8 +134,6 @@ def _reduce_tile(
     """Sum pieces ``tile * R`` to ``tile * R + R`` of one table; finish those that are whole runs."""
     chunk = tl.load(entry + FIRST_CHUNK)
     chunk_end = tl.load(entry + END_CHUNK)
-    rows = tl.load(entry + ROWS_OF)
-    begin = chunk.to(tl.int32) * CHUNK
     end = chunk_end.to(tl.int32) * CHUNK
     lane = tl.arange(0, R)
     cols = tl.arange(0, D)
@@ -146,16 +144,8 @@ def _reduce_tile(
     after = tl.load(starts + piece + 1, mask=live & (piece + 1 < pieces_end), other=0)
     after = tl.where(piece + 1 < pieces_end, after, end)
     key = tl.load(keys + first, mask=live, other=0)
-    row = key.to(tl.int64) - tl.load(entry + KEY_OF)
-    live = live & (row < rows)  # the last key of a table trains nothing
+    live = live & (key < tl.load(entry + KEY_OF) + tl.load(entry + ROWS_OF))  # the last key of a table trains nothing
     count = tl.where(live, after - first, 0)
-    goes_back = (first > begin) & (tl.load(keys + first - 1, mask=live & (first > begin), other=-1) == key)
-    goes_on = (after < end) & (tl.load(keys + after, mask=live & (after < end), other=-1) == key)
-    whole = live & (goes_back == 0) & (goes_on == 0)
-    place = row
-    if RANKED:
-        place = (tl.load(ranks + piece, mask=live, other=0) - tl.load(before + total_chunks + 1 + chunk)).to(tl.int64)
-    partial = partials + (2 * (first // CHUNK) + (first % CHUNK != 0)).to(tl.int64) * pitch
     dim = tl.multiple_of(tl.load(entry + DIM_OF), GRAD_VEC)
     alone = count > LONG
     total = _sum_reads(
@@ -170,6 +160,17 @@ def _reduce_tile(
                     order, sources, scales, start + lane, (n - lane + R - 1) // R, R, cols, dim, R, D, GRAD_VEC, UNROLL, GRAD_T, SCALED
                 )
                 total = tl.where((lane == r)[:, None], tl.sum(parts, 0)[None, :], total)
+    # Only now, and not before the sums: every number held meanwhile costs registers.
+    after = first + count
+    begin = tl.load(entry + FIRST_CHUNK).to(tl.int32) * CHUNK
+    row = key.to(tl.int64) - tl.load(entry + KEY_OF)
+    goes_back = (first > begin) & (tl.load(keys + first - 1, mask=live & (first > begin), other=-1) == key)
+    goes_on = (after < end) & (tl.load(keys + after, mask=live & (after < end), other=-1) == key)
+    whole = live & (goes_back == 0) & (goes_on == 0)
+    place = row
+    if RANKED:
+        place = (tl.load(ranks + piece, mask=live, other=0) - tl.load(before + total_chunks + 1 + tl.load(entry + FIRST_CHUNK))).to(tl.int64)
+    partial = partials + (2 * (first // CHUNK) + (first % CHUNK != 0)).to(tl.int64) * pitch
     tl.store(partial[:, None] + cols[None, :], total, mask=(live & (whole == 0))[:, None] & (cols < dim)[None, :])
     _finish(entry, row, place, whole, total, cols, VEC, RULE, TARGET_T, STATE_T)
 

@@ -70,6 +70,7 @@ def embedding_bag(tracer, input, weight, offsets=None, max_norm=None, norm_type=
         # the offsets have the ids' dtype (int32 ids want int32 offsets)
         offsets = tracer.emit(aten.arange.start_step, 0, total, width, dtype=tracer.dtype(input), device=tracer.device(input))
         input = tracer.emit(aten.reshape.default, input, [-1])
+        include_last_offset = False  # as torch does
         if per_sample_weights is not None:
             per_sample_weights = tracer.emit(aten.reshape.default, per_sample_weights, [-1])
     elif rank not in (None, 1):

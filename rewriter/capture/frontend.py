@@ -7,9 +7,11 @@ import torch
 from torch import fx, nn
 
 from ..errors import CaptureError, explain
-from . import fx_tracer
+from . import check, export_frontend, fx_tracer
 from .guards import Guards
 from .shell import refuse_hooks
+
+_NO_INPUTS = "pass sample_inputs=, so that torch.export can capture what tracing without inputs cannot"
 
 
 @dataclass
@@ -30,18 +32,80 @@ class Captured:
     notes: list[str] = field(default_factory=list)
 
 
-def capture(shell: nn.Module, args: tuple | None, kwargs: dict | None = None, *,
+def capture(shell: nn.Module, args: tuple | list | None, kwargs: dict | None = None, *,
             originals: dict[str, nn.Module] | None = None) -> Captured:
     """Captures ``shell(*args, **kwargs)`` in the shell's current mode.
 
-    ``args`` may be a list of two ``(args, kwargs)`` batches, or None to trace without inputs. ``originals`` maps module
+    ``args`` may be a list of ``(args, kwargs)`` batches, or None to trace without inputs. ``originals`` maps module
     paths to the user's own modules, whose attributes are then guarded too. Nothing that belongs to the user changes.
     Raises CaptureError naming the user's line, the cause and the way out.
     """
     refuse_hooks(shell)
-    batches = None
-    if args is not None:
-        batches = [(tuple(a), dict(k or {})) for a, k in args] if isinstance(args, list) else [(tuple(args), dict(kwargs or {}))]
-    first = batches[0] if batches else (None, None)
-    graph, inputs, out_spec, log = fx_tracer.trace(shell, *first)
-    return Captured(graph, inputs.spec, out_spec, "fx", Guards(shell, originals, inputs, log))
+    if args is None:
+        with check.undisturbed():
+            try:
+                captured = _by_tracing(shell, None, None, originals)
+            except CaptureError as error:
+                raise CaptureError(explain("the model cannot be captured without inputs", why=str(error), fix=_NO_INPUTS)) from error
+        captured.notes.append("captured without sample inputs, so not compared with the plain model")
+        return captured
+    batches = [(tuple(a), dict(k or {})) for a, k in args] if isinstance(args, list) else [(tuple(args), dict(kwargs or {}))]
+    if not batches:
+        raise CaptureError(explain("sample_inputs is an empty list", fix="pass a batch, or a list of two (args, kwargs) batches"))
+    with check.undisturbed():
+        try:
+            captured = _by_tracing(shell, *batches[0], originals)
+            why = _checked(shell, captured, batches)
+        except CaptureError as error:
+            captured, why = None, str(error)
+        if why is None:
+            return captured
+        captured = _by_export(shell, *batches[0], originals)
+        captured.notes.append(f"captured by torch.export, because tracing stopped: {why}")
+        different = _checked(shell, captured, batches)
+    if different is not None:
+        raise CaptureError(explain("the captured graph is not the model", why=different, fix=(
+            "make forward() depend on its inputs and the module's parameters only (no Python randomness, clocks or globals), "
+            "or leave this model as it is")))
+    return captured
+
+
+def _by_tracing(shell, args, kwargs, originals) -> Captured:
+    graph, inputs, out_spec, log = fx_tracer.trace(shell, args, kwargs)
+    return _finished("fx", graph, inputs, out_spec, Guards(shell, originals, inputs, log))
+
+
+def _by_export(shell, args, kwargs, originals) -> Captured:
+    graph, inputs, out_spec, log, conditions = export_frontend.export(shell, args, kwargs)
+    return _finished("export", graph, inputs, out_spec,
+                     Guards(shell, originals, inputs, log, conditions=conditions, baked_dtypes=True))
+
+
+def _finished(door, graph, inputs, out_spec, guards) -> Captured:
+    notes = []
+    if guards.modes:
+        names = ", ".join(f"'{path or 'the model'}'" for path in guards.modes)
+        notes.append(f"forward() of {names} branches on self.training, so each mode has a graph of its own")
+    if torch.nn.modules.module._has_any_global_hook():
+        notes.append("global module hooks are installed; the graph does not run them for its submodules")
+    graph.lint()
+    return Captured(graph, inputs.spec, out_spec, door, guards, notes)
+
+
+def _checked(shell, captured: Captured, batches) -> str | None:
+    """None where the graph agrees with the plain model on every batch; what is different otherwise."""
+    for args, kwargs in batches:
+        if (reason := captured.guards.failure(args, kwargs)) is not None:
+            return reason
+        if (reason := check.mismatch(shell, captured, args, kwargs)) is not None:
+            return reason
+    made = check.derived_batches(captured.guards.inputs, *batches[0])
+    if len(batches) == 1 and not made:
+        captured.notes.append("checked at one batch size")
+    for rows, args, kwargs in made:
+        if captured.guards.failure(args, kwargs) is not None:
+            continue  # never run at this size: the guard asks for another capture
+        reason = check.mismatch(shell, captured, args, kwargs, required=False)
+        if reason is not None:
+            return reason
+    return None

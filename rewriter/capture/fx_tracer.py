@@ -23,13 +23,14 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from ...passes.origin import KEY, Origin
 from ..errors import CaptureError, explain
 from . import aten_form, aten_special
+from .cleanup import make_functional, remove_dead
 from .inputs import Inputs, signature_of
 from .recording import ReadLog, is_users, recording, user_location
 from .value import GiveUp, NumberValue, SequenceValue, TensorValue, tensor_value
 
 aten = torch.ops.aten
 _PROPERTIES = {getattr(torch.Tensor, name).__get__: name for name in ("shape", "ndim", "dtype", "device", "requires_grad")}
-_CONSTANT = "_tablewright_constant_"
+CONSTANT = "_tablewright_constant_"
 
 
 class Tracer(ReadLog):
@@ -62,6 +63,8 @@ class Tracer(ReadLog):
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             raise GiveUp("forward() runs under autocast")
         args, kwargs = self.nodes_of(args), self.nodes_of(kwargs or {})
+        if name is None and isinstance(target, torch._ops.OpOverload):
+            name = target._schema.name.split("::")[1]  # as export names them
         node = self.graph.create_node(op, target, args, kwargs, name)
         self.stamp(node)
         if self.fake_mode is not None:
@@ -108,9 +111,9 @@ class Tracer(ReadLog):
             raise GiveUp(f"a {type(tensor).__name__} on {tensor.device} is used as a constant")
         if id(tensor) not in self._constants:
             number = 0
-            while f"{_CONSTANT}{number}" in self.shell.__dict__:
+            while f"{CONSTANT}{number}" in self.shell.__dict__:
                 number += 1
-            name = f"{_CONSTANT}{number}"
+            name = f"{CONSTANT}{number}"
             self.shell.__dict__[name] = tensor.clone()
             self._keep.append(tensor)
             self._constants[id(tensor)] = self.node(name, op="get_attr")
@@ -202,7 +205,7 @@ class Tracer(ReadLog):
     def result(self, leaf):
         """A leaf of the model's result as an argument of the output node."""
         node = self.nodes_of(leaf)
-        if isinstance(node, fx.Node) and node.op == "get_attr" and str(node.target).startswith(_CONSTANT):
+        if isinstance(node, fx.Node) and node.op == "get_attr" and str(node.target).startswith(CONSTANT):
             return self.node(aten.clone.default, (node,))  # the model makes a new one at each call
         if node is not None and not isinstance(node, (fx.Node, bool, int, float, str)):
             raise GiveUp(f"a {type(leaf).__name__} is returned")
@@ -486,6 +489,12 @@ def abstract_inputs(shell: nn.Module) -> Inputs:
     return Inputs(tuple(required), {}, _without_self(signature, shell), abstract=True)
 
 
+def sample_inputs(shell: nn.Module, args: tuple, kwargs: dict) -> tuple[Inputs, list]:
+    """The structure of a call, and its leaves."""
+    inputs = Inputs(args, kwargs, _without_self(signature_of(shell), shell))
+    return inputs, inputs.examples
+
+
 def _without_self(signature, shell):
     if signature is None or "forward" in shell.__dict__:
         return signature
@@ -500,7 +509,7 @@ def trace(shell: nn.Module, args: tuple | None, kwargs: dict | None) -> tuple[fx
     if args is None:
         inputs, fake_mode = abstract_inputs(shell), None
     else:
-        inputs = Inputs(args, kwargs or {}, _without_self(signature_of(shell), shell))
+        inputs, _ = sample_inputs(shell, args, kwargs or {})
         fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.enable_grad(), recording(Tracer(shell, fake_mode)) as tracer, _makers():
         leaves = []
@@ -530,30 +539,32 @@ def trace(shell: nn.Module, args: tuple | None, kwargs: dict | None) -> tuple[fx
         if tracer.reason is not None:
             raise CaptureError(f"{tracer.reason}{f' at {tracer.where}' if tracer.where else ''}")
         if failure is not None:
-            where = _raised_at(failure)
+            where = raised_at(failure)
             raise CaptureError(f"{type(failure).__name__}: {failure}{f' at {where}' if where else ''}") from failure
         tracer.check_containers()
-        _register_outputs(result)
+        register_outputs(result)
         results, out_spec = pytree.tree_flatten(result)
         try:
             nodes = tuple(tracer.result(leaf) for leaf in results)
         except GiveUp as stop:
             raise CaptureError(f"the result of forward() cannot be captured: {stop.reason}") from stop
         output = tracer.graph.output(nodes)
+        make_functional(tracer.graph)
+        remove_dead(tracer.graph)
         output.meta[KEY] = Origin((output.name,), "capture")
     for node, rank in tracer.ranks.items():
         inputs.ranks[inputs.names.index(node.target)] = rank
     return tracer.graph, inputs, out_spec, tracer
 
 
-def _register_outputs(result) -> None:
+def register_outputs(result) -> None:
     import dataclasses
     for leaf in pytree.tree_leaves(result):
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             torch.export.register_dataclass(type(leaf))
 
 
-def _raised_at(error: BaseException) -> str:
+def raised_at(error: BaseException) -> str:
     """file:line of the innermost frame of the traceback that is the user's."""
     where, step = "", error.__traceback__
     while step is not None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import weakref
 from operator import attrgetter, itemgetter
 
@@ -13,6 +14,7 @@ from .recording import ReadLog
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _GONE = object()
+_SHAPE = attrgetter("shape")
 
 
 class Guards:
@@ -27,11 +29,11 @@ class Guards:
     """
 
     def __init__(self, shell: nn.Module, originals: dict[str, nn.Module] | None, inputs: Inputs, log: ReadLog, *,
-                 sizes: dict[tuple[int, int], int] | None = None, relations=None, baked_dtypes: bool = False):
-        """``sizes``: (leaf, dimension) -> fixed size. ``relations``: callable(leaves) -> sentence or None."""
+                 conditions: list[str] = (), baked_dtypes: bool = False):
+        """``conditions``: Python expressions over ``S[i][d]``, the size of dimension d of the i-th tensor leaf."""
         self.inputs = inputs
-        self.sizes = dict(sizes or {})
-        self.relations = relations
+        self.conditions = list(conditions)
+        self._holds = _compiled(" and ".join(f"({each})" for each in self.conditions)) if self.conditions else None
         self.modes = {path: _module(shell, path).__dict__["training"] for path in sorted(log.modes)}
         self._names = {path: tuple(seen) for path, seen in log.attributes.items() if seen}
         self._class_names = {path: dict(seen) for path, seen in log.class_attributes.items() if seen}
@@ -74,13 +76,21 @@ class Guards:
         reason = self.inputs.failure(leaves, args, kwargs)
         if reason is not None:
             return reason
-        for (leaf, dim), size in self.sizes.items():
-            if leaves[leaf].shape[dim] != size:
-                return (f"dimension {dim} of input '{self.inputs.names[leaf]}' was {size} when captured and is "
-                        f"{leaves[leaf].shape[dim]} now, and the captured graph holds for {size} only")
-        if self.relations is not None and (reason := self.relations(leaves)):
-            return reason
+        if self._holds is not None:
+            shapes = list(map(_SHAPE, self.inputs.tensors_of(leaves)))
+            if not self._holds(shapes):
+                return self._explain_sizes(shapes)
         return self.module_failure()
+
+    def _explain_sizes(self, shapes: list) -> str:
+        code = next(each for each in self.conditions if not _compiled(each)(shapes))
+        names = [self.inputs.names[i] for i in self.inputs.tensors]
+        if fixed := re.fullmatch(r"S\[(\d+)\]\[(\d+)\] == (\d+)", code):
+            leaf, dim, size = map(int, fixed.groups())
+            return (f"dimension {dim} of input '{names[leaf]}' was {size} when captured and is {shapes[leaf][dim]} now, and "
+                    f"the captured graph holds for {size} only")
+        readable = re.sub(r"S\[(\d+)\]\[(\d+)\]", lambda m: f"{names[int(m[1])]}.shape[{m[2]}]", code)
+        return f"the captured graph holds only where {readable}, which is not so for these inputs"
 
     # the modules ------------------------------------------------------------------------------------------------------------
     def module_failure(self) -> str | None:
@@ -194,6 +204,10 @@ class _Group:
             if len(vars(value)) != len(fields):
                 return f"attribute '{name}' of '{self.path or 'the model'}' gained fields since the capture"
         return None
+
+
+def _compiled(expression: str):
+    return eval(f"lambda S: {expression}", {})
 
 
 def _one(name: str):

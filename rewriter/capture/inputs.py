@@ -49,7 +49,7 @@ class Inputs:
         self.facts = [] if abstract else [_FACTS(self.leaves[i]) for i in self.tensors]
         self.device = None if abstract or not self.tensors else self.leaves[self.tensors[0]].device
         self.flatten = _flattener(args, kwargs, self.spec)
-        self._tensors_of = _getter(self.tensors, len(self.leaves))
+        self.tensors_of = _getter(self.tensors, len(self.leaves))
         self.pick = _getter(self.placeholders, len(self.leaves))
         self.examples = self.leaves
         self.leaves = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]  # keep no batch alive
@@ -66,7 +66,7 @@ class Inputs:
         for i, value in self.baked.items():
             if leaves[i] is not value and leaves[i] != value:
                 return f"input '{self.names[i]}' was {value!r} when captured and is {leaves[i]!r} now"
-        tensors = self._tensors_of(leaves)
+        tensors = self.tensors_of(leaves)
         if not self.abstract and tensors:
             if list(map(_FACTS, tensors)) != self.facts or tensors[0].device != self.device:
                 return self._explain_facts(tensors)
@@ -86,7 +86,7 @@ class Inputs:
         return None
 
     def _explain_structure(self, args, kwargs) -> str:
-        names = _leaf_names(args, kwargs, None, )
+        names = _leaf_names(args, kwargs, None)
         return (f"the inputs have another structure than when captured: {len(names)} leaves "
                 f"in ({len(args)} positional, {sorted(kwargs)} keyword) arguments now, captured as {_brief(self.spec)}")
 

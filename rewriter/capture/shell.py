@@ -137,6 +137,14 @@ class ShellGraph(fx.GraphModule):
         if (shell := self.__dict__.get("_shell")) is not None:
             shell.training = mode
 
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "_shell" or "_shell" not in self.__dict__:
+                raise
+            return getattr(self._shell, name)  # plain tensors that the model keeps as attributes, constants of the capture
+
     def recompile(self):
         code = super().recompile()
         cls = type(self)

@@ -31,9 +31,26 @@ class TensorValue(torch.Tensor):
         raise GiveUp(f"{getattr(func, '__name__', func)} was called on a traced value outside of the trace")
 
 
+def _method(function):
+    """Around torch's C argument parser, which would reject a traced number before anybody could see the call."""
+    def method(self, *args, **kwargs):
+        return torch.overrides.handle_torch_function(function, (self,), self, *args, **kwargs)
+
+    return method
+
+
+for _name in ("view reshape expand permute repeat tile flip new_zeros new_ones new_full new_empty narrow chunk split unbind "
+              "unflatten select transpose repeat_interleave masked_fill clamp clamp_min clamp_max roll topk").split():
+    setattr(TensorValue, _name, _method(getattr(torch.Tensor, _name)))
+
+
+_EMPTY = torch.empty(0, device="meta")
+
+
 def tensor_value(node: fx.Node) -> TensorValue:
-    value = torch.Tensor._make_subclass(TensorValue, torch.empty(0, device="meta"))
-    value.node = node
+    with torch._C.DisableTorchFunction():
+        value = torch.Tensor._make_subclass(TensorValue, _EMPTY)
+    value.__dict__["node"] = node
     return value
 
 

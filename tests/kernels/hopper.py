@@ -6,6 +6,7 @@ because a process in which ``TRITON_INTERPRET`` was set when the kernels were de
 """
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -55,7 +56,7 @@ def compile_for_hopper(kernel, arguments: dict[str, str], constants: dict[str, o
         "loads": count("LDG"),
         "stores_128": count("STG", holding=".128"),
         "stores": count("STG"),
-        "atomics": count("RED", "ATOM"),
+        "atomics": count("RED.", "ATOM"),
         "shared": compiled.metadata.shared,
         "instructions": opcodes.total(),
     }
@@ -65,26 +66,55 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([str(TOOLS / tool), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _forward_cases():
-    from tablewright.kernels.embedding.triton_common import tile_rows
-    from tablewright.kernels.embedding.triton_forward import forward_kernel
+DTYPES = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
+LOOKUP_TYPES = {"ID_T": tl.int64, "OFFSET_T": tl.int64}
 
-    for dtype, size in ((tl.float32, 4), (tl.float16, 2), (tl.bfloat16, 2)):
-        for dim in (64, 128):
-            for unroll in (1, 2):
-                for weight in (None, dtype):
-                    kinds = ((tile_rows(dim), dim, 16 // size, 16 // size, unroll),)
-                    constants = {
-                        "COUNT": 26, "N_LOOKUPS": 26, "KINDS": kinds, "TABLE_T": dtype, "ID_T": tl.int64, "OFFSET_T": tl.int64,
-                        "WEIGHT_T": weight,
-                    }  # fmt: skip
-                    name = f"forward {dtype} D{dim} {'bags' if unroll > 1 else 'plain'}{' weighted' if weight else ''}"
-                    yield name, forward_kernel, {"entries": "*i64", "found": "*i32"}, constants
+
+def embedding_cases():
+    """(name, kernel, arguments, constants) of the embedding kernels, with the constants that ``gpu.py`` would choose."""
+    from tablewright.kernels.embedding import triton_backward, triton_forward, triton_keys
+    from tablewright.kernels.embedding.triton_common import tile_rows
+
+    index = {name: "*i32" for name in ("keys", "before", "starts", "ranks", "counts")} | {"total_chunks": "i32", "total": "i32", "pitch": "i32"}
+    index |= {name: "*i64" for name in ("entries", "order", "sources")} | {"found": "*i32", "scales": "*fp32", "partials": "*fp32"}
+
+    def case(name, kernel, **constants):
+        return name, kernel, {n: index[n] for n in kernel.arg_names if n not in constants}, constants
+
+    for (kind, dtype), dim in itertools.product(DTYPES.items(), (64, 128)):
+        vector = 128 // dtype.primitive_bitwidth
+        shape = (tile_rows(dim), dim, vector, vector)
+        of = f"{kind} D{dim}"
+        common = {"COUNT": 26, "TABLE_T": dtype, **LOOKUP_TYPES}
+        for form, steps, weight in (("plain", 1, None), ("bags", 4, None), ("weighted bags", 2, dtype)):
+            constants = {"N_LOOKUPS": 26, "KINDS": ((*shape, steps),), "WEIGHT_T": weight, **common}
+            yield case(f"forward {form} {of}", triton_forward.forward_kernel, **constants)
+        kernel = triton_forward.weight_grads_kernel
+        yield case(f"weight gradients {of}", kernel, KINDS=((*shape, 2),), GRAD_T=dtype, WEIGHT_T=dtype, **common)
+        for rule in ("write", "sgd", "adagrad", "rowwise_adagrad", "adam"):
+            constants = {"COUNT": 26, "RULE": rule, "TARGET_T": dtype, "STATE_T": tl.float32}
+            kinds, ranked = ((*shape, 4),), rule == "write"
+            kernel = triton_backward.reduce_kernel
+            yield case(f"reduce {rule} {of}", kernel, KINDS=kinds, GRAD_T=dtype, SCALED=False, RANKED=ranked, **constants)
+            if rule in ("write", "rowwise_adagrad"):
+                scaled = ((*shape, 2),)
+                yield case(f"reduce scaled {rule} {of}", kernel, KINDS=scaled, GRAD_T=dtype, SCALED=True, RANKED=ranked, **constants)
+            yield case(f"spanning {rule} {of}", triton_backward.spanning_kernel, KINDS=kinds, RANKED=ranked, **constants)
+            if rule != "write":
+                yield case(f"update {rule} {of}", triton_backward.update_kernel, KINDS=kinds, GRAD_T=dtype, **constants)
+    for scaled in (False, True):
+        constants = {"COUNT": 26, "GRAD_T": tl.float16, "KEY_T": tl.int32, "SCALED": scaled, "TILES": triton_keys.KEY_TILES}
+        weight = tl.float16 if scaled else None
+        yield case(f"keys{' scaled' if scaled else ''}", triton_keys.keys_kernel, WEIGHT_T=weight, **constants, **LOOKUP_TYPES)
+    yield case("count", triton_keys.count_kernel)
+    yield case("pieces", triton_keys.pieces_kernel, RANKED=True)
+    mixed = tuple((tile_rows(d), d, 4, 4, 4) for d in (16, 64, 256))
+    constants = {"COUNT": 26, "N_LOOKUPS": 26, "KINDS": mixed, "TABLE_T": tl.float32, "WEIGHT_T": None, **LOOKUP_TYPES}
+    yield case("forward bags fp32 D16+D64+D256", triton_forward.forward_kernel, **constants)
 
 
 def main() -> None:
-    cases = [*_forward_cases()]
-    print(json.dumps({name: compile_for_hopper(kernel, *rest) for name, kernel, *rest in cases}, indent=1))
+    print(json.dumps({name: compile_for_hopper(*rest) for name, *rest in embedding_cases()}, indent=1))
 
 
 if __name__ == "__main__":

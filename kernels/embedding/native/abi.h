@@ -122,8 +122,11 @@ struct Kernels {
     void (*probe_rmw)(const ProbeJob*);
 };
 
-// Bytes of scratch that any job needs for rows of `dim` elements.
-#define TW_SCRATCH_ROWS 6
+enum : int64_t {
+    SCRATCH_ROWS = 4,  // rows of sums (8 bytes a number) in a job's scratch: the gradient, and an update's weights and state
+    WINDOW = 512,      // ids or keys turned into addresses at a time
+    MOST_AHEAD = 32,   // rows asked for before their use
+};
 }  // namespace tw
 
 extern "C" {

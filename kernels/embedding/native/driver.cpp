@@ -22,7 +22,7 @@ namespace {
 
 enum Result { OK = 0, BAD_INPUT = 1, UNSUPPORTED = 2, NO_MEMORY = 3 };
 
-const int64_t BAGS_PER_TASK = 64, KEYS_PER_TASK = 256;
+const int64_t BAGS_PER_TASK = 128, KEYS_PER_TASK = 256;
 
 // ---- instruction sets ----
 
@@ -131,7 +131,7 @@ struct Call {
         for (int64_t t = 0; t < spec->tables; ++t)
             if (tables[t].dim > max_dim) max_dim = tables[t].dim;
     }
-    int64_t scratch_bytes() const { return (TW_SCRATCH_ROWS * max_dim * 8 + 63) & ~int64_t(63); }
+    int64_t scratch_bytes() const { return (SCRATCH_ROWS * max_dim * 8 + 63) & ~int64_t(63); }
 };
 
 // Runs body(task, thread) for every task, in parallel where `threads` > 1. Any nonzero return ends in that return.
@@ -500,7 +500,7 @@ TW_API int64_t tw_update_from_sparse(int64_t dtype, int64_t threads, int64_t tab
         if (a.dim > max_dim) max_dim = a.dim;
         tasks += (a.count + KEYS_PER_TASK - 1) / KEYS_PER_TASK;
     }
-    const int64_t scratch = (TW_SCRATCH_ROWS * max_dim * 8 + 63) & ~int64_t(63);
+    const int64_t scratch = (SCRATCH_ROWS * max_dim * 8 + 63) & ~int64_t(63);
     Workspace* w = take_workspace(size_t(scratch * threads));
     if (!w) return NO_MEMORY;
     for_each_task(tasks, threads, [&](int64_t task, int thread) {

@@ -1,0 +1,198 @@
+"""Is the captured graph the model? Both run on the sample inputs, in train and eval mode, at several batch sizes.
+
+Nothing changes by it: buffers (and parameters that forward() itself changes) are put back, as are random states and modes.
+"""
+from __future__ import annotations
+
+import random
+from contextlib import contextmanager
+
+import numpy
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+
+from ..errors import CaptureError, explain
+from .cleanup import is_mutable
+from .fx_tracer import raised_at
+
+_SMALL = 1 << 26  # buffers up to this many bytes are always saved; larger ones only where the graph changes them
+
+
+@contextmanager
+def undisturbed(devices: bool = True):
+    """Random states of torch, Python and numpy are as before, afterwards."""
+    cpu, python, other = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        random.setstate(python)
+        numpy.random.set_state(other)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def mismatch(shell: nn.Module, captured, args: tuple, kwargs: dict, *, required: bool = True) -> str | None:
+    """A sentence that says how graph and model differ on this batch, None where they agree.
+
+    ``required=False``: a batch of our own making, which the plain model may refuse; then there is nothing to compare.
+    """
+    rows = next((leaf.shape[0] for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()), None)
+    modes = [None] if captured.guards.modes else [None, True, False]
+    with undisturbed(), _modes_kept(shell), torch.no_grad():
+        seen = set()
+        for mode in modes:
+            if mode is not None:
+                for module in shell.modules():
+                    module.__dict__["training"] = mode
+            state = tuple(module.__dict__["training"] for module in shell.modules())
+            if state in seen:
+                continue
+            seen.add(state)
+            reason = _compare(shell, captured, args, kwargs, required)
+            if reason is not None:
+                where = "" if mode is None else f" in {'training' if mode else 'evaluation'} mode"
+                return f"{reason}{where}, with {rows} rows in the batch"
+    return None
+
+
+def _compare(shell, captured, args, kwargs, required: bool) -> str | None:
+    start = torch.get_rng_state()
+    with _state_kept(shell, captured.graph) as buffers:
+        try:
+            result = shell.forward(*args, **kwargs)
+        except Exception as error:
+            if not required:
+                return None
+            raise CaptureError(explain("the plain model fails on the sample inputs", where=raised_at(error),
+                                       why=f"{type(error).__name__}: {error}", fix="pass inputs that the plain model takes")) from error
+        wanted, spec = pytree.tree_flatten(result)
+        wanted = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in wanted]
+        wanted_buffers = {name: buffer.clone() for name, buffer in buffers().items()}
+        end = torch.get_rng_state()
+    torch.set_rng_state(start)
+    with _state_kept(shell, captured.graph) as buffers:
+        try:
+            found = fx.Interpreter(shell, graph=captured.graph).run(*captured.guards.flatten(args, kwargs), enable_io_processing=False)
+        except Exception as error:
+            return f"the graph stops with {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        if spec != captured.out_spec:
+            return "the result has another structure"
+        for index, (a, b) in enumerate(zip(wanted, found)):
+            if (reason := _difference(a, b)) is not None:
+                return f"result {index} {reason}"
+        for name, buffer in buffers().items():
+            if (reason := _difference(wanted_buffers[name], buffer)) is not None:
+                return f"buffer '{name}' afterwards {reason}"
+        if not torch.equal(end, torch.get_rng_state()):
+            return "another number of random draws is made"
+    torch.set_rng_state(start)
+    return None
+
+
+def _difference(wanted, found) -> str | None:
+    if not isinstance(wanted, torch.Tensor) or not isinstance(found, torch.Tensor):
+        return None if type(wanted) is type(found) and wanted == found else f"is {found!r} instead of {wanted!r}"
+    if wanted.shape != found.shape or wanted.dtype != found.dtype or wanted.device != found.device:
+        return (f"has shape {tuple(found.shape)}, {found.dtype}, on {found.device} instead of {tuple(wanted.shape)}, "
+                f"{wanted.dtype}, on {wanted.device}")
+    if torch.equal(wanted, found):
+        return None
+    if not wanted.dtype.is_floating_point and not wanted.dtype.is_complex:
+        return f"differs in {int((wanted != found).sum())} of {wanted.numel()} elements"
+    try:
+        torch.testing.assert_close(found, wanted, equal_nan=True)
+    except AssertionError:
+        return f"differs by up to {float((wanted - found).abs().max()):.3g}"
+    return None
+
+
+@contextmanager
+def _modes_kept(shell: nn.Module):
+    modes = [(module.__dict__, module.__dict__["training"]) for module in shell.modules()]
+    try:
+        yield
+    finally:
+        for namespace, mode in modes:
+            namespace["training"] = mode
+
+
+@contextmanager
+def _state_kept(shell: nn.Module, graph: fx.Graph):
+    """Yields a function that gives the watched buffers; puts back buffers, parameters that the graph changes, and lists."""
+    changed = _changed_state(graph)
+    held = [(module._buffers, name, buffer) for module in shell.modules() for name, buffer in module._buffers.items()
+            if buffer is not None]
+    saved = [(namespace, name, buffer, buffer.clone()) for namespace, name, buffer in held
+             if buffer.numel() * buffer.element_size() <= _SMALL]
+    tensors = {id(buffer) for _, _, buffer, _ in saved}
+    others = []
+    for path in changed:
+        owner, _, name = path.rpartition(".")
+        tensor = getattr(shell.get_submodule(owner), name)
+        if id(tensor) not in tensors:
+            others.append((tensor, tensor.clone()))
+    attributes = [(module.__dict__, dict(module.__dict__)) for module in shell.modules()]
+    paths = {id(module._buffers): path for path, module in shell.named_modules()}
+
+    def buffers():
+        return {f"{paths[id(namespace)]}.{name}".lstrip("."): namespace[name] for namespace, name, _, _ in saved}
+
+    try:
+        yield buffers
+    finally:
+        for namespace, before in attributes:
+            for name in set(namespace) - set(before):
+                del namespace[name]
+            namespace.update(before)
+        for namespace, name, buffer, copy in saved:
+            namespace[name] = buffer
+            if not torch.equal(buffer, copy):
+                buffer.copy_(copy)
+        for tensor, copy in others:
+            tensor.copy_(copy)
+
+
+def _changed_state(graph: fx.Graph) -> set[str]:
+    """Parameters and buffers that the graph changes in place."""
+    found = set()
+    for node in graph.nodes:
+        if is_mutable(node) and node.args and isinstance(node.args[0], fx.Node):
+            source = node.args[0]
+            while source.op == "call_function" and source.args and isinstance(source.args[0], fx.Node):
+                source = source.args[0]
+            if source.op == "get_attr":
+                found.add(source.target)
+    return found
+
+
+def derived_batches(inputs, args: tuple, kwargs: dict) -> list[tuple[int, tuple, dict]]:
+    """[(rows, args, kwargs)] at other batch sizes: one row more, one, none. Empty where dimension 0 is not plainly a batch.
+
+    Every tensor must have the same size in dimension 0, and none may look like offsets or lengths.
+    """
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    tensors = [(i, leaf) for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    if not tensors or any(leaf.dim() == 0 for _, leaf in tensors):
+        return []
+    rows = {leaf.shape[0] for _, leaf in tensors}
+    if len(rows) != 1 or rows == {0}:
+        return []
+    for i, leaf in tensors:
+        name = inputs.names[i].lower()
+        if "offset" in name or "length" in name:
+            return []
+        if leaf.dim() == 1 and not leaf.dtype.is_floating_point and leaf.dtype != torch.bool and len(leaf) > 1 and (
+                int(leaf[0]) == 0 and bool((leaf[1:] >= leaf[:-1]).all())):
+            return []
+    count = rows.pop()
+    made = []
+    for wanted, change in ((count + 1, lambda t: torch.cat([t, t[:1]])), (1, lambda t: t[:1].clone()), (0, lambda t: t[:0].clone())):
+        if wanted != count:
+            new = list(leaves)
+            for i, leaf in tensors:
+                new[i] = change(leaf.detach())
+            made.append((wanted, *pytree.tree_unflatten(new, spec)))
+    return made
