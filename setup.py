@@ -30,7 +30,7 @@ def native() -> Extension:
         "tablewright.kernels.embedding._native",
         sources=[f"{NATIVE}/{s}" for s in sources],
         depends=[f"{NATIVE}/{s}" for s in ("abi.h", "radix_sort.h", "lanes.inc", "kernels.inc")],
-        extra_compile_args=["-O3", "-std=c++14", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", *threads],
+        extra_compile_args=["-O3", "-std=c++14", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized", *threads],
         extra_link_args=threads,
         language="c++",
         optional=True,

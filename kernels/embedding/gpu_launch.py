@@ -1,4 +1,5 @@
 """How launches are described to the kernels: entries on the device, alignment, and inputs brought to one dtype each."""
+
 from __future__ import annotations
 
 import math
@@ -58,6 +59,7 @@ class Lookups:
         """The entry of lookup ``i``. ``train``: padding_idx counts for pooling "none" too (it stops the gradient)."""
         lookup = self.spec.lookups[i]
         table, ids, offs, weights = self.tables[lookup.table], self.ids[i], self.offsets[i], self.weights[i]
+        assert ids is not None, "only used lookups have entries"
         bags = math.prod(leading_shape(lookup, ids, offs))
         padding = lookup.padding_idx if lookup.padding_idx is not None and (train or lookup.pooling != "none") else -1
         return LookupEntry(

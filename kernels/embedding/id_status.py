@@ -5,6 +5,7 @@ The kernel reads nothing for a bad id and lowers, with an integer minimum, the f
 :func:`check_ids` raises for every forward whose numbers have arrived: each forward calls it first, so the error comes with the
 next call; an optimizer step, or a plan that asks for it, calls ``check_ids(wait=True)`` and has it at once.
 """
+
 from __future__ import annotations
 
 from collections import deque

@@ -1,12 +1,17 @@
 """The backward kernels: sum the gradient of every touched row and store it, or update the row with it at once.
 
-``reduce_kernel`` sums pieces (see ``triton_keys.py``) as the forward sums bags: a tile of pieces, one more read of each per step.
+``reduce_kernel`` sums pieces (see ``triton_keys.py``) as the forward sums bags: a tile of pieces, one more read of each per step;
+none is so long that it needs the tile for itself.
 A piece that is a whole run is finished on the spot. The others leave their sum at a place fixed by their chunk, two per chunk:
 the piece that begins with the chunk, and the last one. ``spanning_kernel`` adds these up, run by run, in chunk order, and
 finishes those runs. No atomics, so the result depends on the ids alone.
 
 To *finish* a row is to write its gradient (KIND "write") or to update the row and the optimizer's state: see ``updates.py``.
 """
+
+# Kernel bodies are Triton's language, which pyright reads as Python.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportOptionalMemberAccess=false
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -14,7 +19,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .triton_common import LONG, aligned, find_entry
+from .triton_common import aligned, find_entry
 from .triton_keys import CHUNK
 
 
@@ -34,7 +39,7 @@ class RowEntry(NamedTuple):
     row_numbers: int  # sparse gradients: where row numbers are written; update_kernel: where they are read
     values: int = 0  # update_kernel: gradients, one row for each row number
     values_stride: int = 0
-    count: int = 0  # update_kernel: how many
+    given: int = 0  # update_kernel: how many
     state0: int = 0
     state0_stride: int = 0
     state1: int = 0
@@ -51,7 +56,7 @@ ROW_FIELDS = tl.constexpr(len(RowEntry._fields))
 _at = {name: tl.constexpr(i) for i, name in enumerate(RowEntry._fields)}
 CHUNK_PROGRAM, KIND_OF, FIRST_CHUNK, END_CHUNK = (_at[f] for f in ("chunk_program", "kind", "chunk", "chunk_end"))
 KEY_OF, ROWS_OF, DIM_OF, TARGET, TARGET_STRIDE = (_at[f] for f in ("key", "rows", "dim", "out", "out_stride"))
-ROW_NUMBERS, VALUES, VALUES_STRIDE, N_VALUES = (_at[f] for f in ("row_numbers", "values", "values_stride", "count"))
+ROW_NUMBERS, VALUES, VALUES_STRIDE, N_VALUES = (_at[f] for f in ("row_numbers", "values", "values_stride", "given"))
 STATE0, STATE0_STRIDE, STATE1, STATE1_STRIDE = (_at[f] for f in ("state0", "state0_stride", "state1", "state1_stride"))
 RATE, EPS, TAKE1, TAKE2, DECAY, SIGN = (_at[f] for f in ("rate", "eps", "take1", "take2", "decay", "sign"))
 
@@ -107,25 +112,6 @@ def _finish(
 
 
 @triton.jit
-def _sum_reads(
-    order, sources, scales, first, count, step, cols, dim, R: tl.constexpr, D: tl.constexpr, VEC: tl.constexpr,
-    UNROLL: tl.constexpr, GRAD_T: tl.constexpr, SCALED: tl.constexpr,
-):  # fmt: skip
-    """Per tile row r, the sum (float32 [R, D]) of the gradients of sorted reads ``first[r] + i * step`` for ``i < count[r]``."""
-    total = tl.zeros([R, D], tl.float32)
-    for i in range(0, tl.max(count), UNROLL):
-        for u in tl.static_range(UNROLL):
-            live = i + u < count
-            read = tl.load(order + first + (i + u) * step, mask=live, other=0)
-            source = aligned(tl.load(sources + read, mask=live, other=0), GRAD_T, VEC)
-            grad = tl.load(source[:, None] + cols[None, :], mask=live[:, None] & (cols < dim)[None, :], other=0.0).to(tl.float32)
-            if SCALED:
-                grad *= tl.load(scales + read, mask=live, other=0.0)[:, None]
-            total += grad
-    return total
-
-
-@triton.jit
 def _reduce_tile(
     entry, tile, keys, order, sources, scales, before, starts, ranks, partials, total_chunks, pitch,
     R: tl.constexpr, D: tl.constexpr, GRAD_VEC: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr, RULE: tl.constexpr,
@@ -134,42 +120,36 @@ def _reduce_tile(
     """Sum pieces ``tile * R`` to ``tile * R + R`` of one table; finish those that are whole runs."""
     chunk = tl.load(entry + FIRST_CHUNK)
     chunk_end = tl.load(entry + END_CHUNK)
+    begin = chunk.to(tl.int32) * CHUNK
     end = chunk_end.to(tl.int32) * CHUNK
-    lane = tl.arange(0, R)
     cols = tl.arange(0, D)
-    piece = tl.load(before + chunk) + tile * R + lane
+    piece = tl.load(before + chunk) + tile * R + tl.arange(0, R)
     pieces_end = tl.load(before + chunk_end)
     live = piece < pieces_end
     first = tl.load(starts + piece, mask=live, other=0)
     after = tl.load(starts + piece + 1, mask=live & (piece + 1 < pieces_end), other=0)
     after = tl.where(piece + 1 < pieces_end, after, end)
     key = tl.load(keys + first, mask=live, other=0)
-    live = live & (key < tl.load(entry + KEY_OF) + tl.load(entry + ROWS_OF))  # the last key of a table trains nothing
-    count = tl.where(live, after - first, 0)
-    dim = tl.multiple_of(tl.load(entry + DIM_OF), GRAD_VEC)
-    alone = count > LONG
-    total = _sum_reads(
-        order, sources, scales, first, tl.where(alone, 0, count), 1, cols, dim, R, D, GRAD_VEC, UNROLL, GRAD_T, SCALED
-    )
-    if tl.max(count) > LONG:
-        for r in range(R):
-            n = tl.sum(tl.where(lane == r, count, 0))
-            if n > LONG:
-                start = tl.sum(tl.where(lane == r, first, 0))
-                parts = _sum_reads(
-                    order, sources, scales, start + lane, (n - lane + R - 1) // R, R, cols, dim, R, D, GRAD_VEC, UNROLL, GRAD_T, SCALED
-                )
-                total = tl.where((lane == r)[:, None], tl.sum(parts, 0)[None, :], total)
-    # Only now, and not before the sums: every number held meanwhile costs registers.
-    after = first + count
-    begin = tl.load(entry + FIRST_CHUNK).to(tl.int32) * CHUNK
     row = key.to(tl.int64) - tl.load(entry + KEY_OF)
+    live = live & (row < tl.load(entry + ROWS_OF))  # the last key of a table trains nothing
     goes_back = (first > begin) & (tl.load(keys + first - 1, mask=live & (first > begin), other=-1) == key)
     goes_on = (after < end) & (tl.load(keys + after, mask=live & (after < end), other=-1) == key)
     whole = live & (goes_back == 0) & (goes_on == 0)
     place = row
     if RANKED:
-        place = (tl.load(ranks + piece, mask=live, other=0) - tl.load(before + total_chunks + 1 + tl.load(entry + FIRST_CHUNK))).to(tl.int64)
+        place = (tl.load(ranks + piece, mask=live, other=0) - tl.load(before + total_chunks + 1 + chunk)).to(tl.int64)
+    dim = tl.multiple_of(tl.load(entry + DIM_OF), GRAD_VEC)
+    count = tl.where(live, after - first, 0)
+    total = tl.zeros([R, D], tl.float32)
+    for i in range(0, tl.max(count), UNROLL):
+        for u in tl.static_range(UNROLL):
+            here = i + u < count
+            read = tl.load(order + first + (i + u), mask=here, other=0)
+            source = aligned(tl.load(sources + read, mask=here, other=0), GRAD_T, GRAD_VEC)
+            grad = tl.load(source[:, None] + cols[None, :], mask=here[:, None] & (cols < dim)[None, :], other=0.0).to(tl.float32)
+            if SCALED:
+                grad *= tl.load(scales + read, mask=here, other=0.0)[:, None]
+            total += grad
     partial = partials + (2 * (first // CHUNK) + (first % CHUNK != 0)).to(tl.int64) * pitch
     tl.store(partial[:, None] + cols[None, :], total, mask=(live & (whole == 0))[:, None] & (cols < dim)[None, :])
     _finish(entry, row, place, whole, total, cols, VEC, RULE, TARGET_T, STATE_T)
@@ -219,7 +199,7 @@ def _finish_run(
             last = middle
         else:
             high = middle
-    dim = tl.load(entry + DIM_OF)
+    dim = tl.multiple_of(tl.load(entry + DIM_OF), VEC)
     cols = tl.arange(0, D)
     total = tl.zeros([R, D], tl.float32)
     for c in range(chunk + 1, last + 1, R):
@@ -254,8 +234,8 @@ def spanning_kernel(
             for k in tl.static_range(len(KINDS)):
                 if kind == k:
                     _finish_run(
-                        entry, chunk, keys, before, ranks, partials, total_chunks, pitch, KINDS[k][0], KINDS[k][1], KINDS[k][3],
-                        RULE, TARGET_T, STATE_T, RANKED,
+                        entry, chunk, keys, before, ranks, partials, total_chunks, pitch, 4 * KINDS[k][0], KINDS[k][1],
+                        KINDS[k][3], RULE, TARGET_T, STATE_T, RANKED,
                     )  # fmt: skip
 
 

@@ -10,6 +10,10 @@ whose rows are not 16-byte aligned does not spoil the loads of the others.
 
 Arithmetic is float32: values are widened right after the load and rounded once, at the store.
 """
+
+# Kernel bodies are Triton's language, which pyright reads as Python.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportOptionalMemberAccess=false
 from __future__ import annotations
 
 from typing import NamedTuple

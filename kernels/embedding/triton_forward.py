@@ -7,14 +7,37 @@ summing every ROWS-th of its ids.
 
 Sources: fbgemm_gpu's table-batched forward and cuEmbed for keeping several rows in flight; the tiling is ours.
 """
+
+# Kernel bodies are Triton's language, which pyright reads as Python.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportOptionalMemberAccess=false
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from .triton_common import (
-    BAGS, DIM, IDS, KIND, LONG, LOOKUP_FIELDS, MEAN, NOTHING, NUMBER, OUT, OUT_STRIDE, PADDING, ROWS, STRIDE, TABLE, WEIGHTS, WRAP,
-    aligned, bag_ranges, find_entry, read_rows,
+    BAGS,
+    DIM,
+    IDS,
+    KIND,
+    LONG,
+    LOOKUP_FIELDS,
+    MEAN,
+    NOTHING,
+    NUMBER,
+    OUT,
+    OUT_STRIDE,
+    PADDING,
+    ROWS,
+    STRIDE,
+    TABLE,
+    WEIGHTS,
+    WRAP,
+    aligned,
+    bag_ranges,
+    find_entry,
+    read_rows,
 )  # fmt: skip
 
 
@@ -92,16 +115,18 @@ def _forward_tile(
         )
         _report(found + number, bad_at)
         live = live & (alone == 0)
-        if UNROLL > 1:
+        if UNROLL > 1:  # noqa: SIM102 - `and` would join a compile-time with a run-time condition
             if tl.load(entry + MEAN) != 0:
                 total = total / tl.maximum(kept, 1).to(tl.float32)[:, None]
     out = aligned(tl.load(entry + OUT), TABLE_T, OUT_VEC)
     out_stride = tl.multiple_of(tl.load(entry + OUT_STRIDE), OUT_VEC)
     dim = tl.multiple_of(tl.load(entry + DIM), OUT_VEC)
     tl.store(
-        out + (bag.to(tl.int64) * out_stride)[:, None] + cols[None, :], total.to(TABLE_T), mask=live[:, None] & (cols < dim)[None, :]
+        out + (bag.to(tl.int64) * out_stride)[:, None] + cols[None, :],
+        total.to(TABLE_T),
+        mask=live[:, None] & (cols < dim)[None, :],
     )
-    if UNROLL > 1:
+    if UNROLL > 1:  # noqa: SIM102
         if tl.max(count) > LONG:
             for r in range(R):
                 n = tl.sum(tl.where(lane == r, count, 0))
@@ -160,7 +185,9 @@ def _weight_grads_tile(
     grad_stride = tl.multiple_of(tl.load(entry + OUT_STRIDE), GRAD_VEC)
     width = tl.multiple_of(tl.load(entry + DIM), GRAD_VEC)
     grad = tl.load(
-        grads + (bag.to(tl.int64) * grad_stride)[:, None] + cols[None, :], mask=live_bag[:, None] & (cols < width)[None, :], other=0.0
+        grads + (bag.to(tl.int64) * grad_stride)[:, None] + cols[None, :],
+        mask=live_bag[:, None] & (cols < width)[None, :],
+        other=0.0,
     ).to(tl.float32)
     for i in range(0, tl.max(count), UNROLL):
         for u in tl.static_range(UNROLL):

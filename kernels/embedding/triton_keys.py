@@ -8,18 +8,41 @@ by key then leaves every table in its own segment, with what trains nothing at t
 A *run* is all reads of one row. A *piece* is the part of a run inside one chunk: no piece is longer than CHUNK, so the work for
 a hot row spreads over the GPU, and a run of several pieces is summed in the order of its chunks, whatever the schedule.
 """
+
+# Kernel bodies are Triton's language, which pyright reads as Python.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportOptionalMemberAccess=false
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from .triton_common import (
-    BAGS, ENDS, IDS, KEY, LOOKUP_FIELDS, MEAN, N_IDS, N_OFFSETS, OFFSETS, OUT, OUT_STRIDE, PADDING, POSITION, ROWS, SLOTS, WEIGHTS,
-    WRAP, KIND, bag_ranges, find_entry, read_rows,
+    BAGS,
+    ENDS,
+    IDS,
+    KEY,
+    KIND,
+    LOOKUP_FIELDS,
+    MEAN,
+    N_IDS,
+    N_OFFSETS,
+    OFFSETS,
+    OUT,
+    OUT_STRIDE,
+    PADDING,
+    POSITION,
+    ROWS,
+    SLOTS,
+    WEIGHTS,
+    WRAP,
+    bag_ranges,
+    find_entry,
+    read_rows,
 )  # fmt: skip
 
-CHUNK = tl.constexpr(256)
-CHUNKS_PER_PROGRAM = tl.constexpr(4)
+CHUNK = tl.constexpr(64)
+CHUNKS_PER_PROGRAM = tl.constexpr(16)
 FILL = tl.constexpr(1024)
 KEY_TILES = ((1024, 1), (64, 16))  # bags x ids of one step, for plain lookups and for bags
 
@@ -41,7 +64,7 @@ def _keys_tile(
     first, count, _ = bag_ranges(entry, bag, live, OFFSET_T)
     steps = tl.max(count) if SPAN > 1 else 1
     factor = tl.full([R], 1.0, tl.float32)
-    if SCALED and SPAN > 1:
+    if SCALED and SPAN > 1:  # noqa: SIM102 - `and` would join compile-time with run-time conditions
         if tl.load(entry + MEAN) != 0:
             kept = tl.zeros([R], tl.int32)
             for i in range(0, steps, SPAN):

@@ -34,16 +34,17 @@ def undisturbed(devices: bool = True):
             torch.cuda.set_rng_state_all(cuda)
 
 
-def mismatch(shell: nn.Module, captured, args: tuple, kwargs: dict, *, required: bool = True) -> str | None:
+def mismatch(shell: nn.Module, captured, args: tuple, kwargs: dict, *, required: bool = True, modes: bool = True) -> str | None:
     """A sentence that says how graph and model differ on this batch, None where they agree.
 
     ``required=False``: a batch of our own making, which the plain model may refuse; then there is nothing to compare.
+    ``modes=False``: in the current mode only.
     """
     rows = next((leaf.shape[0] for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()), None)
-    modes = [None] if captured.guards.modes else [None, True, False]
+    both = modes and not captured.guards.modes and captured.guards.reads_training
     with undisturbed(), _modes_kept(shell), torch.no_grad():
         seen = set()
-        for mode in modes:
+        for mode in [None, True, False] if both else [None]:
             if mode is not None:
                 for module in shell.modules():
                     module.__dict__["training"] = mode

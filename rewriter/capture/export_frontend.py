@@ -46,14 +46,21 @@ class _ExportLog(ReadLog):
             raise
 
 
+class _Seen:
+    """Outlives an export, which puts back every attribute of the wrapper that is a plain container."""
+
+    def __init__(self, log: ReadLog):
+        self.log, self.out_spec = log, None
+
+
 class _Flat(nn.Module):
     """The shell as a function of its tensor leaves, so that every input has a place in one flat list."""
 
-    def __init__(self, shell: nn.Module, inputs: Inputs, leaves: list):
+    def __init__(self, shell: nn.Module, inputs: Inputs, leaves: list, log: ReadLog):
         super().__init__()
         self.m = shell
         self.training = shell.training
-        self._inputs, self._constants, self._specs = inputs, leaves, []
+        self._inputs, self._constants, self.seen = inputs, leaves, _Seen(log)
 
     def forward(self, *tensors):
         leaves = list(self._constants)
@@ -61,9 +68,9 @@ class _Flat(nn.Module):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._inputs.spec)
         result = self.m(*args, **kwargs)
+        self.seen.log.check_containers()  # here, since export puts lists back
         register_outputs(result)
-        results, spec = pytree.tree_flatten(result)
-        self._specs.append(spec)
+        results, self.seen.out_spec = pytree.tree_flatten(result)
         return tuple(results)
 
 
@@ -82,12 +89,12 @@ def export(shell: nn.Module, args: tuple, kwargs: dict):
     log.modes = {path for path in log.modes}
     graph = _normal_form(program, shell, inputs, log)
     inputs.examples = None
-    return graph, inputs, wrapper._specs[-1], log, _conditions(program)
+    return graph, inputs, wrapper.seen.out_spec, log, _conditions(program)
 
 
 def _run(shell, inputs, constants, tensors, flip: bool):
     log = _ExportLog(shell)
-    wrapper = _Flat(shell, inputs, constants)
+    wrapper = _Flat(shell, inputs, constants, log)
     flagged = {path: module for path, module in shell.named_modules() if isinstance(module, _FLAGGED)} if flip else {}
     log.flags_flipped = {path for path, module in flagged.items() if not module.training}
     log.flagged = set(flagged)
@@ -106,7 +113,6 @@ def _run(shell, inputs, constants, tensors, flip: bool):
                 module.__dict__["training"] = modes[path]
     if log.error is not None:
         raise log.error
-    log.check_containers()
     return program, wrapper, log
 
 
@@ -229,18 +235,43 @@ def _state_name(target: str, module: nn.Module, shell: nn.Module) -> str:
         found = getattr(found, part, None)
     if found is value:
         return name
-    if isinstance(value, torch.Tensor) and (isinstance(value, nn.Parameter) or value.requires_grad):
+    if isinstance(value, torch.Tensor):
         for path, parameter in shell.named_parameters():
             if parameter is value:
                 return path
-        raise CaptureError(explain("the model uses a parameter that is not registered in it", fix=(
-            "keep it in a module, an nn.ModuleList or an nn.ParameterList instead of a plain list; "
-            "do not create parameters inside forward()")))
+        if value.requires_grad or value.data_ptr() in _unregistered(shell):
+            raise CaptureError(explain("the model uses a parameter that is not registered in it", fix=(
+                "keep it in a module, an nn.ModuleList or an nn.ParameterList instead of a plain list; "
+                "do not create parameters inside forward()")))
     number = 0
     while f"{CONSTANT}{number}" in shell.__dict__:
         number += 1
     shell.__dict__[f"{CONSTANT}{number}"] = value
     return f"{CONSTANT}{number}"
+
+
+def _unregistered(shell: nn.Module) -> set[int]:
+    """Addresses of trainable tensors that modules keep in plain attributes or lists, where no optimizer finds them."""
+    registered = {id(parameter) for parameter in shell.parameters()}
+    found: set[int] = set()
+
+    def search(value, depth: int) -> None:
+        if isinstance(value, torch.Tensor):
+            if value.requires_grad and id(value) not in registered and value.data_ptr():
+                found.add(value.data_ptr())
+        elif depth and isinstance(value, nn.Module):
+            search(list(value.parameters()), 1)
+        elif depth and isinstance(value, (list, tuple)):
+            for item in value:
+                search(item, depth - 1)
+        elif depth and isinstance(value, dict):
+            search(list(value.values()), depth - 1)
+
+    for module in shell.modules():
+        for key, value in module.__dict__.items():
+            if key not in ("_modules", "_parameters", "_buffers", "_flat_weights"):
+                search(value, 4)
+    return found
 
 
 def _path_of(node: fx.Node) -> str:

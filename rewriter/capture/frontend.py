@@ -105,7 +105,7 @@ def _checked(shell, captured: Captured, batches) -> str | None:
     for rows, args, kwargs in made:
         if captured.guards.failure(args, kwargs) is not None:
             continue  # never run at this size: the guard asks for another capture
-        reason = check.mismatch(shell, captured, args, kwargs, required=False)
+        reason = check.mismatch(shell, captured, args, kwargs, required=False, modes=rows > 1)
         if reason is not None:
             return reason
     return None

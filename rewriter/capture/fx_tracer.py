@@ -244,6 +244,7 @@ class Tracer(ReadLog):
         if path is None:
             return value
         target = f"{path}.training" if path else "training"
+        self.flags.add(path)
         if target not in self._numbers:
             flag = NumberValue(self.node(target, op="get_attr"), "bool", self)
             flag.flag_of = path

@@ -35,6 +35,7 @@ class Guards:
         self.conditions = list(conditions)
         self._holds = _compiled(" and ".join(f"({each})" for each in self.conditions)) if self.conditions else None
         self.modes = {path: _module(shell, path).__dict__["training"] for path in sorted(log.modes)}
+        self.reads_training = bool(log.modes or log.flags)  # else the mode cannot matter
         self._names = {path: tuple(seen) for path, seen in log.attributes.items() if seen}
         self._class_names = {path: dict(seen) for path, seen in log.class_attributes.items() if seen}
         self._shell = shell

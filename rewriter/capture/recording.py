@@ -72,7 +72,7 @@ class ReadLog:
             seen = self.attributes.setdefault(path, {})
             if name not in seen:
                 seen[name] = value
-                if isinstance(value, (list, dict, set)):
+                if isinstance(value, (list, dict, set)) and name != "_flat_weights":
                     self._before.append((path, name, value, copy.copy(value)))
         return value
 
@@ -100,7 +100,9 @@ class ReadLog:
         """True where the write may happen; raises where the graph would lose it."""
         if name in module.__dict__.get("_buffers", ()):
             return True
-        path = self.paths.get(id(module), "?")
+        path = self.paths.get(id(module))
+        if path is None or name[:2] == "__":
+            return True  # a module made on the way, or a copy
         old = module.__dict__.get(name, _MISSING)
         if old is value or (type(old) is type(value) and isinstance(value, (int, float, str, bool)) and old == value):
             return False

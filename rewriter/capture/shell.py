@@ -137,6 +137,12 @@ class ShellGraph(fx.GraphModule):
         if (shell := self.__dict__.get("_shell")) is not None:
             shell.training = mode
 
+    def __setattr__(self, name, value):
+        if isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)  # also where a child module has that name
+        else:
+            super().__setattr__(name, value)
+
     def __getattr__(self, name):
         try:
             return super().__getattr__(name)

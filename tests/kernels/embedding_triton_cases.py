@@ -3,6 +3,7 @@
 With ``TRITON_INTERPRET=1`` on CPU tensors, otherwise on the GPU. In the interpreter float32 -> bfloat16 truncates instead of
 rounding, so bfloat16 is compared to twice the usual tolerance.
 """
+
 from __future__ import annotations
 
 import copy
@@ -11,7 +12,6 @@ import random
 
 import pytest
 import torch
-
 from tablewright.kernels.embedding import gpu, reference
 from tablewright.kernels.embedding.spec import Extra, GroupSpec, Lookup, Table
 from tablewright.kernels.embedding.updates import TableUpdate
@@ -138,7 +138,9 @@ def test_forward_of_any_width(dim, dtype):
 @pytest.mark.parametrize("batch", [0, 1])
 def test_forward_of_small_batches(batch):
     case = Case(rows_and_dims=((20, 16), (5, 4)))
-    case.lookup(0, "sum", ids(20, 2 * batch), [2] * batch, slot=0).lookup(1, "mean", ids(5, batch, 3), slot=0).extra((batch,), 3, slot=0)
+    case.lookup(0, "sum", ids(20, 2 * batch), [2] * batch, slot=0).lookup(1, "mean", ids(5, batch, 3), slot=0).extra(
+        (batch,), 3, slot=0
+    )
     case.lookup(0, "none", ids(20, batch, 0))
     for actual, expected in zip(case.forward(gpu), case.forward(reference), strict=True):
         case.close(actual, expected)
@@ -178,7 +180,9 @@ def test_a_bad_id_is_named_and_the_rest_is_read():
     case = Case(rows_and_dims=((50, 16), (20, 4))).lookup(1, "none", ids(20, 6)).lookup(0, "sum", ids(50, 300), [100, 200])
     case.ids[1][[7, 150, 250]] = torch.tensor([50, -1, 2**40], device=DEVICE)
     out = case.forward(gpu)
-    with pytest.raises(IndexError, match=r"id 50 at position 7 of lookup 'lookup1' is out of range for table 'table0.weight' with 50 rows"):
+    with pytest.raises(
+        IndexError, match=r"id 50 at position 7 of lookup 'lookup1' is out of range for table 'table0.weight' with 50 rows"
+    ):
         gpu.check_ids()
     gpu.check_ids()  # reported once
     assert torch.equal(out[0], case.tables[1][case.ids[0]])
@@ -238,7 +242,9 @@ def test_gradients_of_mixed_lookups(dtype):
     for actual, expected in zip(gpu.dense_gradients(*args, [True] * 3), reference.dense_gradients(*args, [True] * 3), strict=True):
         case.close(actual, expected, factor=4)
     wanted = [True] * len(case.lookups)
-    for actual, expected in zip(gpu.sample_weight_gradients(*args, wanted), reference.sample_weight_gradients(*args, wanted), strict=True):
+    for actual, expected in zip(
+        gpu.sample_weight_gradients(*args, wanted), reference.sample_weight_gradients(*args, wanted), strict=True
+    ):
         assert (actual is None) == (expected is None)
         if actual is not None:
             case.close(actual, expected, factor=4)
@@ -268,7 +274,11 @@ def test_only_wanted_tables_with_a_gradient_are_touched():
 def test_hot_ids_whose_runs_cross_chunks(dtype):
     """Row 5 is read 1,000 times, row 19 300 times: runs of several pieces, begun inside a chunk and ended inside another."""
     hot = torch.cat([torch.full((1000,), 5), torch.full((300,), 19), ids(20, 60)])
-    case = Case(dtype, ((20, 24), (1, 8))).lookup(0, "none", hot[torch.randperm(1360)]).lookup(1, "none", torch.zeros(700, dtype=torch.int64))
+    case = (
+        Case(dtype, ((20, 24), (1, 8)))
+        .lookup(0, "none", hot[torch.randperm(1360)])
+        .lookup(1, "none", torch.zeros(700, dtype=torch.int64))
+    )
     args = (case.spec, case.gradients(), *case.reads)
     first = gpu.sparse_gradients(*args, [True, True])
     close_sparse(case, first, reference.sparse_gradients(*args, [True, True]), factor=40)  # sums of 1,000 terms around 0
@@ -284,7 +294,9 @@ def test_runs_that_fill_chunks_exactly():
 
 @pytest.mark.parametrize("batch", [0, 1])
 def test_gradients_of_small_batches(batch):
-    case = Case(rows_and_dims=((20, 16), (5, 4))).lookup(0, "sum", ids(20, 2 * batch), [2] * batch).lookup(1, "mean", ids(5, batch, 3))
+    case = (
+        Case(rows_and_dims=((20, 16), (5, 4))).lookup(0, "sum", ids(20, 2 * batch), [2] * batch).lookup(1, "mean", ids(5, batch, 3))
+    )
     case.lookup(0, "none", ids(20, batch, 0))
     args = (case.spec, case.gradients(), *case.reads)
     close_sparse(case, gpu.sparse_gradients(*args, [True, True]), reference.sparse_gradients(*args, [True, True]))
@@ -342,7 +354,9 @@ def assert_same_steps(case, rules, steps=3, factor=8.0):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_three_steps_of_each_optimizer(kind, dtype):
     case = Case(dtype, ((40, 16), (30, 7)))
-    case.lookup(0, "sum", ids(40, 11), [3, 0, 7, 1], weighted=True).lookup(1, "none", ids(30, 9)).lookup(0, "none", ids(40, 5), padding_idx=3)
+    case.lookup(0, "sum", ids(40, 11), [3, 0, 7, 1], weighted=True).lookup(1, "none", ids(30, 9)).lookup(
+        0, "none", ids(40, 5), padding_idx=3
+    )
     assert_same_steps(case, [rule_for(kind, t) for t in case.tables])
 
 

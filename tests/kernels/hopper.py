@@ -4,6 +4,7 @@ Registers and spills come from the cubin by way of the ``cuobjdump`` and ``nvdis
 script, ``python hopper.py``, it prints one JSON object: kernel case -> facts. Tests run it that way, in a process of its own,
 because a process in which ``TRITON_INTERPRET`` was set when the kernels were decorated cannot compile them.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -27,7 +28,7 @@ def compile_for_hopper(kernel, arguments: dict[str, str], constants: dict[str, o
     """Facts about ``kernel`` compiled for sm_90.
 
     ``arguments``: Triton type of each run-time argument ("*i64", "i32"); pointers are taken as 16-byte aligned, as torch
-    allocates them. ``constants``: values of the constexpr arguments. Returns registers, spills (instructions that touch local
+    allocates them, and a pitch as a multiple of 16. ``constants``: values of the constexpr arguments. Returns registers, spills (instructions that touch local
     memory), loads of 16 bytes, all loads and stores of global memory, atomics and shared memory in bytes.
     """
     names = kernel.arg_names
@@ -35,7 +36,11 @@ def compile_for_hopper(kernel, arguments: dict[str, str], constants: dict[str, o
         fn=kernel,
         signature={name: "constexpr" if name in constants else arguments[name] for name in names},
         constexprs=constants,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name, kind in arguments.items() if kind.startswith("*")},
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name, kind in arguments.items()
+            if kind.startswith("*") or name == "pitch"
+        },
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -56,7 +61,7 @@ def compile_for_hopper(kernel, arguments: dict[str, str], constants: dict[str, o
         "loads": count("LDG"),
         "stores_128": count("STG", holding=".128"),
         "stores": count("STG"),
-        "atomics": count("RED.", "ATOM"),
+        "atomics": count("REDG", "RED.", "ATOM"),
         "shared": compiled.metadata.shared,
         "instructions": opcodes.total(),
     }
@@ -75,7 +80,11 @@ def embedding_cases():
     from tablewright.kernels.embedding import triton_backward, triton_forward, triton_keys
     from tablewright.kernels.embedding.triton_common import tile_rows
 
-    index = {name: "*i32" for name in ("keys", "before", "starts", "ranks", "counts")} | {"total_chunks": "i32", "total": "i32", "pitch": "i32"}
+    index = {name: "*i32" for name in ("keys", "before", "starts", "ranks", "counts")} | {
+        "total_chunks": "i32",
+        "total": "i32",
+        "pitch": "i32",
+    }
     index |= {name: "*i64" for name in ("entries", "order", "sources")} | {"found": "*i32", "scales": "*fp32", "partials": "*fp32"}
 
     def case(name, kernel, **constants):
@@ -91,16 +100,14 @@ def embedding_cases():
             yield case(f"forward {form} {of}", triton_forward.forward_kernel, **constants)
         kernel = triton_forward.weight_grads_kernel
         yield case(f"weight gradients {of}", kernel, KINDS=((*shape, 2),), GRAD_T=dtype, WEIGHT_T=dtype, **common)
-        for rule in ("write", "sgd", "adagrad", "rowwise_adagrad", "adam"):
+        for rule, scaled in (("write", False), ("rowwise_adagrad", False), ("rowwise_adagrad", True), ("adam", False)):
             constants = {"COUNT": 26, "RULE": rule, "TARGET_T": dtype, "STATE_T": tl.float32}
-            kinds, ranked = ((*shape, 4),), rule == "write"
-            kernel = triton_backward.reduce_kernel
-            yield case(f"reduce {rule} {of}", kernel, KINDS=kinds, GRAD_T=dtype, SCALED=False, RANKED=ranked, **constants)
-            if rule in ("write", "rowwise_adagrad"):
-                scaled = ((*shape, 2),)
-                yield case(f"reduce scaled {rule} {of}", kernel, KINDS=scaled, GRAD_T=dtype, SCALED=True, RANKED=ranked, **constants)
-            yield case(f"spanning {rule} {of}", triton_backward.spanning_kernel, KINDS=kinds, RANKED=ranked, **constants)
-            if rule != "write":
+            kinds, ranked = ((*shape, 2),), rule == "write"
+            name, kernel = f"reduce {'scaled ' if scaled else ''}{rule} {of}", triton_backward.reduce_kernel
+            yield case(name, kernel, KINDS=kinds, GRAD_T=dtype, SCALED=scaled, RANKED=ranked, **constants)
+            if dim == 128 and not scaled:
+                yield case(f"spanning {rule} {of}", triton_backward.spanning_kernel, KINDS=kinds, RANKED=ranked, **constants)
+            if dim == 128 and rule == "adam":
                 yield case(f"update {rule} {of}", triton_backward.update_kernel, KINDS=kinds, GRAD_T=dtype, **constants)
     for scaled in (False, True):
         constants = {"COUNT": 26, "GRAD_T": tl.float16, "KEY_T": tl.int32, "SCALED": scaled, "TILES": triton_keys.KEY_TILES}
@@ -114,7 +121,8 @@ def embedding_cases():
 
 
 def main() -> None:
-    print(json.dumps({name: compile_for_hopper(*rest) for name, *rest in embedding_cases()}, indent=1))
+    facts = {name: compile_for_hopper(kernel, arguments, constants) for name, kernel, arguments, constants in embedding_cases()}
+    print(json.dumps(facts, indent=1))
 
 
 if __name__ == "__main__":

@@ -416,9 +416,10 @@ TW_API int64_t tw_forward(const int64_t* spec, const int64_t* call) {
         if (c.extra_args[e].rows > most) most = c.extra_args[e].rows;
     Workspace* w = take_workspace(size_t(c.scratch_bytes() * c.head->threads));
     if (!w) return NO_MEMORY;
-    // Blocks of bags outermost: the lookups of a block write neighbouring columns of the same few output pages.
-    int result = for_each_task((most + BAGS_PER_TASK - 1) / BAGS_PER_TASK * parts, c.head->threads, [&](int64_t task, int thread) {
-        const int64_t l = task % parts, first = task / parts * BAGS_PER_TASK;
+    // Lookups outermost: the pages of one table at a time fit the TLB and its page table the L2 cache; those of all do not.
+    const int64_t blocks = (most + BAGS_PER_TASK - 1) / BAGS_PER_TASK;
+    int result = for_each_task(blocks * parts, c.head->threads, [&](int64_t task, int thread) {
+        const int64_t l = task / blocks, first = task % blocks * BAGS_PER_TASK;
         if (l >= lookups) {
             copy_extra(c, l - lookups, first, first + BAGS_PER_TASK);
             return int(OK);

@@ -1,0 +1,44 @@
+"""This machine's own limits for the same rows: how fast it reads them at random, and reads, changes and writes them back."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tablewright.kernels.embedding import cpu
+
+_AHEAD = 16  # rows prefetched ahead
+
+
+def _global_rows(weights: list[Tensor], ids: Tensor) -> Tensor:
+    first = torch.arange(len(weights)).unsqueeze(1) * weights[0].shape[0]
+    return (ids + first).reshape(-1)
+
+
+def _probe(weights: list[Tensor], rows: Tensor, out: Tensor | None, write: bool) -> None:
+    row_bytes = weights[0].shape[1] * weights[0].element_size()
+    place = 0 if out is None else out.data_ptr()
+    cpu._lib.tw_probe(
+        torch.get_num_threads(), weights[0].data_ptr(), rows.data_ptr(), rows.numel(), row_bytes, _AHEAD, place, int(write)
+    )  # fmt: skip
+
+
+def gather_limit(weights: list[Tensor], batches: list[Tensor], copies: bool) -> Callable[[int], None]:
+    """Read every looked-up row once per lookup (``copies``: and write it out, as a lookup without pooling does). ``weights``
+    lie one after another in memory."""
+    rows = [_global_rows(weights, ids) for ids in batches]
+    out = torch.empty(rows[0].numel(), weights[0].shape[1]) if copies else None
+    return lambda i: _probe(weights, rows[i % len(rows)], out, write=False)
+
+
+def update_limit(weights: list[Tensor], batches: list[Tensor]) -> Callable[[int], None]:
+    """Read every looked-up row, then read, change and write back each distinct one, in ascending order."""
+    read = gather_limit(weights, batches, copies=False)
+    distinct = [_global_rows(weights, ids).unique() for ids in batches]
+
+    def call(i: int) -> None:
+        read(i)
+        _probe(weights, distinct[i % len(distinct)], None, write=True)
+
+    return call

@@ -1,0 +1,39 @@
+"""The Triton kernels beside the reference: runs ``embedding_triton_cases.py`` in processes of their own.
+
+Triton reads ``TRITON_INTERPRET`` when a kernel is decorated, its own library included. So a process either interprets all
+kernels or none, and a pytest process that interprets would break every GPU test after it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="NOT TESTED: the Triton kernels, because triton is not installed")
+
+CASES = Path(__file__).with_name("embedding_triton_cases.py")
+
+
+def run_cases(**environment: str) -> None:
+    """All cases in a new process; its output is shown if one fails or is skipped."""
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
+    path = os.pathsep.join(p for p in sys.path if p)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--confcutdir", str(CASES.parent), "-p", "no:cacheprovider", str(CASES)]
+    done = subprocess.run(command, env=kept | {"PYTHONPATH": path} | environment, capture_output=True, text=True, check=False)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert "skipped" not in output, output
+
+
+def test_every_case_in_the_interpreter():
+    run_cases(TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT TESTED on hardware: there is no GPU here")
+def test_every_case_on_the_gpu():
+    run_cases()

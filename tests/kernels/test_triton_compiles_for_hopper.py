@@ -1,0 +1,56 @@
+"""Every embedding kernel is compiled for an H100/H200, with no GPU, and its machine code is held to what makes it fast."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="NOT TESTED: the Triton kernels, because triton is not installed")
+
+TILES_OF_SEVERAL_WIDTHS = "D16+D64+D256"
+
+
+@pytest.fixture(scope="module")
+def facts() -> dict[str, dict[str, int]]:
+    """Kernel case -> registers, spills, loads, ...; compiled in a process where no kernel is interpreted."""
+    script = Path(__file__).with_name("hopper.py")
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [sys.executable, str(script)], env=kept | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_nothing_is_spilled(facts):
+    """A kernel with bodies for several widths may keep a few numbers in local memory: ptxas trades them for occupancy."""
+    spilled = {name: f["spills"] for name, f in facts.items() if f["spills"] > (16 if TILES_OF_SEVERAL_WIDTHS in name else 0)}
+    assert not spilled
+
+
+def test_registers_leave_room_for_16_warps(facts):
+    assert not {name: f["registers"] for name, f in facts.items() if f["registers"] > 128}
+
+
+def test_rows_are_read_16_bytes_at_a_time(facts):
+    """Of a 1024-element tile on 128 threads, each step is 2 (float32) or 1 (half) such loads per thread."""
+    gathers = {name: f for name, f in facts.items() if name.startswith(("forward", "reduce", "weight gradients"))}
+    assert len(gathers) > 40
+    for name, f in gathers.items():
+        steps = 1 if "plain" in name else 4 if name.startswith("forward bags") else 2
+        assert f["loads_128"] >= steps * (2 if "fp32" in name else 1), name
+
+
+def test_results_are_written_16_bytes_at_a_time(facts):
+    assert not [name for name, f in facts.items() if name.startswith(("forward", "reduce")) and f["stores_128"] == 0]
+
+
+def test_no_float_is_added_atomically(facts):
+    """Sums have a fixed order: the only atomics are the forward's reports of bad ids."""
+    assert not [name for name, f in facts.items() if f["atomics"] and not name.startswith("forward")]
