@@ -27,9 +27,11 @@ class FindDenseLayers(Pass):
 
     def run(self, context: Context) -> list[Record]:
         records: list[Record] = []
+        counted: set[Node] = set()
         for node in context.graph.nodes:
-            if is_op(node, aten.linear.default) and _previous_linear(node) is None:
+            if is_op(node, aten.linear.default) and node not in counted:
                 layers = _chain(node)
+                counted.update(layers)
                 records.append(
                     record(
                         self.name, "mlps", SKIPPED, layers[-1],
@@ -41,13 +43,6 @@ class FindDenseLayers(Pass):
                 reason = "X times its own transpose runs as PyTorch's own kernels: this version has no fused dot interaction"
                 records.append(record(self.name, "interactions", SKIPPED, node, reason))
         return records
-
-
-def _previous_linear(node: Node) -> Node | None:
-    source = node.args[0]
-    while is_op(source, *_ELEMENTWISE):
-        source = source.args[0]  # type: ignore[union-attr]
-    return source if is_op(source, aten.linear.default) else None  # type: ignore[return-value]
 
 
 def _chain(first: Node) -> list[Node]:
@@ -62,7 +57,10 @@ def _chain(first: Node) -> list[Node]:
 
 
 def _is_gram(node: Node) -> bool:
+    if is_op(node, aten.einsum.default):
+        factors = node.args[1]
+        return isinstance(factors, (list, tuple)) and len(factors) == 2 and factors[0] is factors[1]
     if not is_op(node, aten.bmm.default, aten.matmul.default):
         return False
     left, right = node.args[0], node.args[1]
-    return is_op(right, *_TRANSPOSES) and right.args[0] is left  # type: ignore[union-attr]
+    return any(is_op(a, *_TRANSPOSES) and a.args[0] is b for a, b in ((left, right), (right, left)))  # type: ignore[union-attr]

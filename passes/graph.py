@@ -113,7 +113,7 @@ def is_pure(node: Node) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         seeded = torch.Tag.nondeterministic_seeded in target.tags
         return not (target._schema.is_mutable or seeded)
-    return target in (operator.getitem,) or getattr(target, "__module__", "") in ("_operator", "math", "torch")
+    return target in (operator.getitem, getattr) or getattr(target, "__module__", "") in ("_operator", "math", "torch")
 
 
 def fetch(root: nn.Module, name: str) -> Any:

@@ -47,6 +47,10 @@ class GroupTables(GroupRule):
     kind: ClassVar[str] = "lookups"
     numerics: ClassVar[str] = "reassociated"
 
+    def __post_init__(self) -> None:
+        if type(self.max_tables) is not int or self.max_tables < 1:
+            raise ValueError(f"max_tables is {self.max_tables!r}; it must be a whole number above 0")
+
     def prepare(self, context: Context) -> _Facts:
         written = writers(context.graph)
         lookups: dict[Node, LookupNode | Skip] = {}
@@ -134,7 +138,7 @@ class GroupTables(GroupRule):
             if name not in tables:
                 numbers[name] = len(tables)
                 tables[name] = Table(name, tensor.shape[0], tensor.shape[1], grad)
-                stored.append(editor.attribute(name, before=place, sources=[found.table], value=value_of(found.table)))
+                stored.append(editor.attribute(name, before=place, sources=[found.table, found.node], value=value_of(found.table)))
             elif grad == "dense":  # a dense gradient and a sparse one add up to a dense one
                 tables[name] = replace(tables[name], grad=grad)
             if found.result not in where:

@@ -57,7 +57,8 @@ class TableGradients(Pass):
                 reason = f"it is also read by {packet_name(other) or other.op}, which is not a fused lookup"
             if not reason and table not in held:
                 reason = "the graph does not read it"
-            if reason and choice.required and other is not None and choice.grad in ("none", "in_backward"):
+            asked = choice.required and context.budget is None  # with a budget, lookups may be left unfused on purpose
+            if reason and asked and other is not None and choice.grad in ("none", "in_backward"):
                 raise CannotUpdate(
                     f"table '{table}' cannot be {choice.detail}: {reason}. Leave it out of that entry of the plan"
                     + (", or set in_backward: false" if choice.grad == "in_backward" else "")
@@ -80,7 +81,8 @@ def _set(editor: Editor, node: Node, choices: dict[str, Choice]) -> None:
     editor.set_argument(node, _SPEC, replace(spec, tables=tables).encode())
     owners = {choices[t.name].owner for t in tables if t.grad == "in_backward"}
     if owners:
-        ticket = editor.attribute("_tablewright_ticket", before=node, sources=[node])
+        has_one = len(node.args) > _TICKET
+        ticket = node.args[_TICKET] if has_one else editor.attribute("_tablewright_ticket", before=node, sources=[node])
         node.args = (*node.args[:_TICKET], ticket, owners.pop())
 
 

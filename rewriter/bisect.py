@@ -39,10 +39,8 @@ def first_difference(compiler, variant, args: tuple, kwargs: dict, tolerance: fl
     while bad - good > 1:
         middle = (good + bad) // 2
         good, bad = (good, middle) if differs(middle) else (middle, bad)
-    _, steps = compiler.rewrite(variant.captured.graph, bad)
-    step = [s for s in steps if any(r.status == APPLIED for r in s.records)][-1]
-    rows = [r for r in step.records if r.status == APPLIED]
-    return f"rewrite {bad} of {total}, by {step.name}, changes the outputs first: {', '.join(r.subject for r in rows[:5])}" + (
-        f" ({rows[0].location})" if rows[0].location else ""
-    )
-
+    before, after = ([r for s in compiler.rewrite(variant.captured.graph, n)[1] for r in s.records] for n in (good, bad))
+    rows = [r for r in after if r.status == APPLIED and r not in before]
+    named = ", ".join(r.subject or "the model" for r in rows[:5]) + (", ..." if len(rows) > 5 else "")
+    where = f" ({rows[0].location})" if rows[0].location else ""
+    return f"rewrite {bad} of {total}, by {rows[0].rule}, changes the outputs first: {named}{where}"

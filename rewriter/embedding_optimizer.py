@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -68,6 +69,8 @@ def _user_choice(table: Tensor, optimizer: Optimizer | None, group: dict, numeri
     reason = why_not_row_wise(optimizer, group, lazy=numerics == "approximate")
     if reason is None and (table._backward_hooks or table._post_accumulate_grad_hooks):
         reason = "a gradient hook on it may not expect a sparse gradient"
+    if reason is None and table.dtype == torch.float16 and table.device.type == "cpu":
+        reason = "torch cannot add sparse fp16 gradients on CPU, as several forwards or backwards of one step need"
     if reason is not None:
         return Choice("keep", reason=reason)
     return Choice("sparse", detail=f"{type(optimizer).__name__} on touched rows, one fused step")

@@ -184,7 +184,12 @@ class Compiler:
             if name in read or isinstance(modules[name.rpartition(".")[0]], (nn.Embedding, nn.EmbeddingBag))
         }  # fmt: skip
         every.update({name: t for name, t in read.items() if name not in every})
-        resolved = self.plan.resolve(every)
+        aliases: dict[str, list[str]] = {}
+        first = {id(t): name for name, t in every.items()}
+        for name, param in self.shell.named_parameters(remove_duplicate=False):
+            if id(param) in first:
+                aliases.setdefault(first[id(param)], []).append(name)
+        resolved = self.plan.resolve(every, aliases)
         updates = decide(read, resolved, optimizer, self.plan.numerics)
         self.tables, self.choices, self.plan_optimizer = every, updates.choices, updates.plan_optimizer
 

@@ -67,10 +67,10 @@ class OptimizedModel(nn.Module):
         guard = self._guard
         if guard is not None and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             guard.before_forward()
-            leaves = variant.module(*variant.captured.guards.flatten(args, kwargs))
+            leaves = variant.module.forward(*variant.captured.guards.flatten(args, kwargs))
             guard.watch(leaves)
         else:
-            leaves = variant.module(*variant.captured.guards.flatten(args, kwargs))
+            leaves = variant.module.forward(*variant.captured.guards.flatten(args, kwargs))
         spec = variant.captured.out_spec
         return leaves[0] if spec.is_leaf() else pytree.tree_unflatten(list(leaves), spec)
 

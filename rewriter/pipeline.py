@@ -88,9 +88,12 @@ def run_passes(
 
 
 def _what_it_would_do(item: Disabled, graph: Graph, shell: nn.Module, tables: dict) -> tuple[Record, ...]:
-    """What a disabled pass finds, so that the report still counts it; on a copy that is thrown away."""
+    """What a disabled pass finds, so that the report still counts it; on a copy that is thrown away. A pass that breaks may
+    well be why it is disabled."""
     try:
         records = item.cls().run(Context(copy_graph(graph), shell, tables))
     except CannotUpdate:
         return ()
+    except Exception:
+        return (Record(item.cls.kind, DISABLED, "", item.cls.name, item.reason),)
     return tuple(replace(r, status=DISABLED, reason=item.reason, detail="") if r.status == APPLIED else r for r in records)

@@ -47,7 +47,7 @@ class EmbeddingOptimizer:
             if f.name == "in_backward":
                 _expect(isinstance(value, bool), where, value, "true or false")
             elif f.name == "betas":
-                ok = len(value) == 2 and all(_is_number(b) and 0 <= b < 1 for b in value)
+                ok = isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_number(b) and 0 <= b < 1 for b in value)
                 _expect(ok, where, value, "two numbers in [0, 1)")
                 object.__setattr__(self, "betas", tuple(float(b) for b in value))
             else:
@@ -105,7 +105,7 @@ class TablePlan:
 
     def __post_init__(self) -> None:
         _check_optimizer(self.embedding_optimizer, "tables.<glob>.embedding_optimizer")
-        _expect(self.trainable in (None, True, False), "tables.<glob>.trainable", self.trainable, "true or false")
+        _expect(self.trainable is None or isinstance(self.trainable, bool), "tables.<glob>.trainable", self.trainable, "true or false")
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,13 @@ class Plan:
     version: int = 1
 
     def __post_init__(self) -> None:
-        _expect(self.version == 1, "version", self.version, "1")
+        _expect(self.version == 1 and type(self.version) is int, "version", self.version, "1")
         _expect(self.numerics in NUMERICS, "numerics", self.numerics, " | ".join(NUMERICS))
         _check_optimizer(self.embedding_optimizer, "embedding_optimizer")
         _expect(isinstance(self.tables, Mapping), "tables", self.tables, "a mapping from globs to settings")
         _expect(isinstance(self.passes, Mapping), "passes", self.passes, "a mapping from pass names to true, false or options")
+        for glob in self.tables:
+            _expect(isinstance(glob, str), "a key of tables", glob, "a glob on module paths")
         tables = {k: v if isinstance(v, TablePlan) else _table_from(v, f"tables.{k}") for k, v in self.tables.items()}
         object.__setattr__(self, "tables", MappingProxyType(tables))
         known = {p.name: p for p in registry.DEFAULT}
@@ -135,6 +137,10 @@ class Plan:
                 setting = dict(setting)
                 for option in setting:
                     _known(option, [f.name for f in fields(known[name])], f"passes.{name}", "option")
+                try:
+                    known[name](**setting)
+                except (TypeError, ValueError) as error:
+                    raise PlanError(f"passes.{name}.{error}") from None
             else:
                 _expect(isinstance(setting, bool), f"passes.{name}", setting, "true, false or a mapping of options")
             chosen[name] = setting
@@ -202,22 +208,23 @@ class Plan:
 
     # --- meaning -------------------------------------------------------------------------------------------------------------
 
-    def resolve(self, tables: Iterable[str]) -> dict[str, TablePlan]:
-        """What the plan says of each table (by parameter name, ``"user.emb.weight"``). Globs match that name or its module path.
+    def resolve(self, tables: Iterable[str], aliases: Mapping[str, Iterable[str]] | None = None) -> dict[str, TablePlan]:
+        """What the plan says of each table (by parameter name, ``"user.emb.weight"``). Globs match that name, its module path,
+        or another name of the same parameter (``aliases``, for tied tables).
 
         Raises :class:`PlanError` for a glob that matches no table.
         """
-        names = list(tables)
+        names = {name: [name, *(aliases or {}).get(name, ())] for name in tables}
         for glob in self.tables:
-            if not any(_matches(glob, name) for name in names):
+            if not any(_matches(glob, name) for known in names.values() for name in known):
                 paths = [_module_path(n) for n in names]
                 raise PlanError(
                     f"tables: no table matches '{glob}'{nearest(glob, paths)}. "
                     f"The model's tables: {', '.join(paths[:20]) or 'none'}{', ...' if len(paths) > 20 else ''}"
                 )
         resolved = {}
-        for name in names:
-            entries = [t for glob, t in self.tables.items() if _matches(glob, name)]
+        for name, known in names.items():
+            entries = [t for glob, t in self.tables.items() if any(_matches(glob, each) for each in known)]
             entries.append(TablePlan(embedding_optimizer=self.embedding_optimizer))
             chosen = {
                 f.name: next((v for e in entries if (v := getattr(e, f.name)) is not None), None) for f in fields(TablePlan)

@@ -31,9 +31,8 @@ class Report:
         """For each kind ("lookups", "updates", "mlps", "interactions", ...): (applied, found)."""
         found = Counter(r.kind for r in self.records)
         applied = Counter(r.kind for r in self.records if r.status == APPLIED)
-        for kind in ("lookups", "mlps", "interactions"):
-            found.setdefault(kind, 0)
-        return {kind: (applied[kind], count) for kind, count in found.items()}
+        kinds = dict.fromkeys(("lookups", *(["updates"] if "updates" in found else []), "mlps", "interactions", *found))
+        return {kind: (applied[kind], found[kind]) for kind in kinds}
 
     def skipped(self, rule: str | None = None) -> list[Record]:
         """Everything found and not rewritten, by one rule or by all."""

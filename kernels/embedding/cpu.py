@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import reference
+from . import buffers, reference
 from .reference import OptionalTensors
 from .spec import GroupSpec
 from .updates import KINDS, TableUpdate
@@ -102,7 +102,7 @@ class _Plan:
             written[l.slot] += spec.tables[l.table].dim
         for e in spec.extras:
             written[e.slot] += e.width
-        self.allocate = [torch.empty if w == width else torch.zeros for w, width in zip(written, spec.slots)]
+        self.whole = [w == width for w, width in zip(written, spec.slots)]  # else columns nobody writes must be zero
 
 
 _plans: dict[int, _Plan] = {}
@@ -149,7 +149,7 @@ def _describe_call(
                 return None
             stride = table.stride(0)
         words += (table.data_ptr(), stride)
-    slots = len(plan.allocate)
+    slots = len(plan.whole)
     leading: list = [None] * slots
     bags = [0] * slots
     for (single, slot, include_last, weightable), ids, offs, weights in zip(plan.lookups, indices, offsets, sample_weights):
@@ -262,8 +262,9 @@ def forward(
                 call.keep.append(value)
         extra_words += (value.data_ptr(), stride, call.bags[extra.slot])
     out = []
-    for allocate, leading, width in zip(plan.allocate, call.leading, spec.slots):
-        slot = allocate((*(leading if leading is not None else (0,)), width), dtype=dtype)
+    for whole, leading, width in zip(plan.whole, call.leading, spec.slots):
+        shape = (0, width) if leading is None else (*leading, width)
+        slot = buffers.empty(shape, dtype) if whole else torch.zeros(shape, dtype=dtype)
         out.append(slot)
         words += (slot.data_ptr(), width)
     result = _lib.tw_forward(plan.pointer, plan.pack(*words, *extra_words))  # type: ignore[union-attr]
@@ -333,7 +334,7 @@ def _gradients(
                 gradients.append(None)
                 continue
             rows = torch.empty(0 if dense else count, dtype=torch.int64)
-            values = torch.zeros((table.rows, table.dim), dtype=call.dtype) if dense else torch.empty((count, table.dim), dtype=call.dtype)
+            values = torch.zeros((table.rows, table.dim), dtype=call.dtype) if dense else buffers.empty((count, table.dim), call.dtype)
             gradients.append((rows, values))
             row_pointers[t] = 0 if dense else rows.data_ptr()
             value_pointers[t] = values.data_ptr()

@@ -6,7 +6,7 @@ param groups and its state, so that schedulers, ``state_dict`` and the user's ow
 """
 from __future__ import annotations
 
-import copy
+import functools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -23,6 +23,14 @@ def _implementation(table: Tensor):
     return implementation(table.device)
 
 
+def _raise_bad_ids(table: Tensor) -> None:
+    """On a GPU ids are checked without waiting for them: no row may be updated before a bad one has been reported."""
+    if table.device.type == "cuda":
+        from . import gpu
+
+        gpu.check_ids()
+
+
 def _apply(work: list[tuple[Tensor, Tensor, TableUpdate]]) -> None:
     """Update every (table, sparse gradient) pair; one launch per dtype and device."""
     launches: dict[tuple, list] = {}
@@ -33,6 +41,7 @@ def _apply(work: list[tuple[Tensor, Tensor, TableUpdate]]) -> None:
         grads = [_coalesced(grad) for _, grad, _ in items]
         rows = [g._indices().squeeze(0) for g in grads]
         values = [g._values() for g in grads]
+        _raise_bad_ids(tables[0])
         _implementation(tables[0]).update_from_sparse(tables, rows, values, [update for _, _, update in items])
 
 
@@ -53,17 +62,19 @@ def _step_count(state: dict) -> int:
 # --- the user's optimizer ------------------------------------------------------------------------------------------------------
 
 
-def _sgd(state: dict, table: Tensor, group: dict) -> TableUpdate:
+def _sgd(states: dict, table: Tensor, group: dict) -> TableUpdate:
     return TableUpdate("sgd", lr=float(group["lr"]), maximize=group["maximize"])
 
 
-def _adagrad(state: dict, table: Tensor, group: dict) -> TableUpdate:
+def _adagrad(states: dict, table: Tensor, group: dict) -> TableUpdate:
+    state = states[table]
     step = _step_count(state)
     lr = float(group["lr"]) / (1 + (step - 1) * float(group["lr_decay"]))
     return TableUpdate("adagrad", lr=lr, eps=group["eps"], step=step, maximize=group["maximize"], state=(state["sum"],))
 
 
-def _adam(state: dict, table: Tensor, group: dict) -> TableUpdate:
+def _adam(states: dict, table: Tensor, group: dict) -> TableUpdate:
+    state = states[table]
     if not state:
         state["step"] = torch.tensor(0.0)
         state["exp_avg"] = torch.zeros_like(table)
@@ -76,12 +87,13 @@ def _adam(state: dict, table: Tensor, group: dict) -> TableUpdate:
     )  # fmt: skip
 
 
-def _sparse_adam(state: dict, table: Tensor, group: dict) -> TableUpdate:
+def _sparse_adam(states: dict, table: Tensor, group: dict) -> TableUpdate:
+    state = states[table]
     if not state:
         state["step"] = 0
         state["exp_avg"] = torch.zeros_like(table)
         state["exp_avg_sq"] = torch.zeros_like(table)
-    return _adam(state, table, group)
+    return _adam(states, table, group)
 
 
 def why_not_row_wise(optimizer: Optimizer, group: dict, lazy: bool) -> str | None:
@@ -118,7 +130,16 @@ def why_not_row_wise(optimizer: Optimizer, group: dict, lazy: bool) -> str | Non
 class _RowWise:
     """Mixed into the class of the user's optimizer: the tables' sparse gradients are stepped here, all others there."""
 
-    _row_wise_tables: set[int]
+    _row_wise_tables: dict[int, Tensor]
+
+    def __reduce_ex__(self, protocol):
+        return _new, (self._base,), {**self.__getstate__(), "_tables": list(self._row_wise_tables.values())}  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: dict) -> None:
+        state = dict(state)
+        if "_tables" in state:  # a copy has tables of its own
+            self._row_wise_tables = {id(t): t for t in state.pop("_tables")}
+        super().__setstate__(state)  # type: ignore[misc]
 
     def step(self, closure: Callable[[], float] | None = None):
         """As in the base optimizer; ``closure`` is evaluated once, first."""
@@ -141,31 +162,54 @@ class _RowWise:
             for param, grad, _ in taken:
                 param.grad = grad
         with torch.no_grad():
-            state = self.state  # type: ignore[attr-defined]
-            _apply([(param, grad, make_update(state[param], param, group)) for param, grad, group in taken])
+            _apply([(param, grad, make_update(self.state, param, group)) for param, grad, group in taken])  # type: ignore[attr-defined]
         return loss
 
 
 _UPDATES = {SGD: _sgd, Adagrad: _adagrad, Adam: _adam, AdamW: _adam, SparseAdam: _sparse_adam}
 
 
+@functools.lru_cache(maxsize=None)
+def _class(base: type[Optimizer]) -> type[Optimizer]:
+    """The row-wise subclass of a torch optimizer class."""
+    cls = type(base.__name__, (_RowWise, base), {"__doc__": base.__doc__, "__module__": __name__, "_base": base})
+    # torch wraps each class's step with hooks and a profiler range; calling the wrapped base step would run hooks twice.
+    cls._base_step = staticmethod(getattr(base.step, "__wrapped__", base.step))  # type: ignore[attr-defined]
+    return cls
+
+
+def _new(base: type[Optimizer]) -> Optimizer:
+    cls = _class(base)
+    return cls.__new__(cls)
+
+
 def row_wise(optimizer: Optimizer, tables: Iterable[Tensor]) -> Optimizer:
     """The user's ``optimizer`` as one that steps the sparse gradients of ``tables`` in one fused, row-wise launch.
 
-    The result is an instance of the same class and *shares* the param groups and the state: a learning-rate scheduler built on
-    either works for both, their ``state_dict`` is one, and stepping the original still does the same, only slower. Every
-    table must have passed :func:`why_not_row_wise`.
+    The result is an instance of the same class and *shares everything* with the original (one ``__dict__``): param groups, state
+    and hooks. So a learning-rate scheduler built on either works for both, ``state_dict`` and ``load_state_dict`` of either mean
+    both, and stepping the original still does the same, only slower. Every table must have passed :func:`why_not_row_wise`.
     """
-    base = type(optimizer)
-    cls = type(base.__name__, (_RowWise, base), {"__doc__": base.__doc__, "__module__": __name__, "_base": base})
-    result = copy.copy(optimizer)
-    result.__class__ = cls
-    result.__dict__.pop("step", None)  # a scheduler's wrapper around the original's step
-    result._row_wise_tables = {id(t) for t in tables}
-    # torch wraps each class's step with hooks and a profiler range; calling the wrapped base step would run hooks twice.
-    cls._base_step = staticmethod(getattr(base.step, "__wrapped__", base.step))
+    result = _new(type(optimizer))
+    result.__dict__ = optimizer.__dict__
+    result._row_wise_tables = {id(t): t for t in tables}  # type: ignore[attr-defined]
     result._patch_step_function()
+    if hasattr(result.__dict__.get("step"), "_wrapped_by_lr_sched"):
+        _step_for_schedulers(result)
     return result
+
+
+def _step_for_schedulers(optimizer: Optimizer) -> None:
+    """A scheduler built on the plain optimizer has wrapped its step to see that it is called: wrap the row-wise one instead."""
+    cls = type(optimizer)
+
+    @functools.wraps(cls.step)
+    def step(*args, **kwargs):
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+        return cls.step(optimizer, *args, **kwargs)
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = step  # type: ignore[method-assign]
 
 
 # --- the plan's optimizer ------------------------------------------------------------------------------------------------------
@@ -266,6 +310,7 @@ class RowUpdates(Optimizer):
         tables = [param.detach() for param, _ in held]
         updates = [self._update(*pair) if i in reached else None for i, pair in enumerate(held)]
         slot_grads = [None if g is None else g.to(tables[0].dtype) for g in slot_grads]
+        _raise_bad_ids(tables[0])
         _implementation(tables[0]).update(spec, slot_grads, tables, indices, offsets, sample_weights, updates)
 
 

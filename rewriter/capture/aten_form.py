@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .value import NumberValue, SequenceValue, TensorValue
+from .value import NumberValue, SequenceValue
 
 _POINTWISE = """
 abs neg exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sign floor ceil trunc sin cos tan tanh sigmoid erf

@@ -14,13 +14,17 @@ from torch import fx, nn
 
 from ..errors import CaptureError, explain
 from .cleanup import is_mutable
-from .fx_tracer import raised_at
+from .fx_frontend import raised_at
 
 _SMALL = 1 << 26  # buffers up to this many bytes are always saved; larger ones only where the graph changes them
 
 
+class PlainModelFails(CaptureError):
+    """The user's own forward() raises on the sample inputs: no other door will help."""
+
+
 @contextmanager
-def undisturbed(devices: bool = True):
+def undisturbed():
     """Random states of torch, Python and numpy are as before, afterwards."""
     cpu, python, other = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
@@ -40,7 +44,8 @@ def mismatch(shell: nn.Module, captured, args: tuple, kwargs: dict, *, required:
     ``required=False``: a batch of our own making, which the plain model may refuse; then there is nothing to compare.
     ``modes=False``: in the current mode only.
     """
-    rows = next((leaf.shape[0] for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()), None)
+    rows = next((leaf.shape[0] for leaf in pytree.tree_leaves((args, kwargs))
+                 if isinstance(leaf, torch.Tensor) and leaf.dim()), None)
     both = modes and not captured.guards.modes and captured.guards.reads_training
     with undisturbed(), _modes_kept(shell), torch.no_grad():
         seen = set()
@@ -62,21 +67,25 @@ def mismatch(shell: nn.Module, captured, args: tuple, kwargs: dict, *, required:
 def _compare(shell, captured, args, kwargs, required: bool) -> str | None:
     start = torch.get_rng_state()
     with _state_kept(shell, captured.graph) as buffers:
+        plain_args, plain_kwargs = _fresh((args, kwargs))
         try:
-            result = shell.forward(*args, **kwargs)
+            result = shell.forward(*plain_args, **plain_kwargs)
         except Exception as error:
             if not required:
                 return None
-            raise CaptureError(explain("the plain model fails on the sample inputs", where=raised_at(error),
-                                       why=f"{type(error).__name__}: {error}", fix="pass inputs that the plain model takes")) from error
+            raise PlainModelFails(explain("the plain model fails on the sample inputs", where=raised_at(error),
+                                          why=f"{type(error).__name__}: {error}",
+                                          fix="pass inputs that the plain model takes")) from error
         wanted, spec = pytree.tree_flatten(result)
         wanted = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in wanted]
         wanted_buffers = {name: buffer.clone() for name, buffer in buffers().items()}
         end = torch.get_rng_state()
     torch.set_rng_state(start)
     with _state_kept(shell, captured.graph) as buffers:
+        mine_args, mine_kwargs = _fresh((args, kwargs))
+        leaves = captured.guards.flatten(mine_args, mine_kwargs)
         try:
-            found = fx.Interpreter(shell, graph=captured.graph).run(*captured.guards.flatten(args, kwargs), enable_io_processing=False)
+            found = fx.Interpreter(shell, graph=captured.graph).run(*leaves, enable_io_processing=False)
         except Exception as error:
             return f"the graph stops with {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
         if spec != captured.out_spec:
@@ -84,6 +93,9 @@ def _compare(shell, captured, args, kwargs, required: bool) -> str | None:
         for index, (a, b) in enumerate(zip(wanted, found)):
             if (reason := _difference(a, b)) is not None:
                 return f"result {index} {reason}"
+        for a, b in zip(pytree.tree_leaves((plain_args, plain_kwargs)), pytree.tree_leaves((mine_args, mine_kwargs))):
+            if (reason := _difference(a, b)) is not None:
+                return f"an input that forward() changes in place {reason}"
         for name, buffer in buffers().items():
             if (reason := _difference(wanted_buffers[name], buffer)) is not None:
                 return f"buffer '{name}' afterwards {reason}"
@@ -91,6 +103,13 @@ def _compare(shell, captured, args, kwargs, required: bool) -> str | None:
             return "another number of random draws is made"
     torch.set_rng_state(start)
     return None
+
+
+def _fresh(batch):
+    """The batch with tensors of its own, since forward() may write to them; one tensor given twice stays one."""
+    copies: dict[int, torch.Tensor] = {}
+    return pytree.tree_map(lambda leaf: copies.setdefault(id(leaf), leaf.detach().clone().requires_grad_(leaf.requires_grad))
+                           if isinstance(leaf, torch.Tensor) else leaf, batch)
 
 
 def _difference(wanted, found) -> str | None:
@@ -190,7 +209,8 @@ def derived_batches(inputs, args: tuple, kwargs: dict) -> list[tuple[int, tuple,
             return []
     count = rows.pop()
     made = []
-    for wanted, change in ((count + 1, lambda t: torch.cat([t, t[:1]])), (1, lambda t: t[:1].clone()), (0, lambda t: t[:0].clone())):
+    changes = {count + 1: lambda t: torch.cat([t, t[:1]]), 1: lambda t: t[:1].clone(), 0: lambda t: t[:0].clone()}
+    for wanted, change in changes.items():
         if wanted != count:
             new = list(leaves)
             for i, leaf in tensors:

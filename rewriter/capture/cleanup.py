@@ -27,6 +27,8 @@ def has_effect(node: fx.Node) -> bool:
     if node.op == "get_attr":
         return False
     if isinstance(node.target, torch._ops.OpOverload):
+        if node.target.namespace not in ("aten", "prims", "prim"):
+            return True
         return node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags or (
             "assert" in node.target._schema.name) or "dropout" in node.target._schema.name
     return isinstance(node.target, torch._ops.HigherOrderOperator)

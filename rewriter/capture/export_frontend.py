@@ -17,7 +17,8 @@ from torch import fx, nn
 from ...passes.origin import KEY, Origin
 from ..errors import CaptureError, explain
 from .cleanup import is_mutable, make_functional, remove_dead
-from .fx_tracer import CONSTANT, raised_at, register_outputs, sample_inputs
+from .fx_frontend import raised_at, register_outputs, sample_inputs
+from .fx_tracer import CONSTANT
 from .inputs import Inputs
 from .recording import ReadLog, is_users, recording
 
@@ -74,19 +75,21 @@ class _Flat(nn.Module):
         return tuple(results)
 
 
-def export(shell: nn.Module, args: tuple, kwargs: dict):
+def export(shell: nn.Module, args: tuple, kwargs: dict, exact: bool = False):
     """(graph, inputs, out_spec, log, conditions) of the shell in its current mode; the shell is left as it was.
 
     ``conditions`` are Python expressions over ``S`` (the shapes of the tensor leaves) that the graph takes for granted.
+    ``exact``: keep a batch of one as it is, though the graph then serves batches of one only.
     Raises CaptureError with the cause and the user's line.
     """
     inputs, leaves = sample_inputs(shell, args, kwargs)
-    tensors = _at_least_two([leaves[i] for i in inputs.tensors])
+    tensors = [leaves[i] for i in inputs.tensors]
+    if not exact:
+        tensors = _at_least_two(tensors)
     constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     program, wrapper, log = _run(shell, inputs, constants, tensors, flip=True)
     if log.flags_flipped & log.modes:  # the model itself looks at a dropout's mode: it must see the true one
         program, wrapper, log = _run(shell, inputs, constants, tensors, flip=False)
-    log.modes = {path for path in log.modes}
     graph = _normal_form(program, shell, inputs, log)
     inputs.examples = None
     return graph, inputs, wrapper.seen.out_spec, log, _conditions(program)
@@ -101,7 +104,7 @@ def _run(shell, inputs, constants, tensors, flip: bool):
     auto = torch.export.Dim.AUTO
     shapes = (tuple({dim: auto for dim in range(tensor.dim())} for tensor in tensors),)
     modes = {path: module.__dict__["training"] for path, module in flagged.items()}
-    with _restored(shell), recording(log, calls=False), _quiet():
+    with _restored(shell), recording(log, calls=False), quiet():
         try:
             for module in flagged.values():
                 module.__dict__["training"] = True
@@ -148,7 +151,8 @@ def _restored(shell: nn.Module):
 
 
 @contextmanager
-def _quiet():
+def quiet():
+    """No ambient mode of the caller (inference, no_grad, autocast) reaches a capture."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -173,18 +177,15 @@ def _conditions(program) -> list[str]:
     """What the export assumed of sizes, over ``S[i][d]``: the size of dimension d of tensor leaf i."""
     codes = getattr(program, "_guards_code", None)
     if codes is None:
-        codes = []
-        seen: dict[str, str] = {}
-        users = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
-        for index, node in enumerate(users):
-            for dim, size in enumerate(getattr(node.meta.get("val"), "shape", ())):
-                here = f"L['l'][{index}].size()[{dim}]"
-                if isinstance(size, int):
-                    codes.append(f"{here} == {size}")
-                elif str(size) in seen:
-                    codes.append(f"{here} == {seen[str(size)]}")
-                else:
-                    seen[str(size)] = here
+        raise CaptureError(explain("this version of torch does not say what torch.export assumed of sizes",
+                                   fix="use torch 2.11 or later"))
+    codes = list(codes)
+    users = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+    for index, node in enumerate(users):
+        for dim, size in enumerate(getattr(node.meta.get("val"), "shape", ())):
+            here = f"L['l'][{index}].size()[{dim}]"
+            if isinstance(size, int):
+                codes.append(f"{here} == {size}")  # made static (0 and 1 always are), which _guards_code leaves out
     return [re.sub(r"L\['\w+'\]\[(\d+)\]\.size\(\)\[(\d+)\]", r"S[\1][\2]", code) for code in codes]
 
 
@@ -194,7 +195,7 @@ def _normal_form(program, shell, inputs: Inputs, log) -> fx.Graph:
         warnings.simplefilter("ignore")
         module = program.module(**keep)
     graph, copies = fx.Graph(), {}
-    placeholders = iter([i for i in inputs.tensors])
+    placeholders = iter(inputs.tensors)
     made = {}
     for position in inputs.placeholders:
         made[position] = graph.placeholder(inputs.names[position])
@@ -208,7 +209,8 @@ def _normal_form(program, shell, inputs: Inputs, log) -> fx.Graph:
         elif node.op == "get_attr":
             copies[node] = graph.get_attr(_state_name(node.target, module, shell))
             copies[node].meta.update(node.meta)
-            _stamp(copies[node])
+            owner = copies[node].target.rpartition(".")[0]
+            copies[node].meta[KEY] = Origin((copies[node].name,), "capture", owner)
         elif node.op == "output":
             results = pytree.tree_leaves(node.args[0], is_leaf=lambda value: isinstance(value, fx.Node))
             output = graph.output(tuple(fx.node.map_arg(each, copies.__getitem__) for each in results))

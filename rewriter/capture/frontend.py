@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import CaptureError, explain
-from . import check, export_frontend, fx_tracer
+from . import check, export_frontend, fx_frontend
 from .guards import Guards
 from .shell import refuse_hooks
 
@@ -41,28 +41,36 @@ def capture(shell: nn.Module, args: tuple | list | None, kwargs: dict | None = N
     Raises CaptureError naming the user's line, the cause and the way out.
     """
     refuse_hooks(shell)
+    with check.undisturbed(), export_frontend.quiet():
+        return _captured(shell, args, kwargs, originals)
+
+
+def _captured(shell, args, kwargs, originals) -> Captured:
     if args is None:
-        with check.undisturbed():
-            try:
-                captured = _by_tracing(shell, None, None, originals)
-            except CaptureError as error:
-                raise CaptureError(explain("the model cannot be captured without inputs", why=str(error), fix=_NO_INPUTS)) from error
+        try:
+            captured = _by_tracing(shell, None, None, originals)
+        except CaptureError as error:
+            raise CaptureError(explain("the model cannot be captured without inputs", why=str(error), fix=_NO_INPUTS)) from error
         captured.notes.append("captured without sample inputs, so not compared with the plain model")
         return captured
     batches = [(tuple(a), dict(k or {})) for a, k in args] if isinstance(args, list) else [(tuple(args), dict(kwargs or {}))]
     if not batches:
         raise CaptureError(explain("sample_inputs is an empty list", fix="pass a batch, or a list of two (args, kwargs) batches"))
-    with check.undisturbed():
-        try:
-            captured = _by_tracing(shell, *batches[0], originals)
-            why = _checked(shell, captured, batches)
-        except CaptureError as error:
-            captured, why = None, str(error)
+    try:
+        captured = _by_tracing(shell, *batches[0], originals)
+        why = _checked(shell, captured, batches)
         if why is None:
             return captured
-        captured = _by_export(shell, *batches[0], originals)
-        captured.notes.append(f"captured by torch.export, because tracing stopped: {why}")
-        different = _checked(shell, captured, batches)
+        why = f"the traced graph is not the model: {why}"
+    except check.PlainModelFails:
+        raise
+    except CaptureError as error:
+        why = f"tracing stopped: {error}"
+    captured = _by_export(shell, *batches[0], originals)
+    if captured.guards.failure(*batches[0]) is not None:  # a batch of one, exported as two: export it as it is
+        captured = _by_export(shell, *batches[0], originals, exact=True)
+    captured.notes.append(f"captured by torch.export, because {why}")
+    different = _checked(shell, captured, batches)
     if different is not None:
         raise CaptureError(explain("the captured graph is not the model", why=different, fix=(
             "make forward() depend on its inputs and the module's parameters only (no Python randomness, clocks or globals), "
@@ -71,12 +79,12 @@ def capture(shell: nn.Module, args: tuple | list | None, kwargs: dict | None = N
 
 
 def _by_tracing(shell, args, kwargs, originals) -> Captured:
-    graph, inputs, out_spec, log = fx_tracer.trace(shell, args, kwargs)
+    graph, inputs, out_spec, log = fx_frontend.trace(shell, args, kwargs)
     return _finished("fx", graph, inputs, out_spec, Guards(shell, originals, inputs, log))
 
 
-def _by_export(shell, args, kwargs, originals) -> Captured:
-    graph, inputs, out_spec, log, conditions = export_frontend.export(shell, args, kwargs)
+def _by_export(shell, args, kwargs, originals, exact: bool = False) -> Captured:
+    graph, inputs, out_spec, log, conditions = export_frontend.export(shell, args, kwargs, exact)
     return _finished("export", graph, inputs, out_spec,
                      Guards(shell, originals, inputs, log, conditions=conditions, baked_dtypes=True))
 
@@ -94,8 +102,11 @@ def _finished(door, graph, inputs, out_spec, guards) -> Captured:
 
 def _checked(shell, captured: Captured, batches) -> str | None:
     """None where the graph agrees with the plain model on every batch; what is different otherwise."""
-    for args, kwargs in batches:
+    for number, (args, kwargs) in enumerate(batches):
         if (reason := captured.guards.failure(args, kwargs)) is not None:
+            if number and captured.door == "export":
+                captured.notes.append(f"sample batch {number + 1} needs a capture of its own: {reason}")
+                continue
             return reason
         if (reason := check.mismatch(shell, captured, args, kwargs)) is not None:
             return reason
@@ -106,6 +117,19 @@ def _checked(shell, captured: Captured, batches) -> str | None:
         if captured.guards.failure(args, kwargs) is not None:
             continue  # never run at this size: the guard asks for another capture
         reason = check.mismatch(shell, captured, args, kwargs, required=False, modes=rows > 1)
-        if reason is not None:
+        if reason is not None and rows < 2 and captured.door == "export":
+            # export reasons about sizes of two and more; the guard keeps smaller batches away from this graph
+            captured.guards.require([f"S[{i}][0] > {rows}" for i in range(len(captured.guards.inputs.tensors))])
+            captured.notes.append(f"the graph does not serve batches of {rows} rows: {reason}")
+        elif reason is not None:
             return reason
     return None
+
+
+def verify(shell: nn.Module, captured: Captured, args: tuple, kwargs: dict | None = None) -> str | None:
+    """Compares graph and plain forward on one batch, in the modes that the graph serves; what differs, or None.
+
+    For graphs that were captured without inputs, at their first real call. Nothing changes by it.
+    """
+    with export_frontend.quiet():
+        return check.mismatch(shell, captured, tuple(args), dict(kwargs or {}))

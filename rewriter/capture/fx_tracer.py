@@ -7,30 +7,26 @@ valid for the current mode only, and the log says so.
 from __future__ import annotations
 
 import dis
-import inspect
 import linecache
+import operator
 import os
 import sys
-from contextlib import contextmanager
 
 import numpy
 import torch
 import torch.utils._pytree as pytree
-from torch._subclasses import FakeTensorMode
 from torch import fx, nn
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import resolve_name
 
 from ...passes.origin import KEY, Origin
-from ..errors import CaptureError, explain
-from . import aten_form, aten_special
-from .cleanup import make_functional, remove_dead
-from .inputs import Inputs, signature_of
-from .recording import ReadLog, is_users, recording, user_location
+from . import aten_form, aten_lookup, aten_special  # noqa: F401  (aten_lookup registers its lowerings when imported)
+from .recording import ReadLog, user_location
 from .value import GiveUp, NumberValue, SequenceValue, TensorValue, tensor_value
 
 aten = torch.ops.aten
 _PROPERTIES = {getattr(torch.Tensor, name).__get__: name for name in ("shape", "ndim", "dtype", "device", "requires_grad")}
 CONSTANT = "_tablewright_constant_"
+_NO_RANK = "whose number of dimensions is not known without sample inputs"
 
 
 class Tracer(ReadLog):
@@ -134,7 +130,7 @@ class Tracer(ReadLog):
         returns = op._schema.returns
         if len(returns) == 1:
             return self._wrap(node, str(returns[0].type))
-        items = tuple(self._wrap(self.node(_getitem, (node, index)), str(each.type)) for index, each in enumerate(returns))
+        items = tuple(self._wrap(self.node(operator.getitem, (node, index)), str(each.type)) for index, each in enumerate(returns))
         named = getattr(torch.return_types, op._schema.name.split("::")[1], None)
         return named(items) if named is not None else items
 
@@ -341,6 +337,7 @@ class Tracer(ReadLog):
 
     def _fake_value(self, node: fx.Node) -> None:
         inputs = node.all_input_nodes
+        assert self.fake_mode is not None
         try:
             if node.op == "get_attr":
                 value = self.shell
@@ -363,9 +360,8 @@ class Tracer(ReadLog):
             each.meta.get("rank_is_sure", True) for each in inputs)
 
 
-_getitem = __import__("operator").getitem
 _HARMLESS = {"dim", "size", "numel", "is_floating_point", "is_complex", "ndimension", "__len__", "__hash__", "__repr__",
-             "stride", "is_contiguous", "nelement", "__get__", "is_floating_point", "element_size"}
+             "stride", "is_contiguous", "nelement", "__get__", "element_size"}
 
 
 class ShapeValue:
@@ -376,7 +372,7 @@ class ShapeValue:
 
     def __getitem__(self, index):
         if type(index) is not int:
-            raise GiveUp(f"a part of the shape of {self.tracer.describe(self.value)}, whose rank is not known without sample inputs")
+            raise GiveUp(f"a part of the shape of {self.tracer.describe(self.value)}, {_NO_RANK}")
         return self.tracer.size(self.value, index)
 
     def __iter__(self):
@@ -384,11 +380,11 @@ class ShapeValue:
         if count is not None and self.value.node.op == "placeholder":
             self.tracer.ranks[self.value.node] = count
         if count is None:
-            raise GiveUp(f"a loop over the shape of {self.tracer.describe(self.value)}, whose rank is not known without sample inputs")
+            raise GiveUp(f"a loop over the shape of {self.tracer.describe(self.value)}, {_NO_RANK}")
         return iter([self[index] for index in range(count)])
 
     def __len__(self):
-        raise GiveUp(f"the rank of {self.tracer.describe(self.value)} is not known without sample inputs")
+        raise GiveUp(f"the rank of {self.tracer.describe(self.value)}, {_NO_RANK}")
 
     def __eq__(self, other):
         raise GiveUp("a comparison of shapes")
@@ -432,145 +428,3 @@ def _unpacked_into(frame) -> int | None:
         if instruction.offset == frame.f_lasti:
             return instruction.argval if instruction.opname == "UNPACK_SEQUENCE" else None
     return None
-
-
-class _Mode(TorchFunctionMode):
-    def __init__(self, tracer: Tracer):
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        tracer = self.tracer
-        if tracer.reason is not None:
-            raise GiveUp(tracer.reason)
-        try:
-            return tracer.torch_call(func, args, kwargs or {})
-        except GiveUp as stop:
-            tracer.give_up(stop)
-            raise
-
-
-@contextmanager
-def _makers():
-    """torch.zeros(n, 3) with a traced n fails in torch's argument parser before any mode sees it: pack the sizes first."""
-    names = ("zeros", "ones", "empty", "rand", "randn")
-    plain = {name: getattr(torch, name) for name in names}
-
-    def packing(function):
-        def make(*size, **kwargs):
-            if any(type(each) is NumberValue for each in size):
-                size = (tuple(size),)
-            return function(*size, **kwargs)
-
-        return make
-
-    try:
-        for name in names:
-            setattr(torch, name, packing(plain[name]))
-        yield
-    finally:
-        for name in names:
-            setattr(torch, name, plain[name])
-
-
-def abstract_inputs(shell: nn.Module) -> Inputs:
-    """Inputs for a trace without examples: one tensor for each required argument, defaults left to forward() itself."""
-    signature = signature_of(shell)
-    if signature is None:
-        raise CaptureError(explain("forward() has no readable signature", fix="pass sample_inputs="))
-    required = []
-    for name, parameter in list(signature.parameters.items())["forward" not in shell.__dict__:]:
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
-        if parameter.default is parameter.empty:
-            if parameter.kind is parameter.KEYWORD_ONLY:
-                raise CaptureError(explain(f"the keyword argument '{name}' is required", why="nothing says what it holds",
-                                           fix="pass sample_inputs="))
-            required.append(torch.empty(0, device="meta"))
-    return Inputs(tuple(required), {}, _without_self(signature, shell), abstract=True)
-
-
-def sample_inputs(shell: nn.Module, args: tuple, kwargs: dict) -> tuple[Inputs, list]:
-    """The structure of a call, and its leaves."""
-    inputs = Inputs(args, kwargs, _without_self(signature_of(shell), shell))
-    return inputs, inputs.examples
-
-
-def _without_self(signature, shell):
-    if signature is None or "forward" in shell.__dict__:
-        return signature
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
-
-
-def trace(shell: nn.Module, args: tuple | None, kwargs: dict | None) -> tuple[fx.Graph, Inputs, object, Tracer]:
-    """(graph, inputs, out_spec, log) of ``shell.forward(*args, **kwargs)``; with ``args=None``, without examples.
-
-    Raises CaptureError with the reason and the user's line for whatever is not on the documented table.
-    """
-    if args is None:
-        inputs, fake_mode = abstract_inputs(shell), None
-    else:
-        inputs, _ = sample_inputs(shell, args, kwargs or {})
-        fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.enable_grad(), recording(Tracer(shell, fake_mode)) as tracer, _makers():
-        leaves = []
-        for position, leaf in enumerate(inputs.examples):
-            if position not in inputs.placeholders:
-                leaves.append(leaf)
-                continue
-            node = tracer.graph.create_node("placeholder", inputs.names[position], (), {}, inputs.names[position])
-            tracer.stamp(node)
-            leaves.append(tracer.wrap_tensor(node) if isinstance(leaf, torch.Tensor) else leaf)
-            if fake_mode is not None:
-                node.meta["val"] = fake_mode.from_tensor(leaf.detach(), static_shapes=True) if isinstance(
-                    leaf, torch.Tensor) else leaf
-                node.meta["rank_is_sure"] = True
-        inputs.examples = None
-        call_args, call_kwargs = pytree.tree_unflatten(leaves, inputs.spec)
-        result, failure = None, None
-        try:
-            with _Mode(tracer):
-                result = shell.forward(*call_args, **call_kwargs)
-        except GiveUp as stop:
-            tracer.give_up(stop)
-        except CaptureError:
-            raise
-        except Exception as error:  # a stand-in met code that needs the real thing, or the model itself is wrong
-            failure = error
-        if tracer.reason is not None:
-            raise CaptureError(f"{tracer.reason}{f' at {tracer.where}' if tracer.where else ''}")
-        if failure is not None:
-            where = raised_at(failure)
-            raise CaptureError(f"{type(failure).__name__}: {failure}{f' at {where}' if where else ''}") from failure
-        tracer.check_containers()
-        register_outputs(result)
-        results, out_spec = pytree.tree_flatten(result)
-        try:
-            nodes = tuple(tracer.result(leaf) for leaf in results)
-        except GiveUp as stop:
-            raise CaptureError(f"the result of forward() cannot be captured: {stop.reason}") from stop
-        output = tracer.graph.output(nodes)
-        make_functional(tracer.graph)
-        remove_dead(tracer.graph)
-        output.meta[KEY] = Origin((output.name,), "capture")
-    for node, rank in tracer.ranks.items():
-        inputs.ranks[inputs.names.index(node.target)] = rank
-    return tracer.graph, inputs, out_spec, tracer
-
-
-def register_outputs(result) -> None:
-    import dataclasses
-    for leaf in pytree.tree_leaves(result):
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            torch.export.register_dataclass(type(leaf))
-
-
-def raised_at(error: BaseException) -> str:
-    """file:line of the innermost frame of the traceback that is the user's."""
-    where, step = "", error.__traceback__
-    while step is not None:
-        name = step.tb_frame.f_code.co_filename
-        if is_users(name):
-            where = f"{name}:{step.tb_lineno}"
-        step = step.tb_next
-    return where

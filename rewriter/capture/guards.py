@@ -4,8 +4,10 @@ from __future__ import annotations
 import copy
 import re
 import weakref
+from collections.abc import Callable
 from operator import attrgetter, itemgetter
 
+import numpy
 import torch
 from torch import nn
 
@@ -32,8 +34,9 @@ class Guards:
                  conditions: list[str] = (), baked_dtypes: bool = False):
         """``conditions``: Python expressions over ``S[i][d]``, the size of dimension d of the i-th tensor leaf."""
         self.inputs = inputs
-        self.conditions = list(conditions)
-        self._holds = _compiled(" and ".join(f"({each})" for each in self.conditions)) if self.conditions else None
+        self.conditions: list[str] = []
+        self._holds = None
+        self.require(conditions)
         self.modes = {path: _module(shell, path).__dict__["training"] for path in sorted(log.modes)}
         self.reads_training = bool(log.modes or log.flags)  # else the mode cannot matter
         self._names = {path: tuple(seen) for path, seen in log.attributes.items() if seen}
@@ -63,13 +66,18 @@ class Guards:
         self._careful = [(weakref.ref(_module(shell, group.path)), group) for group in self._groups if group.careful] + [
             (ref, group) for ref, group in self._original_groups if group.careful]
 
+    def require(self, conditions) -> None:
+        """Adds conditions on sizes."""
+        self.conditions = list(dict.fromkeys([*self.conditions, *conditions]))
+        self._holds = _compiled(" and ".join(f"({each})" for each in self.conditions)) if self.conditions else None
+
     # the inputs -----------------------------------------------------------------------------------------------------------
     def flatten(self, args: tuple, kwargs: dict) -> list:
         """The graph's inputs, in placeholder order. Raises ValueError where the structure is not the captured one."""
         leaves = self.inputs.flatten(args, kwargs)
         if leaves is None:
             raise ValueError(self.inputs.failure(None, args, kwargs))
-        return self.inputs.pick(leaves)
+        return list(self.inputs.pick(leaves))
 
     def failure(self, args: tuple, kwargs: dict) -> str | None:
         """None where the graph serves this call, else a sentence that says what changed since the capture."""
@@ -79,12 +87,12 @@ class Guards:
             return reason
         if self._holds is not None:
             shapes = list(map(_SHAPE, self.inputs.tensors_of(leaves)))
-            if not self._holds(shapes):
+            if not _true(self._holds, shapes):
                 return self._explain_sizes(shapes)
         return self.module_failure()
 
     def _explain_sizes(self, shapes: list) -> str:
-        code = next(each for each in self.conditions if not _compiled(each)(shapes))
+        code = next(each for each in self.conditions if not _true(_compiled(each), shapes))
         names = [self.inputs.names[i] for i in self.inputs.tensors]
         if fixed := re.fullmatch(r"S\[(\d+)\]\[(\d+)\] == (\d+)", code):
             leaf, dim, size = map(int, fixed.groups())
@@ -175,21 +183,23 @@ class _Group:
     def __init__(self, path: str, names: tuple[str, ...], module: nn.Module):
         self.path, self.names = path, names
         namespace = module.__dict__
-        get = itemgetter(*names)
-        self.values_of = get if len(names) > 1 else _one(names[0])
+        self.values_of: Callable[[dict], tuple] = itemgetter(*names) if len(names) > 1 else _one(names[0])
         found = self.values_of(namespace)
         # containers are compared with a copy; numbers also by type (1 and 1.0 are equal, but not the same graph)
         self.values = tuple(copy.deepcopy(value) if _is_plain_container(value) else value for value in found)
         self.inner = [(name, value, dict(vars(value))) for name, value in zip(names, found) if _has_plain_fields(value)]
+        self.arrays = [(name, value, value.copy()) for name, value in zip(names, found)
+                       if isinstance(value, numpy.ndarray) and value.size <= 100_000]
         self.types = tuple(map(type, self.values))
         # torch's own modules are many and convert their numbers themselves: equality is enough there
-        self.careful = bool(self.inner) or (not type(module).__module__.startswith("torch.")
+        self.careful = bool(self.inner or self.arrays) or (not type(module).__module__.startswith("torch.")
                                             and any(kind in (int, float, bool) for kind in self.types))
 
     def changed_within(self, namespace: dict) -> bool:
         if tuple(map(type, self.values_of(namespace))) != self.types:
             return True
-        return any(vars(value) != fields for _, value, fields in self.inner)
+        return any(vars(value) != fields for _, value, fields in self.inner) or any(
+            not numpy.array_equal(value, before) for _, value, before in self.arrays)
 
     def explain(self, namespace: dict) -> str | None:
         for name, before in zip(self.names, self.values):
@@ -204,6 +214,9 @@ class _Group:
                     return _changed(f"{name}.{key}", self.path, before, now)
             if len(vars(value)) != len(fields):
                 return f"attribute '{name}' of '{self.path or 'the model'}' gained fields since the capture"
+        for name, value, before in self.arrays:
+            if not numpy.array_equal(value, before):
+                return f"the array in attribute '{name}' of '{self.path or 'the model'}' was changed since the capture"
         return None
 
 
@@ -211,7 +224,14 @@ def _compiled(expression: str):
     return eval(f"lambda S: {expression}", {})
 
 
-def _one(name: str):
+def _true(holds, shapes: list) -> bool:
+    try:
+        return holds(shapes)
+    except ArithmeticError:  # a division by a size that is 0 now
+        return False
+
+
+def _one(name: str) -> Callable[[dict], tuple]:
     return lambda namespace: (namespace[name],)
 
 

@@ -124,9 +124,10 @@ def _leaf_names(args: tuple, kwargs: dict, signature: inspect.Signature | None) 
         each for each in signature.parameters.values() if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
     for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]:
         keys = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in path]
-        first = keys[1] if len(keys) > 1 else "input"
+        first = keys[1]
         if keys[0] == 0:
-            first = parameters[first].name if first < len(parameters) else f"arg_{first}"
+            index = int(str(first))
+            first = parameters[index].name if index < len(parameters) else f"arg_{index}"
         names.append(re.sub(r"\W", "_", "_".join(map(str, [first, *keys[2:]]))))
     return names
 

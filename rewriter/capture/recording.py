@@ -39,7 +39,7 @@ def user_location(depth: int = 1) -> tuple[str, int, str]:
     return "", 0, ""
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def is_users(file: str) -> bool:
     """Whether a source file is neither torch's, ours nor the standard library's."""
     if file.startswith((_TORCH, *_OURS, "<")):
@@ -152,6 +152,7 @@ def _recording_class(cls: type, log: ReadLog) -> type:
         return value
 
     def __getattr__(self, name):
+        assert find is not None
         value = find(self, name)
         return log.tensor(self, name, value) if isinstance(value, torch.Tensor) else value
 

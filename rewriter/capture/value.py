@@ -71,8 +71,11 @@ class NumberValue:
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         raise GiveUp(f"{getattr(func, '__name__', func)} was called on a traced number outside of the trace")
 
-    def _refuse(self, what):
-        raise GiveUp(f"{what} depends on {self.tracer.describe(self.node)}, which is known only when the graph runs")
+    def _refuse(self, what, final: bool = True):
+        stop = GiveUp(f"{what} depends on {self.tracer.describe(self.node)}, which is known only when the graph runs")
+        if final:
+            self.tracer.give_up(stop)  # so that the model's own ``except`` cannot hide it
+        raise stop
 
     def __bool__(self):
         return self.tracer.number_as_bool(self)
@@ -81,7 +84,7 @@ class NumberValue:
         return self if self.kind == "int" else self._refuse("int(...)")
 
     def __index__(self):
-        self._refuse("a loop bound or an index")
+        self._refuse("a loop bound or an index", final=False)  # torch's argument parser tries this, and does without
 
     def __float__(self):
         self._refuse("float(...)")
@@ -141,7 +144,10 @@ class SequenceValue:
         return self._items[index]
 
     def __len__(self):
-        raise GiveUp(f"the number of tensors made by {self.tracer.describe(self.node)} is known only when the graph runs")
+        if self.node.target is torch.ops.aten.split_with_sizes.default:
+            return len(self.node.args[1])
+        # not GiveUp: list() asks for a length, and does without
+        raise TypeError(f"the number of tensors made by {self.tracer.describe(self.node)} is known only when the graph runs")
 
     def __iter__(self):
         count = self.tracer.known_length(self.node)

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from tablewright.kernels.embedding import cpu, reference
+from tablewright.kernels.embedding import buffers, cpu, reference
 from tablewright.kernels.embedding.spec import GroupSpec, Lookup, Table, Extra
 from tablewright.kernels.embedding.updates import TableUpdate
 
@@ -355,6 +355,28 @@ def test_half_precision_numbers_survive_the_round_trip(level):
         state = values.abs()
         grads([weight], [torch.arange(4096)], [torch.ones(4096, 8, dtype=dtype)], [TableUpdate("adagrad", -1.0, state=(state,))])
         torch.testing.assert_close(weight, (1 / (values.abs() + 1).sqrt()).to(dtype), rtol=TOLERANCE[dtype], atol=1e-7)
+
+
+def test_large_buffers_are_used_again_but_never_while_in_use():
+    shape = (1024, 777)
+    first = buffers.empty(shape, torch.float32)
+    second = buffers.empty(shape, torch.float32)
+    where = first.data_ptr()
+    assert first.shape == shape and first.is_contiguous() and second.data_ptr() != where
+    view = first[5:]
+    del first
+    third = buffers.empty(shape, torch.float32)
+    assert third.data_ptr() not in (where, second.data_ptr())
+    numpy_view = view.numpy()
+    del view
+    assert buffers.empty(shape, torch.float32).data_ptr() != where
+    del numpy_view
+    assert buffers.empty(shape, torch.bfloat16).data_ptr() != where  # another size
+    assert buffers.empty(shape, torch.float32).data_ptr() == where
+    held = [buffers.empty((1 << 20,), torch.float32) for _ in range(3)]
+    del held
+    buffers._drop_idle(0)
+    assert all(buffers._IDLE not in buffers._references(held) for held in buffers._maps.values())
 
 
 def test_describe_and_fall_back_without_the_library():

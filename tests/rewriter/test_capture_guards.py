@@ -8,10 +8,9 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-
 from tablewright.rewriter.capture import attach, capture, clone_shell
 from tablewright.rewriter.errors import CaptureError
+from torch import nn
 
 
 class Head(nn.Module):
@@ -154,7 +153,8 @@ def test_a_deep_copy_is_independent():
     with torch.no_grad():
         twin.table.weight.zero_()
     assert not torch.equal(module(batch)[0], model(batch))
-    assert module.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)[0].meta["origin"].module_path == "table"
+    lookup = module.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)[0]
+    assert lookup.meta["origin"].module_path == "table"
 
 
 def test_guards_are_fast():

@@ -1,0 +1,166 @@
+"""Door 1 from outside: ``trace`` sets up the stand-ins, runs ``forward`` once under the tracer, and tidies the graph."""
+from __future__ import annotations
+
+import dataclasses
+from contextlib import contextmanager
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from ...passes.origin import KEY, Origin
+from ..errors import CaptureError, explain
+from .cleanup import make_functional, remove_dead
+from .fx_tracer import Tracer
+from .inputs import Inputs, signature_of
+from .recording import is_users, recording
+from .value import GiveUp, NumberValue
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, tracer: Tracer):
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        tracer = self.tracer
+        if tracer.reason is not None:
+            raise GiveUp(tracer.reason)
+        try:
+            return tracer.torch_call(func, args, kwargs or {})
+        except GiveUp as stop:
+            tracer.give_up(stop)
+            raise
+
+
+@contextmanager
+def _makers():
+    """torch.zeros(n, 3) with a traced n fails in torch's argument parser before any mode sees it: pack the sizes first."""
+    names = ("zeros", "ones", "empty", "rand", "randn")
+    plain = {name: getattr(torch, name) for name in names}
+
+    def packing(function):
+        def make(*size, **kwargs):
+            if any(type(each) is NumberValue for each in size):
+                size = (tuple(size),)
+            return function(*size, **kwargs)
+
+        return make
+
+    try:
+        for name in names:
+            setattr(torch, name, packing(plain[name]))
+        yield
+    finally:
+        for name in names:
+            setattr(torch, name, plain[name])
+
+
+def abstract_inputs(shell: nn.Module) -> Inputs:
+    """Inputs for a trace without examples: one tensor for each required argument, defaults left to forward() itself."""
+    signature = signature_of(shell)
+    if signature is None:
+        raise CaptureError(explain("forward() has no readable signature", fix="pass sample_inputs="))
+    required = []
+    for name, parameter in list(signature.parameters.items())["forward" not in shell.__dict__:]:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if parameter.default is parameter.empty:
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                raise CaptureError(explain(f"the keyword argument '{name}' is required", why="nothing says what it holds",
+                                           fix="pass sample_inputs="))
+            required.append(torch.empty(0, device="meta"))
+    return Inputs(tuple(required), {}, _without_self(signature, shell), abstract=True)
+
+
+def sample_inputs(shell: nn.Module, args: tuple, kwargs: dict) -> tuple[Inputs, list]:
+    """The structure of a call, and its leaves."""
+    inputs = Inputs(args, kwargs, _without_self(signature_of(shell), shell))
+    return inputs, inputs.examples
+
+
+def _without_self(signature, shell):
+    if signature is None or "forward" in shell.__dict__:
+        return signature
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def trace(shell: nn.Module, args: tuple | None, kwargs: dict | None) -> tuple[fx.Graph, Inputs, object, Tracer]:
+    """(graph, inputs, out_spec, log) of ``shell.forward(*args, **kwargs)``; with ``args=None``, without examples.
+
+    Raises CaptureError with the reason and the user's line for whatever is not on the documented table.
+    """
+    if args is None:
+        inputs, fake_mode = abstract_inputs(shell), None
+    else:
+        inputs, _ = sample_inputs(shell, args, kwargs or {})
+        fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.enable_grad():
+        tracer = Tracer(shell, fake_mode)
+    with torch.enable_grad(), recording(tracer), _makers():
+        leaves = []
+        for position, leaf in enumerate(inputs.examples):
+            if position not in inputs.placeholders:
+                leaves.append(leaf)
+                continue
+            node = tracer.graph.create_node("placeholder", inputs.names[position], (), {}, inputs.names[position])
+            tracer.stamp(node)
+            leaves.append(tracer.wrap_tensor(node) if isinstance(leaf, torch.Tensor) else leaf)
+            if fake_mode is not None:
+                node.meta["val"] = fake_mode.from_tensor(leaf.detach(), static_shapes=True) if isinstance(
+                    leaf, torch.Tensor) else leaf
+                node.meta["rank_is_sure"] = True
+        inputs.examples = None
+        before = set(shell.__dict__)
+        call_args, call_kwargs = pytree.tree_unflatten(leaves, inputs.spec)
+        result, failure = None, None
+        try:
+            with _Mode(tracer):
+                result = shell.forward(*call_args, **call_kwargs)
+        except GiveUp as stop:
+            tracer.give_up(stop)
+        except CaptureError:
+            raise
+        except Exception as error:  # a stand-in met code that needs the real thing, or the model itself is wrong
+            failure = error
+        if tracer.reason is not None or failure is not None:
+            for name in set(shell.__dict__) - before:
+                del shell.__dict__[name]  # constants of the abandoned trace
+        if tracer.reason is not None:
+            raise CaptureError(f"{tracer.reason}{f' at {tracer.where}' if tracer.where else ''}")
+        if failure is not None:
+            where = raised_at(failure)
+            raise CaptureError(f"{type(failure).__name__}: {failure}{f' at {where}' if where else ''}") from failure
+        tracer.check_containers()
+        register_outputs(result)
+        results, out_spec = pytree.tree_flatten(result)
+        try:
+            nodes = tuple(tracer.result(leaf) for leaf in results)
+        except GiveUp as stop:
+            raise CaptureError(f"the result of forward() cannot be captured: {stop.reason}") from stop
+        output = tracer.graph.output(nodes)
+        make_functional(tracer.graph)
+        remove_dead(tracer.graph)
+        output.meta[KEY] = Origin((output.name,), "capture")
+    for node, rank in tracer.ranks.items():
+        inputs.ranks[inputs.names.index(node.target)] = rank
+    return tracer.graph, inputs, out_spec, tracer
+
+
+def register_outputs(result) -> None:
+    for leaf in pytree.tree_leaves(result):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            torch.export.register_dataclass(type(leaf))
+
+
+def raised_at(error: BaseException) -> str:
+    """file:line of the innermost frame of the traceback that is the user's."""
+    where, step = "", error.__traceback__
+    while step is not None:
+        name = step.tb_frame.f_code.co_filename
+        if is_users(name):
+            where = f"{name}:{step.tb_lineno}"
+        step = step.tb_next
+    return where
