@@ -155,26 +155,43 @@ def ancestors(nodes: Iterable[Node], stop: set[Node] | None = None) -> set[Node]
     return seen
 
 
+# Ops whose result may be their input itself, or a view of it, without their schema saying so.
+_QUIET_VIEWS = (
+    aten.dropout.default, aten.alpha_dropout.default, aten.feature_dropout.default, aten.feature_alpha_dropout.default,
+    aten.type_as.default, aten.einsum.default, aten.tile.default, aten.constant_pad_nd.default, operator.getitem,
+)  # fmt: skip
+
+
 def base_of(node: Node) -> Node:
     """The node whose memory ``node`` may be a view of (itself, if it owns its memory)."""
     while node.op == "call_function" and node.all_input_nodes:
         target = node.target
         is_view = isinstance(target, torch._ops.OpOverload) and any(r.alias_info for r in target._schema.returns)
-        if not is_view and target is not operator.getitem:
+        if not is_view and target not in _QUIET_VIEWS:
             break
         node = node.all_input_nodes[0]
     return node
 
 
-def writers(graph: Graph) -> dict[Any, Node]:
-    """What the graph writes to in place: base node, or name of a stored tensor, -> a node that writes to it."""
-    found: dict[Any, Node] = {}
-    for node in graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-            continue
-        for name, value in arguments(node).items():
-            written = next(a for a in node.target._schema.arguments if a.name == name).alias_info
-            if written is not None and written.is_write and isinstance(value, Node):
-                base = base_of(value)
-                found[str(base.target) if base.op == "get_attr" else base] = node
-    return found
+class Writes:
+    """What a graph writes to in place. Stored tensors count as written under each of their names, and through views."""
+
+    def __init__(self, graph: Graph, root: nn.Module) -> None:
+        self._root = root
+        self._found: dict[Any, Node] = {}
+        for node in graph.nodes:
+            if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+                continue
+            for name, value in arguments(node).items():
+                written = next(a for a in node.target._schema.arguments if a.name == name).alias_info
+                if written is not None and written.is_write and isinstance(value, Node):
+                    self._found[self._memory(value)] = node
+
+    def to(self, node: Any) -> Node | None:
+        """A node that writes to the memory ``node`` may be a view of, or ``None``."""
+        return self._found.get(self._memory(node)) if isinstance(node, Node) and self._found else None
+
+    def _memory(self, node: Node) -> Any:
+        base = base_of(node)
+        stored = stored_tensor(base, self._root)
+        return base if stored is None else stored.untyped_storage()._cdata

@@ -15,14 +15,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.fx import Node
 
 from ..kernels.embedding.op import OP
 from ..kernels.embedding.spec import Extra, GroupSpec, Lookup, Table
-from .graph import Editor, ancestors, aten, base_of, is_pure, packet_name, positions, stored_tensor, value_of, writers
+from .graph import Editor, Writes, ancestors, aten, base_of, is_pure, packet_name, positions, stored_tensor, value_of
 from .joins import Join, Rows, find_joins
 from .lookups import LookupNode, read_lookup
 from .records import APPLIED, SKIPPED, Record, Skip, record
@@ -35,7 +35,7 @@ class _Facts:
     lookups: dict[Node, LookupNode | Skip]
     levels: dict[Node, int]
     names: dict[int, str]
-    written: dict[Any, Node]
+    writes: Writes
 
 
 @dataclass
@@ -52,11 +52,11 @@ class GroupTables(GroupRule):
             raise ValueError(f"max_tables is {self.max_tables!r}; it must be a whole number above 0")
 
     def prepare(self, context: Context) -> _Facts:
-        written = writers(context.graph)
+        writes = Writes(context.graph, context.root)
         lookups: dict[Node, LookupNode | Skip] = {}
         levels: dict[Node, int] = {}
         for node in context.graph.nodes:
-            found = read_lookup(node, context.root, written)
+            found = read_lookup(node, context.root, writes)
             level = max((levels[n] for n in node.all_input_nodes), default=0)
             if found is not None:
                 lookups[node] = found
@@ -64,7 +64,7 @@ class GroupTables(GroupRule):
         # A tied table has several names; the plain model's first one is the one it goes by.
         names = {id(t): n for n, t in reversed(list(context.root.named_buffers(remove_duplicate=False)))}
         names.update({id(t): n for n, t in reversed(list(context.root.named_parameters(remove_duplicate=False)))})
-        return _Facts(context, lookups, levels, names, written)
+        return _Facts(context, lookups, levels, names, writes)
 
     def key(self, node: Node, facts: _Facts) -> Hashable | Skip | None:
         found = facts.lookups.get(node)
@@ -77,7 +77,8 @@ class GroupTables(GroupRule):
         return (table.device, table.dtype, facts.levels[node])
 
     def fuse(self, nodes: Sequence[Node], facts: _Facts) -> list[Record]:
-        found = [facts.lookups[n] for n in nodes]
+        # Read again: sample weights may come from lookups that have been fused since.
+        found = [read_lookup(n, facts.context.root, facts.writes) for n in nodes]
         lookups = [f for f in found if isinstance(f, LookupNode)]
         records: list[Record] = []
         for start in range(0, len(lookups), self.max_tables):
@@ -87,7 +88,7 @@ class GroupTables(GroupRule):
     def _fuse(self, lookups: list[LookupNode], facts: _Facts) -> list[Record]:
         graph = facts.context.graph
         place, order = _first_reader(lookups, graph)
-        lookups, late = _movable(lookups, order, order[place], facts.written)
+        lookups, late = _movable(lookups, order, order[place], facts.writes)
         records = [
             record(
                 self.name, self.kind, SKIPPED, found.node,
@@ -103,7 +104,7 @@ class GroupTables(GroupRule):
                 place.prepend(needed)
         order = positions(graph)
         editor = Editor(graph, self.name)
-        joins = find_joins({f.result: _rows(f, facts) for f in lookups if f.result is not None}, place, order, facts.written)
+        joins = find_joins({f.result: _rows(f, facts) for f in lookups if f.result is not None}, place, order, facts.writes)
         fused, spec = self._launch(editor, lookups, joins, place, facts)
         _hand_out(editor, fused, spec, lookups, joins)
         where = f"{len(lookups)} lookups of {len(spec.tables)} tables in 1 launch"
@@ -186,13 +187,13 @@ def _first_reader(lookups: list[LookupNode], graph) -> tuple[Node, dict[Node, in
     return min(readers, key=order.__getitem__), order
 
 
-def _movable(lookups: list[LookupNode], order: dict[Node, int], place: int, written: dict[Any, Node]):
+def _movable(lookups: list[LookupNode], order: dict[Node, int], place: int, writes: Writes):
     """Split into lookups that can be made at ``place`` and those that cannot, each of these with the node in the way."""
     ready, late = [], []
     for found in lookups:
         needed = ancestors(_inputs([found]))
         moved = [n for n in needed if order[n] > place]
-        blocker = next((n for n in moved if not is_pure(n) or base_of(n) in written), None)
+        blocker = next((n for n in moved if not is_pure(n) or any(map(writes.to, (n, *n.all_input_nodes)))), None)
         if blocker is None:
             ready.append(found)
         else:
@@ -214,11 +215,13 @@ def _hand_out(editor: Editor, fused: Node, spec: GroupSpec, lookups: list[Lookup
         editor.call(operator.getitem, fused, number, before=place, sources=[like], value=value)
         for number, (like, value) in enumerate(zip(likes, values))
     ]
-    joined = {join.node for join in joins}
+    pieces = {join.node: {piece.node for piece in join.pieces} for join in joins}
+    (output,) = place.graph.find_nodes(op="output")
+    returned = {base_of(n) for n in output.all_input_nodes}
     for found, entry in zip(lookups, spec.lookups):
         result = found.result
         assert result is not None
-        others = [u for u in result.users if u not in joined]
+        others = [u for u in result.users if result not in pieces.get(u, ())]
         if not others:
             continue
         part, dim = results[entry.slot], spec.tables[entry.table].dim
@@ -226,6 +229,8 @@ def _hand_out(editor: Editor, fused: Node, spec: GroupSpec, lookups: list[Lookup
             part = editor.call(
                 aten.narrow.default, part, -1, entry.column, dim, before=place, sources=[result], value=value_of(result)
             )  # fmt: skip
+            if result in returned or joins[entry.slot].node in returned:  # the caller may write to it, and to it alone
+                part = editor.call(aten.clone.default, part, before=place, sources=[result], value=value_of(result))
         for user in others:
             user.replace_input_with(result, part)
     for join, whole in zip(joins, results):

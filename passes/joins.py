@@ -7,11 +7,9 @@ join has fewer inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
 from torch.fx import Node
 
-from .graph import Editor, aten, base_of, is_op, value_of
+from .graph import Editor, Writes, aten, is_op, value_of
 
 
 @dataclass(frozen=True)
@@ -65,19 +63,19 @@ class Rows:
     rank: int | None
 
 
-def find_joins(results: dict[Node, Rows], place: Node, order: dict[Node, int], written: dict[Any, Node]) -> list[Join]:
+def find_joins(results: dict[Node, Rows], place: Node, order: dict[Node, int], writes: Writes) -> list[Join]:
     """The joins that a launch at ``place`` can write, each lookup in one of them at most."""
     taken: set[Node] = set()
     joins: list[Join] = []
     readers = dict.fromkeys(user for result in results for user in result.users)
     for node in sorted(readers, key=order.__getitem__):
-        if not _joins_columns(node, results):
-            continue
+        if not _joins_columns(node, results) or writes.to(node) is not None:
+            continue  # what is written to the join must not reach the lookups in it
         inputs: list[Node] = list(node.args[0])  # type: ignore[arg-type]
         if len(set(inputs)) != len(inputs):
             continue  # one result twice in a concatenation: its gradient would have two homes
         free = {n: r for n, r in results.items() if n not in taken}
-        pieces = [None if base_of(n) in written else _piece(n, free, results, node, order[place], order) for n in inputs]
+        pieces = [None if writes.to(n) is not None else _piece(n, free, results, node, order[place], order) for n in inputs]
         known = [p for p in pieces if p is not None]
         if len(known) == len(pieces) > 1:
             joins.append(Join(node, 0, known))

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from ..kernels.embedding.op import OP
-from .graph import arguments, aten, base_of, is_op, packet_name, stored_tensor, value_of
+from .graph import Writes, arguments, aten, is_op, packet_name, stored_tensor, value_of
 from .records import Skip, skip
 
 BAG_OPS = (aten.embedding_bag.default, aten.embedding_bag.padding_idx)
@@ -39,10 +38,10 @@ class LookupNode:
     sparse: bool
 
 
-def read_lookup(node: Node, root: nn.Module, written: dict[Any, Node]) -> LookupNode | Skip | None:
+def read_lookup(node: Node, root: nn.Module, writes: Writes | None) -> LookupNode | Skip | None:
     """The lookup that ``node`` makes, a :class:`Skip` if it makes one that cannot be fused, ``None`` if it makes none.
 
-    ``written``: what the forward itself writes to, from :func:`~.graph.writers`."""
+    ``writes``: what the forward itself writes to; ``None`` if it does not matter."""
     if node.op != "call_function":
         return None
     if node.target is aten.embedding.default:
@@ -54,7 +53,7 @@ def read_lookup(node: Node, root: nn.Module, written: dict[Any, Node]) -> Lookup
     else:
         return None
     if isinstance(found, LookupNode):
-        return _unfit(found, root, written) or found
+        return _unfit(found, root, writes) or found
     return found
 
 
@@ -62,7 +61,7 @@ def tables_read(graph: Graph, root: nn.Module) -> dict[str, Tensor]:
     """The stored tensors that lookups of any form read, fused or not, by the plain model's first name for them."""
     found = {}
     for node in graph.nodes:
-        if is_op(node, aten.embedding.default, *BAG_OPS) or isinstance(read_lookup(node, root, {}), LookupNode):
+        if is_op(node, aten.embedding.default, *BAG_OPS) or isinstance(read_lookup(node, root, None), LookupNode):
             tensor = stored_tensor(node.args[0], root)
             if tensor is not None:
                 found[id(tensor)] = tensor
@@ -123,7 +122,7 @@ def _indexed(node: Node, root: nn.Module) -> LookupNode | Skip | None:
     return LookupNode(node, node, table, ids, None, None, "none", None, False, wraps, False)  # type: ignore[arg-type]
 
 
-def _unfit(found: LookupNode, root: nn.Module, written: dict[Any, Node]) -> Skip | None:
+def _unfit(found: LookupNode, root: nn.Module, writes: Writes | None) -> Skip | None:
     weight = stored_tensor(found.table, root)
     if weight is None:
         made = packet_name(found.table) or found.table.op
@@ -132,11 +131,13 @@ def _unfit(found: LookupNode, root: nn.Module, written: dict[Any, Node]) -> Skip
         return skip(f"its table is {weight.dtype}; fp32, fp64, fp16 or bf16 is needed", at=found.node)
     if weight.dim() != 2 or weight.layout != torch.strided or not weight.is_contiguous():
         return skip("its table is not a contiguous [rows, dim] tensor", at=found.node)
-    writer = written.get(str(found.table.target))
+    if writes is None:
+        return None
+    writer = writes.to(found.table)
     if writer is not None:
         return skip(f"its table is changed inside the forward by {packet_name(writer)} (max_norm, say)", at=found.node)
     for part in (found.ids, found.offsets, found.sample_weights, found.result):
-        writer = written.get(base_of(part)) if part is not None else None
+        writer = writes.to(part)
         if writer is not None:
             return skip(f"{packet_name(writer)} changes its ids, weights or result in place", at=writer)
     return None

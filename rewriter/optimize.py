@@ -169,7 +169,7 @@ class Compiler:
         if self.verify == "numerics" and args is not None:
             check = numeric_check(self.shell, captured.guards.flatten(args, kwargs))
         graph, steps = self.rewrite(captured.graph, check=check)
-        return Variant(captured, graph, steps, attach(self.shell, graph))
+        return Variant(captured, graph, steps, attach(self.shell, graph), unverified=args is None)
 
     def rewrite(self, graph: Graph, budget: int | None = None, check: Check | None = None) -> tuple[Graph, list[Step]]:
         """Run the passes on a captured graph; ``budget`` limits how many rewrites are made."""

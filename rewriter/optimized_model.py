@@ -17,7 +17,8 @@ from ..kernels.embedding import in_backward
 from ..kernels.embedding.op import OP
 from ..kernels.embedding.optimizers import RowUpdates
 from ..passes.records import Record
-from .capture import Captured, attach
+from .capture import Captured, attach, verify
+from .capture.shell import RefusingHooks
 from .errors import CaptureError, PlanError, nearest
 from .in_backward_guard import InBackwardGuard
 from .pipeline import Step
@@ -26,6 +27,12 @@ from .report import Report
 from .verify import copy_graph
 
 TICKET = "_tablewright_ticket"
+# Hooks on the whole plain model run around the optimized one too.
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
 
 
 @dataclass
@@ -36,6 +43,7 @@ class Variant:
     graph: Graph
     steps: list[Step]
     module: torch.fx.GraphModule
+    unverified: bool = False  # captured without inputs: compared with the plain model at the first call
 
 
 class OptimizedModel(nn.Module):
@@ -49,6 +57,8 @@ class OptimizedModel(nn.Module):
         super().__init__()
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[name] = shell.__dict__[name]
+        for name in _HOOKS:
+            self.__dict__[name] = copy.copy(shell.__dict__[name])
         set_plain = self.__dict__.__setitem__
         set_plain("_shell", shell)
         set_plain("_compiler", compiler)  # makes a variant for a call that no present variant fits
@@ -58,6 +68,7 @@ class OptimizedModel(nn.Module):
         set_plain("_embedding_optimizer", None)
         set_plain("_guard", None)
         self.training = shell.training
+        self.register_load_state_dict_post_hook(_follow_loaded)  # also runs where a parent module loads
 
     # --- running -------------------------------------------------------------------------------------------------------------
 
@@ -80,6 +91,12 @@ class OptimizedModel(nn.Module):
         failure = ""
         for variant in self._variants:
             failure = variant.captured.guards.failure(args, kwargs)
+            if failure is None and variant.unverified:
+                variant.unverified = False
+                failure = verify(self._shell, variant.captured, args, kwargs)
+                if failure is not None:
+                    self._variants.remove(variant)
+                    break
             if failure is None:
                 return variant
         return self._compiler.recapture(self, args, kwargs, failure)
@@ -189,21 +206,18 @@ class OptimizedModel(nn.Module):
         """An independent plain model (its own class) with today's weights, buffers and mode."""
         return plain_copy(self._shell)
 
-    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As on the plain model: plain names, plain shapes."""
-        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        self._follow_replaced_parameters()
-        return result
-
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
         self._follow_replaced_parameters()
         return self
 
     def _follow_replaced_parameters(self) -> None:
-        """``assign=True`` and ``to_empty()`` put new Parameter objects in place; the plan's optimizer must update those."""
+        """``assign=True`` and ``to_empty()`` put new Parameter objects in place: the plan's optimizer must update those, and
+        nothing may keep the old ones alive."""
+        named = dict([*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)])
+        self._compiler.tables.update({name: named[name] for name in self._compiler.tables})
         if self._embedding_optimizer is not None:
-            self._embedding_optimizer.follow(dict(self.named_parameters(remove_duplicate=False)))
+            self._embedding_optimizer.follow(named)
 
     # --- copies --------------------------------------------------------------------------------------------------------------
 
@@ -234,6 +248,10 @@ class OptimizedModel(nn.Module):
         return sorted({*super().__dir__(), *dir(self._shell)})
 
 
+def _follow_loaded(model: OptimizedModel, _) -> None:
+    model._follow_replaced_parameters()
+
+
 def _rebuild(model: nn.Module, plan: Plan, samples: Any, training: bool, optimizer_state: dict | None) -> OptimizedModel:
     from .optimize import optimize_with_samples
 
@@ -259,7 +277,8 @@ def plain_copy(shell: nn.Module, share: bool = False) -> nn.Module:
     result.__dict__.pop(TICKET, None)
     for module in result.modules():
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            module.__dict__[name] = OrderedDict()
+            if isinstance(module.__dict__[name], RefusingHooks):
+                module.__dict__[name] = OrderedDict()
     return result
 
 

@@ -23,7 +23,7 @@ from .reference import OptionalTensors
 from .spec import GroupSpec
 from .updates import KINDS, TableUpdate
 
-_ABI = 1  # tw_abi() of native/driver.cpp
+_ABI = 2  # tw_abi() of native/driver.cpp
 _LEVELS = ("baseline", "AVX2", "AVX-512")  # of tw_level()
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _POOLINGS = {"none": 0, "sum": 1, "mean": 2}
@@ -83,12 +83,16 @@ class _Plan:
     def __init__(self, spec: GroupSpec) -> None:
         self.spec = spec
         words = [len(spec.tables), len(spec.lookups), len(spec.slots), len(spec.extras)]
-        for t in spec.tables:
-            words += (t.rows, t.dim)
-        for l in spec.lookups:
+        first, following = [-1] * len(spec.tables), [-1] * len(spec.lookups)  # the lookups of each table, as linked lists in order
+        for place in reversed(range(len(spec.lookups))):
+            table = spec.lookups[place].table
+            first[table], following[place] = place, first[table]
+        for t, place in zip(spec.tables, first):
+            words += (t.rows, t.dim, place)
+        for l, place in zip(spec.lookups, following):
             padding = -1 if l.padding_idx is None else l.padding_idx
             wrap = spec.tables[l.table].rows if l.wrap_negative else 0
-            words += (l.table, l.slot, l.column, _POOLINGS[l.pooling], padding, int(l.include_last_offset), wrap)
+            words += (l.table, l.slot, l.column, _POOLINGS[l.pooling], padding, int(l.include_last_offset), wrap, place)
         for e in spec.extras:
             words += (e.slot, e.column, e.width)
         self._words = (ctypes.c_int64 * len(words))(*words)  # kept alive for `pointer`

@@ -69,9 +69,11 @@ class IdStatus:
     def _bad_offsets(self, i: int, bag: int) -> str:
         offsets = self.offsets[i]
         assert offsets is not None
+        table = self.spec.tables[self.spec.lookups[i].table].name
         return (
             f"offsets of lookup {self.spec.lookups[i].name!r} must start at 0, not decrease, and lie within the "
-            f"{self.indices[i].numel()} ids; around bag {bag} they are {offsets[max(0, bag - 1) : bag + 2].tolist()}"
+            f"{self.indices[i].numel()} ids; around bag {bag} they are {offsets[max(0, bag - 1) : bag + 2].tolist()} "
+            f"(table {table!r})"
         )
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .spec import GroupSpec, Lookup
+from .spec import GroupSpec, Lookup, Table
 from .updates import TableUpdate
 
 OptionalTensors = Sequence["Tensor | None"]
@@ -55,7 +55,7 @@ def check_inputs(
     for lookup, ids, offs, weights in zip(spec.lookups, indices, offsets, sample_weights, strict=True):
         _check_shapes(lookup, ids, offs, weights)
         if offs is not None:
-            _check_offsets(lookup, ids, offs)
+            _check_offsets(lookup, spec.tables[lookup.table], ids, offs)
         _check_ids(spec, lookup, ids, offs)
     leading: dict[int, tuple[tuple[int, ...], str]] = {}
     for lookup, ids, offs in zip(spec.lookups, indices, offsets, strict=True):
@@ -256,19 +256,19 @@ def _check_shapes(lookup: Lookup, ids: Tensor, offsets: Tensor | None, weights: 
             raise ValueError(f"{where} got sample weights of shape {list(weights.shape)} for ids of shape {list(ids.shape)}")
 
 
-def _check_offsets(lookup: Lookup, ids: Tensor, offsets: Tensor) -> None:
-    where = f"offsets of lookup {lookup.name!r}"
+def _check_offsets(lookup: Lookup, table: Table, ids: Tensor, offsets: Tensor) -> None:
+    where, which = f"offsets of lookup {lookup.name!r}", f" (table {table.name!r})"
     if offsets.numel() == 0:
         return
     if offsets[0] != 0:
-        raise ValueError(f"{where} must start at 0; offset 0 is {int(offsets[0])}")
+        raise ValueError(f"{where} must start at 0; offset 0 is {int(offsets[0])}{which}")
     decreasing = (offsets[1:] < offsets[:-1]).nonzero()
     if len(decreasing):
         p = int(decreasing[0]) + 1
-        raise ValueError(f"{where} must not decrease: offset {p} is {int(offsets[p])}, after {int(offsets[p - 1])}")
+        raise ValueError(f"{where} must not decrease: offset {p} is {int(offsets[p])}, after {int(offsets[p - 1])}{which}")
     if offsets[-1] > ids.numel():
         p = int((offsets > ids.numel()).nonzero()[0])
-        raise ValueError(f"{where} must lie within the ids: offset {p} is {int(offsets[p])}, but there are {ids.numel()} ids")
+        raise ValueError(f"{where} must lie within the ids: offset {p} is {int(offsets[p])}, but there are {ids.numel()} ids{which}")
 
 
 def _check_ids(spec: GroupSpec, lookup: Lookup, ids: Tensor, offsets: Tensor | None) -> None:

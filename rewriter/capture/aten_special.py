@@ -5,6 +5,8 @@ Each one raises GiveUp for the arguments it does not cover.
 """
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -267,7 +269,7 @@ def split(tracer, tensor, split_size_or_sections=None, dim=0, split_size=None):
 
 
 @lowers(torch.tensordot)
-def tensordot(tracer, a, b, dims=2, out=None):
+def tensordot(tracer, a, b, dims: Any = 2, out=None):
     if out is not None or isinstance(dims, torch.Tensor):
         raise GiveUp("tensordot(out=)")
     if type(dims) is int:
@@ -277,7 +279,7 @@ def tensordot(tracer, a, b, dims=2, out=None):
         pairs = (list(range(rank - dims, rank)), list(range(dims)))
     else:
         pairs = dims
-    left, right = ([each] if type(each) is int else list(each) for each in pairs)
+    left, right = ([each] if isinstance(each, int) else list(each) for each in pairs)
     return tracer.emit(aten.tensordot.default, a, b, left, right)
 
 

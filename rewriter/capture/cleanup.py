@@ -42,6 +42,10 @@ def remove_dead(graph: fx.Graph) -> None:
 
 def may_alias(node: fx.Node) -> bool:
     """Whether the result of ``node`` may share storage with anything else (a view, an input, a parameter, an unknown op)."""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):  # one of several results, read once
+        source, which = node.args
+        return may_alias(source) or any(
+            user is not node and user.target is operator.getitem and user.args[1] == which for user in source.users)
     if node.op != "call_function" or node.target in _MAYBE_VIEWS:
         return True
     if not isinstance(node.target, torch._ops.OpOverload):

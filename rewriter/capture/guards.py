@@ -183,7 +183,7 @@ class _Group:
     def __init__(self, path: str, names: tuple[str, ...], module: nn.Module):
         self.path, self.names = path, names
         namespace = module.__dict__
-        self.values_of: Callable[[dict], tuple] = itemgetter(*names) if len(names) > 1 else _one(names[0])
+        self.values_of: Callable[[dict], tuple] = _one(*names) if len(names) == 1 else itemgetter(*names)
         found = self.values_of(namespace)
         # containers are compared with a copy; numbers also by type (1 and 1.0 are equal, but not the same graph)
         self.values = tuple(copy.deepcopy(value) if _is_plain_container(value) else value for value in found)

@@ -314,7 +314,8 @@ class _Writer:
     # --- what happens to looked-up rows --------------------------------------------------------------------------------------
 
     def row(self, name: str, width: int) -> None:
-        action = self.rng.choice(("",) * 8 + ("relu_", "mul_", "add", "mask", "double", "dropout"))
+        written = () if self.plain else ("relu_", "mul_", "add")
+        action = self.rng.choice(("",) * 8 + ("mask", "double", "dropout", *written))
         line = {
             "relu_": f"{name}.relu_()",
             "mul_": f"{name}.mul_(2.0)",
@@ -363,7 +364,7 @@ class _Writer:
         joined = ", ".join(name for name, _ in self.rows)
         self.body.append(f"z = torch.cat([{joined}], {rng.choice(('1', '-1', 'dim=-1', 'dim=1'))})")
         extra = []
-        if self.chance(20):
+        if self.chance(0 if self.plain else 20):
             self.body.append(rng.choice(("z.mul_(1.5)", f"{self.rows[0][0]}.add_(1.0)" if self.rows[0][0] != "dense" else "z += 1")))
         if self.chance(30):
             extra.append(rng.choice(self.rows)[0])

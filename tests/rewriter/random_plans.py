@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from random_loops import Different, both, close, compare_outputs, total
-from random_models import Program
+from random_models import DTYPES, Program
 from torch import Tensor, nn
 
 import tablewright as tw
@@ -33,11 +34,11 @@ class PlannedLoop:
     seed: int
 
 
-def _setting(rng: random.Random) -> Setting:
+def _setting(rng: random.Random, program: Program) -> Setting:
     kind = rng.choice(tuple(_KINDS))
     options: dict[str, object] = {"lr": rng.choice((0.1, 0.02)), "weight_decay": rng.choice((0.0, 0.0, 0.1))}
     if kind != "sgd":
-        options["eps"] = rng.choice((1e-3, 1e-8))
+        options["eps"] = rng.choice((1e-3, 1e-8)) if program.dtype == "float64" else 1e-3
     if kind == "adam":
         options["betas"] = rng.choice(((0.9, 0.999), (0.5, 0.9)))
     return kind, tuple(options.items()), rng.randrange(2) == 0
@@ -46,11 +47,12 @@ def _setting(rng: random.Random) -> Setting:
 def plan(rng: random.Random, program: Program) -> PlannedLoop:
     """A random plan and loop."""
     names = sorted(program.tables)
-    special = {n: _setting(rng) for n in names if rng.randrange(5) == 0}
+    special = {n: _setting(rng, program) for n in names if rng.randrange(5) == 0}
     frozen = tuple(n for n in names if n not in special and rng.randrange(10) == 0)
     forwards = rng.choice((1, 1, 2))
     sizes = tuple(rng.choice((5, 5, 2, 1, 9, 0)) for _ in range(3 * forwards))
-    return PlannedLoop(_setting(rng), special, frozen, forwards, (4, *sizes), rng.choice((None, 0.05)), rng.randrange(1 << 20))
+    change = rng.choice((None, 0.05))
+    return PlannedLoop(_setting(rng, program), special, frozen, forwards, (4, *sizes), change, rng.randrange(1 << 20))
 
 
 def _optimizer(setting: Setting):
@@ -75,17 +77,16 @@ def train_both(program: Program, loop: PlannedLoop) -> nn.Module:
     sizes = iter(loop.sizes[1:])
     for step in range(3):
         what = f"step {step}"
-        losses: list[list[Tensor]] = [[], []]
+        losses = [torch.zeros((), dtype=DTYPES[program.dtype])] * 2
         touched: dict[str, set[int]] = {n: set() for n in reference}
         for _ in range(loop.forwards):
             args, kwargs = program.batch(next(sizes), rng)
             torch.manual_seed(rng.randrange(1 << 30))
-            results = both(what, lambda: plain(*args, **kwargs), lambda: opt(*args, **kwargs))
+            results = both(what, partial(plain, *args, **kwargs), partial(opt, *args, **kwargs))
             compare_outputs(what, *results)
-            for kept, result in zip(losses, results):
-                kept.append(total(result))
+            losses = [loss + total(result) for loss, result in zip(losses, results)]
             _touch(program, program.leaves(args, kwargs), touched)
-        both(f"{what}, backward", lambda: sum(losses[0]).backward(), lambda: sum(losses[1]).backward())
+        both(f"{what}, backward", *(loss.backward for loss in losses))
         _compare_gradients(what, plain, opt, reference)
         for table, update in reference.items():
             update.step(sorted(touched[table]))

@@ -151,12 +151,12 @@ def test_train_and_eval_are_those_of_the_plain_model():
 
 
 def test_a_mode_of_one_submodule():
-    torch.manual_seed(0)
-    model, opt = optimized(dropout=0.9)
+    _, opt = optimized(dropout=0.5)
+    batch = dot_batch(64)
     opt.over.eval()
-    assert torch.equal(opt(*dot_batch()), opt(*dot_batch())), "no dropout in a part that is in eval mode"
+    assert torch.equal(opt(*batch), opt(*batch)), "no dropout in a part that is in eval mode"
     opt.over.train()
-    assert not torch.equal(opt(*dot_batch()), opt(*dot_batch()))
+    assert not torch.equal(opt(*batch), opt(*batch))
 
 
 def test_frozen_tables_stay_frozen_and_can_be_thawed():
@@ -256,7 +256,7 @@ def test_unoptimized_is_the_plain_class_with_todays_weights():
     torch.nn.init.ones_(opt.user.weight)
     opt.eval()
     plain = opt.unoptimized()
-    assert type(plain) is Dot and not plain.training and float(plain.user.weight[0, 0]) == 1
+    assert type(plain) is Dot and not plain.training and plain.user.weight.detach().eq(1).all()
     assert plain.user.weight is not opt.user.weight
     assert list(plain.state_dict()) == list(model.state_dict()) and set(plain.__dict__) == set(model.__dict__)
     plain.user.register_forward_hook(lambda *_: None)  # it is a plain model: hooks are allowed

@@ -14,12 +14,13 @@ enum UpdateKind : int64_t { UPDATE_NONE = -1, UPDATE_SGD = 0, UPDATE_ADAGRAD = 1
 
 // Static words, one block per GroupSpec: SpecHead, TableInfo[], LookupInfo[], ExtraInfo[]. Filled by cpu.py.
 struct SpecHead { int64_t tables, lookups, slots, extras; };
-struct TableInfo { int64_t rows, dim; };
+struct TableInfo { int64_t rows, dim, first_lookup; };  // the table's lookups form a list that ends in -1
 struct LookupInfo {
     int64_t table, slot, column, pooling;
     int64_t padding;       // row number, or -1
     int64_t include_last;  // offsets hold bags + 1 entries
     int64_t wrap;          // rows when negative ids wrap, else 0
+    int64_t next;          // next lookup of the same table, or -1
 };
 struct ExtraInfo { int64_t slot, column, width; };
 

@@ -131,6 +131,13 @@ struct Call {
         for (int64_t t = 0; t < spec->tables; ++t)
             if (tables[t].dim > max_dim) max_dim = tables[t].dim;
     }
+    // Threads worth waking: waking one costs as much as moving some 64 KB of rows.
+    int64_t threads() const {
+        int64_t bytes = 0;
+        for (int64_t l = 0; l < spec->lookups; ++l) bytes += lookup_args[l].id_count * tables[lookups[l].table].dim * element;
+        const int64_t most = 1 + bytes / 65536;
+        return head->threads < most ? head->threads : most;
+    }
     int64_t scratch_bytes() const { return (SCRATCH_ROWS * max_dim * 8 + 63) & ~int64_t(63); }
 };
 
@@ -201,10 +208,6 @@ int bits_for(uint64_t values) {  // bits to tell `values` things apart
     return bits;
 }
 
-bool contributes(const Call& c, int64_t l, int64_t table) {
-    return c.lookups[l].table == table && c.slot_args[c.lookups[l].slot].data;
-}
-
 // A half precision number (10 fraction bits, or 7 for bfloat16) as a double.
 double half_value(uint16_t bits, bool brain) {
     const int fraction_bits = brain ? 7 : 10, bias = brain ? 127 : 15;
@@ -265,11 +268,11 @@ int sort_table(const Call& c, int64_t t, bool wanted, TableRuns& r, uint64_t* sp
     uint64_t* end = begin;
     const char** source = r.source;
     uint64_t next_source = 0;
-    for (int64_t l = 0; l < c.spec->lookups; ++l) {
-        if (!contributes(c, l, t)) continue;
+    for (int64_t l = c.tables[t].first_lookup; l >= 0; l = c.lookups[l].next) {
         const LookupInfo& info = c.lookups[l];
         const LookupArg& a = c.lookup_args[l];
         const SlotArg& slot = c.slot_args[info.slot];
+        if (!slot.data) continue;
         if (!offsets_fit(info, a, 0, a.bags)) return BAD_INPUT;
         const char* grad = slot.data + info.column * c.element;
         const int64_t stride = slot.stride * c.element;
@@ -294,11 +297,11 @@ struct Sorted {
     TableRuns* tables;
     int64_t* task_end;  // [tables] running total of second-phase tasks
     char* scratch;
-    int64_t scratch_bytes, tasks;
+    int64_t scratch_bytes, tasks, threads;
 };
 
 void lay_out(const Call& c, const int64_t* wanted, Carver& carver, Sorted& s, uint64_t*& spare, int64_t& spare_size) {
-    const int64_t T = c.spec->tables, threads = c.head->threads;
+    const int64_t T = c.spec->tables, threads = s.threads = c.threads();
     s.tables = carver.take<TableRuns>(T);
     s.task_end = carver.take<int64_t>(T);
     spare_size = 1;
@@ -306,8 +309,8 @@ void lay_out(const Call& c, const int64_t* wanted, Carver& carver, Sorted& s, ui
         TableRuns r;
         memset(&r, 0, sizeof r);
         bool scaled = false;
-        for (int64_t l = 0; wanted[t] && l < c.spec->lookups; ++l) {
-            if (!contributes(c, l, t)) continue;
+        for (int64_t l = wanted[t] ? c.tables[t].first_lookup : -1; l >= 0; l = c.lookups[l].next) {
+            if (!c.slot_args[c.lookups[l].slot].data) continue;
             const LookupArg& a = c.lookup_args[l];
             r.ids += a.id_count;
             r.sources += a.weights ? a.id_count : a.bags;
@@ -335,7 +338,7 @@ int sort_all(const Call& c, const int64_t* wanted, Sorted& s) {
     if (!s.workspace) return NO_MEMORY;
     carver = Carver{s.workspace->data, 0};
     lay_out(c, wanted, carver, s, spare, spare_size);
-    int result = for_each_task(c.spec->tables, c.head->threads,
+    int result = for_each_task(c.spec->tables, s.threads,
                                [&](int64_t t, int thread) { return sort_table(c, t, wanted[t] != 0, s.tables[t], spare + thread * spare_size); });
     if (result) {
         give_workspace(s.workspace);
@@ -349,12 +352,12 @@ int sort_all(const Call& c, const int64_t* wanted, Sorted& s) {
     return OK;
 }
 
-// First run that starts at key `key` or later.
-int64_t run_from(const TableRuns& r, int64_t key) {
-    int64_t low = 0, high = r.count;
+// The first place in an ascending array that is not less than `value`.
+template <class T> int64_t place_of(const T* values, int64_t count, int64_t value) {
+    int64_t low = 0, high = count;
     while (low < high) {
         int64_t middle = (low + high) / 2;
-        if (int64_t(r.starts[middle]) < key) low = middle + 1;
+        if (int64_t(values[middle]) < value) low = middle + 1;
         else high = middle;
     }
     return low;
@@ -363,16 +366,15 @@ int64_t run_from(const TableRuns& r, int64_t key) {
 // Runs the second phase. `write` fills in what a job writes to, given its table.
 template <class Write> void apply_all(const Call& c, const Sorted& s, Write write) {
     const Kernels* kernels = active;
-    for_each_task(s.tasks, c.head->threads, [&](int64_t task, int thread) {
-        int64_t t = 0;
-        while (task >= s.task_end[t]) ++t;
+    for_each_task(s.tasks, s.threads, [&](int64_t task, int thread) {
+        const int64_t t = place_of(s.task_end, c.spec->tables, task + 1);
         const TableRuns& r = s.tables[t];
         const int64_t part = task - (t ? s.task_end[t - 1] : 0);
         RowsJob job;
         memset(&job, 0, sizeof job);
         job.runs = r.runs;
-        job.first = run_from(r, part * KEYS_PER_TASK);
-        job.last = run_from(r, (part + 1) * KEYS_PER_TASK);
+        job.first = place_of(r.starts, r.count, part * KEYS_PER_TASK);  // the runs that start in this part of the keys
+        job.last = place_of(r.starts, r.count, (part + 1) * KEYS_PER_TASK);
         job.dim = c.tables[t].dim;
         job.scratch = s.scratch + thread * s.scratch_bytes;
         write(job, t);
@@ -393,7 +395,7 @@ void copy_extra(const Call& c, int64_t e, int64_t first, int64_t last) {
 #define TW_API extern "C" __attribute__((visibility("default")))
 
 // The version of this interface; cpu.py refuses a library built from other sources.
-TW_API int64_t tw_abi() { return 1; }
+TW_API int64_t tw_abi() { return 2; }
 
 // 0 baseline, 1 AVX2, 2 AVX-512. A level below 0 or above what the CPU has only asks.
 TW_API int64_t tw_level(int64_t level) {
@@ -414,11 +416,12 @@ TW_API int64_t tw_forward(const int64_t* spec, const int64_t* call) {
         if (c.lookup_args[l].bags > most) most = c.lookup_args[l].bags;
     for (int64_t e = 0; e < c.spec->extras; ++e)
         if (c.extra_args[e].rows > most) most = c.extra_args[e].rows;
-    Workspace* w = take_workspace(size_t(c.scratch_bytes() * c.head->threads));
+    const int64_t threads = c.threads();
+    Workspace* w = take_workspace(size_t(c.scratch_bytes() * threads));
     if (!w) return NO_MEMORY;
     // Lookups outermost: the pages of one table at a time fit the TLB and its page table the L2 cache; those of all do not.
     const int64_t blocks = (most + BAGS_PER_TASK - 1) / BAGS_PER_TASK;
-    int result = for_each_task(blocks * parts, c.head->threads, [&](int64_t task, int thread) {
+    int result = for_each_task(blocks * parts, threads, [&](int64_t task, int thread) {
         const int64_t l = task / blocks, first = task % blocks * BAGS_PER_TASK;
         if (l >= lookups) {
             copy_extra(c, l - lookups, first, first + BAGS_PER_TASK);
@@ -499,15 +502,18 @@ TW_API int64_t tw_update_from_sparse(int64_t dtype, int64_t threads, int64_t tab
         for (int64_t u = 0; u < a.count; ++u)
             if (uint64_t(a.rows[u]) >= uint64_t(a.table_rows) || (u && a.rows[u] <= a.rows[u - 1])) return BAD_INPUT;
         if (a.dim > max_dim) max_dim = a.dim;
-        tasks += (a.count + KEYS_PER_TASK - 1) / KEYS_PER_TASK;
     }
+    int64_t bytes = 0;
+    for (int64_t t = 0; t < tables; ++t) bytes += args[t].count * args[t].dim * 4;
+    if (threads > 1 + bytes / 65536) threads = 1 + bytes / 65536;
     const int64_t scratch = (SCRATCH_ROWS * max_dim * 8 + 63) & ~int64_t(63);
-    Workspace* w = take_workspace(size_t(scratch * threads));
+    Workspace* w = take_workspace(size_t(scratch * threads) + size_t(tables) * sizeof(int64_t));
     if (!w) return NO_MEMORY;
+    int64_t* task_end = reinterpret_cast<int64_t*>(w->data + scratch * threads);
+    for (int64_t t = 0; t < tables; ++t) task_end[t] = tasks += (args[t].count + KEYS_PER_TASK - 1) / KEYS_PER_TASK;
     for_each_task(tasks, threads, [&](int64_t task, int thread) {
-        int64_t t = 0;
-        for (int64_t n; task >= (n = (args[t].count + KEYS_PER_TASK - 1) / KEYS_PER_TASK); ++t) task -= n;
-        const int64_t first = task * KEYS_PER_TASK, end = first + KEYS_PER_TASK;
+        const int64_t t = place_of(task_end, tables, task + 1);
+        const int64_t first = (task - (t ? task_end[t - 1] : 0)) * KEYS_PER_TASK, end = first + KEYS_PER_TASK;
         const SparseJob job = {&args[t], &updates[t], first, end < args[t].count ? end : args[t].count, w->data + thread * scratch};
         kernels->sparse[dtype](&job);
         return int(OK);
@@ -520,7 +526,8 @@ TW_API int64_t tw_update_from_sparse(int64_t dtype, int64_t threads, int64_t tab
 TW_API int64_t tw_sample_weight_gradients(const int64_t* spec, const int64_t* call, char* const* out) {
     const Call c(spec, call);
     const Kernels* kernels = active;
-    Workspace* w = take_workspace(size_t(c.scratch_bytes() * c.head->threads));
+    const int64_t threads = c.threads();
+    Workspace* w = take_workspace(size_t(c.scratch_bytes() * threads));
     if (!w) return NO_MEMORY;
     int result = OK;
     for (int64_t l = 0; l < c.spec->lookups && !result; ++l) {
@@ -529,7 +536,7 @@ TW_API int64_t tw_sample_weight_gradients(const int64_t* spec, const int64_t* ca
         const SlotArg& slot = c.slot_args[info.slot];
         if (!out[l] || !slot.data) continue;
         if (!offsets_fit(info, a, 0, a.bags)) result = BAD_INPUT;
-        else result = for_each_task((a.bags + BAGS_PER_TASK - 1) / BAGS_PER_TASK, c.head->threads, [&](int64_t block, int thread) {
+        else result = for_each_task((a.bags + BAGS_PER_TASK - 1) / BAGS_PER_TASK, threads, [&](int64_t block, int thread) {
             const int64_t first = block * BAGS_PER_TASK, last = first + BAGS_PER_TASK < a.bags ? first + BAGS_PER_TASK : a.bags;
             const DotJob job = {&c.tables[info.table], &info, &a, c.table_args[info.table], slot.data + info.column * c.element,
                                 slot.stride, first, last, out[l], w->data + thread * c.scratch_bytes()};
