@@ -3,6 +3,8 @@
 The library uses no Python or PyTorch headers, so torch is not needed to build. Where there is no working C++ compiler the build
 goes on without it, and the pure PyTorch kernels do the work (``tablewright.kernels.embedding.cpu.describe()`` says so).
 """
+
+import glob
 import os
 import platform
 import sys
@@ -29,8 +31,12 @@ def native() -> Extension:
     return Extension(
         "tablewright.kernels.embedding._native",
         sources=[f"{NATIVE}/{s}" for s in sources],
-        depends=[f"{NATIVE}/{s}" for s in ("abi.h", "radix_sort.h", "lanes.inc", "kernels.inc")],
-        extra_compile_args=["-O3", "-std=c++14", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized", *threads],
+        depends=sorted(glob.glob(f"{NATIVE}/*.h") + glob.glob(f"{NATIVE}/*.inc")),
+        # Square roots need no errno and nothing traps. GCC warns about its own AVX-512 header.
+        extra_compile_args=[
+            *("-O3", "-std=c++14", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"),
+            *threads,
+        ],
         extra_link_args=threads,
         language="c++",
         optional=True,

@@ -13,6 +13,7 @@ and one at the end, on the loss curves and the held-out AUC, with room for the p
 
 import itertools
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -61,8 +62,8 @@ class Learner:
         self.rows.append(len(labels))
 
     def rows_per_second(self, warm_up: int) -> float:
-        """Rows trained per second, the first `warm_up` steps not counted."""
-        return sum(self.rows[warm_up:]) / max(sum(self.seconds[warm_up:]), 1e-9)
+        """Rows trained per second in the median step, the first `warm_up` steps not counted."""
+        return float(np.median(np.divide(self.rows[warm_up:], self.seconds[warm_up:])))
 
     @torch.no_grad()
     def auc(self, examples: Iterable[Example]) -> float:
@@ -103,10 +104,11 @@ def compare(
     print(f"\nAUC on {held_out_rows:,} held-out rows")
     for learner, value in zip(learners, aucs, strict=True):
         print(f"  {learner.name:<12}{value:.5f}")
-    print(f"\nRows per second, {steps - warm_up} steps after {warm_up} of warm-up, {torch.get_num_threads()} threads")
+    print(f"\nRows per second, median of {steps - warm_up} steps after {warm_up} of warm-up, {torch.get_num_threads()} threads")
     for learner in learners:
         speed = learner.rows_per_second(warm_up)
         print(f"  {learner.name:<12}{speed:>10,.0f}   {speed / plain.rows_per_second(warm_up):.1f}x")
+    print(busy_note(), end="")
     for learner, its_checks in zip(learners[1:], checks, strict=True):
         print(f"\nIs {learner.name} the same as plain?")
         for check in its_checks:
@@ -236,6 +238,13 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
     if positives == 0 or negatives == 0:
         return math.nan
     return float((rank[labels > 0].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def busy_note() -> str:
+    """A warning where other work on the machine makes the timings worth little."""
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    busy = load > cores + 0.5
+    return f"  These timings are rough: the machine is busy (load {load:.1f} on {cores} cores)\n" if busy else ""
 
 
 def loss_table(learners: Sequence[Learner], lines: int = 10) -> str:

@@ -41,10 +41,12 @@ def optimize_model(model: DLRM, make_optimizer, plan: str, inputs: Inputs) -> tu
         print(f"\n{optimized.report}\n")
         return Learner("optimized", optimized, [optimizer]), True
 
-    # The plan brings an optimizer for the tables, so ours is for the other weights only.
+    # The plan brings an optimizer for tables, so ours is for the weights that it leaves.
     optimized = tw.optimize(model, chosen, sample_inputs=inputs)
-    optimizers = [make_optimizer(optimized.dense_parameters())]
-    if not chosen.embedding_optimizer or not chosen.embedding_optimizer.in_backward:
+    groups = optimized.embedding_optimizer.param_groups
+    theirs = {id(weight) for group in groups for weight in group["params"]}
+    optimizers = [make_optimizer(weight for weight in optimized.parameters() if id(weight) not in theirs)]
+    if not all(group["in_backward"] for group in groups):  # otherwise backward() has updated the tables already
         optimizers.append(optimized.embedding_optimizer)
     print(f"\n{optimized.report}\n")
     return Learner("optimized", optimized, optimizers), False
@@ -159,7 +161,7 @@ def parse_arguments() -> argparse.Namespace:
     training = parser.add_argument_group("training")
     training.add_argument("--batch-size", type=positive, default=512, help="default: 512")
     length = training.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=whole_number(at_least=2), default=300, help="default: 300")
+    length.add_argument("--steps", type=whole_number(at_least=2), default=200, help="default: 200")
     length.add_argument("--epochs", type=positive, help="passes over the whole file, instead of --steps")
     training.add_argument("--optimizer", choices=OPTIMIZERS, default="adagrad", help="default: adagrad")
     training.add_argument("--lr", type=float, help="default: 0.003 for adagrad, 1 for sgd, 0.001 for adam")

@@ -7,6 +7,7 @@ join has fewer inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 from torch.fx import Node
 
 from .graph import Editor, Writes, aten, is_op, value_of

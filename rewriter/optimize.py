@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from ..kernels.embedding import cpu
 from ..kernels.embedding.op import OP
-from ..kernels.embedding.spec import decode
 from ..kernels.embedding.optimizers import RowUpdates, row_wise
+from ..kernels.embedding.spec import decode
 from ..passes.lookups import tables_read
 from ..passes.records import APPLIED
 from ..passes.table_gradients import Choice
@@ -167,7 +167,7 @@ class Compiler:
         self.shell.__dict__.setdefault(TICKET, torch.zeros((), dtype=torch.int64))
         check = None
         if self.verify == "numerics" and args is not None:
-            check = numeric_check(self.shell, captured.guards.flatten(args, kwargs))
+            check = numeric_check(self.shell, captured.guards, args, kwargs)
         graph, steps = self.rewrite(captured.graph, check=check)
         return Variant(captured, graph, steps, attach(self.shell, graph), unverified=args is None)
 

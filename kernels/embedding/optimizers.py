@@ -169,7 +169,7 @@ class _RowWise:
 _UPDATES = {SGD: _sgd, Adagrad: _adagrad, Adam: _adam, AdamW: _adam, SparseAdam: _sparse_adam}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _class(base: type[Optimizer]) -> type[Optimizer]:
     """The row-wise subclass of a torch optimizer class."""
     cls = type(base.__name__, (_RowWise, base), {"__doc__": base.__doc__, "__module__": __name__, "_base": base})
@@ -308,7 +308,8 @@ class RowUpdates(Optimizer):
         reached = {lookup.table for lookup in spec.lookups if slot_grads[lookup.slot] is not None}
         held = [self._by_name[table.name] for table in spec.tables]
         tables = [param.detach() for param, _ in held]
-        updates = [self._update(*pair) if i in reached else None for i, pair in enumerate(held)]
+        # A table that was frozen since has no update, as it would have no gradient.
+        updates = [self._update(*pair) if i in reached and pair[0].requires_grad else None for i, pair in enumerate(held)]
         slot_grads = [None if g is None else g.to(tables[0].dtype) for g in slot_grads]
         _raise_bad_ids(tables[0])
         _implementation(tables[0]).update(spec, slot_grads, tables, indices, offsets, sample_weights, updates)

@@ -9,6 +9,7 @@ Two points where ``F.embedding_bag`` has no single answer are fixed here: with `
 offset belong to no bag (torch 2.13 forgets them in the sum but counts them in the mean); and ids and offsets may have
 different integer dtypes.
 """
+
 from __future__ import annotations
 
 import math
@@ -51,7 +52,9 @@ def check_inputs(
     """
     for table, tensor in zip(spec.tables, tables, strict=True):
         if tuple(tensor.shape) != (table.rows, table.dim):
-            raise ValueError(f"table {table.name!r} has shape {tuple(tensor.shape)}; its graph was built for {(table.rows, table.dim)}")
+            raise ValueError(
+                f"table {table.name!r} has shape {tuple(tensor.shape)}; its graph was built for {(table.rows, table.dim)}"
+            )
     for lookup, ids, offs, weights in zip(spec.lookups, indices, offsets, sample_weights, strict=True):
         _check_shapes(lookup, ids, offs, weights)
         if offs is not None:
@@ -63,7 +66,8 @@ def check_inputs(
         first, name = leading.setdefault(lookup.slot, (shape, lookup.name))
         if shape != first:
             raise ValueError(
-                f"lookups {name!r} and {lookup.name!r} write one tensor, but their leading shapes differ: {list(first)} and {list(shape)}"
+                f"lookups {name!r} and {lookup.name!r} write one tensor, but their leading shapes differ: "
+                f"{list(first)} and {list(shape)}"
             )
 
 
@@ -220,7 +224,9 @@ def update_from_sparse(
             _update_rows(table, row, value.to(accumulation_dtype(table.dtype)), rule)
 
 
-def check_sparse(tables: Sequence[Tensor], rows: OptionalTensors, values: OptionalTensors, updates: Sequence[TableUpdate | None]) -> None:
+def check_sparse(
+    tables: Sequence[Tensor], rows: OptionalTensors, values: OptionalTensors, updates: Sequence[TableUpdate | None]
+) -> None:
     """Raise ValueError for sparse gradients that are not coalesced or do not fit, IndexError for a row outside its table."""
     for i, (table, row, value, rule) in enumerate(zip(tables, rows, values, updates, strict=True)):
         if row is None or value is None or rule is None:
@@ -248,7 +254,9 @@ def _check_shapes(lookup: Lookup, ids: Tensor, offsets: Tensor | None, weights: 
         if lookup.include_last_offset and offsets.numel() == 0:
             raise ValueError(f"{where} includes the last offset, so it needs at least one offset; it got none")
     elif lookup.pooling != "none" and ids.dim() != 2:
-        raise ValueError(f"{where} got ids of shape {list(ids.shape)} and no offsets; pooling {lookup.pooling} needs ids [B, L] or offsets")
+        raise ValueError(
+            f"{where} got ids of shape {list(ids.shape)} and no offsets; pooling {lookup.pooling} needs ids [B, L] or offsets"
+        )
     if weights is not None:
         if lookup.pooling != "sum":
             raise ValueError(f"{where} got sample weights with pooling {lookup.pooling}; they go with pooling sum")
@@ -268,7 +276,9 @@ def _check_offsets(lookup: Lookup, table: Table, ids: Tensor, offsets: Tensor) -
         raise ValueError(f"{where} must not decrease: offset {p} is {int(offsets[p])}, after {int(offsets[p - 1])}{which}")
     if offsets[-1] > ids.numel():
         p = int((offsets > ids.numel()).nonzero()[0])
-        raise ValueError(f"{where} must lie within the ids: offset {p} is {int(offsets[p])}, but there are {ids.numel()} ids{which}")
+        raise ValueError(
+            f"{where} must lie within the ids: offset {p} is {int(offsets[p])}, but there are {ids.numel()} ids{which}"
+        )
 
 
 def _check_ids(spec: GroupSpec, lookup: Lookup, ids: Tensor, offsets: Tensor | None) -> None:
@@ -295,7 +305,13 @@ def _last_id(lookup: Lookup, flat: Tensor, offsets: Tensor) -> int:
 
 
 def _reads(
-    spec: GroupSpec, lookup: Lookup, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, acc: torch.dtype, keep_padding: bool = False
+    spec: GroupSpec,
+    lookup: Lookup,
+    ids: Tensor,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    acc: torch.dtype,
+    keep_padding: bool = False,
 ) -> _Reads:
     """Unroll one lookup. Padding ids of a bag are dropped (or kept and marked, with ``keep_padding``)."""
     rows = ids.reshape(-1).to(torch.int64)

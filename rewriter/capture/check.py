@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 from contextlib import contextmanager
+from operator import attrgetter
 
 import numpy
 import torch
@@ -14,9 +15,10 @@ from torch import fx, nn
 
 from ..errors import CaptureError, explain
 from .cleanup import is_mutable
-from .fx_frontend import raised_at
+from .recording import raised_at
 
-_SMALL = 1 << 26  # buffers up to this many bytes are always saved; larger ones only where the graph changes them
+_SMALL = 1 << 26  # buffers up to this many bytes are always saved; larger ones, and tables, only where the graph changes them
+_LOOKUPS = {"aten::embedding", "aten::embedding_bag", "aten::index_select", "aten::index"}
 
 
 class PlainModelFails(CaptureError):
@@ -145,8 +147,9 @@ def _state_kept(shell: nn.Module, graph: fx.Graph):
     changed = _changed_state(graph)
     held = [(module._buffers, name, buffer) for module in shell.modules() for name, buffer in module._buffers.items()
             if buffer is not None]
+    tables = _tables_read(shell, graph)
     saved = [(namespace, name, buffer, buffer.clone()) for namespace, name, buffer in held
-             if buffer.numel() * buffer.element_size() <= _SMALL]
+             if buffer.numel() * buffer.element_size() <= _SMALL and id(buffer) not in tables]
     tensors = {id(buffer) for _, _, buffer, _ in saved}
     others = []
     for path in changed:
@@ -173,6 +176,16 @@ def _state_kept(shell: nn.Module, graph: fx.Graph):
                 buffer.copy_(copy)
         for tensor, copy in others:
             tensor.copy_(copy)
+
+
+def _tables_read(shell: nn.Module, graph: fx.Graph) -> set[int]:
+    """Buffers that are nothing but lookup tables: frozen embeddings, of which no copy is made."""
+    reads: dict[int, bool] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and isinstance(tensor := attrgetter(node.target)(shell), torch.Tensor):
+            only = bool(node.users) and all(getattr(getattr(user.target, "_schema", None), "name", "") in _LOOKUPS for user in node.users)
+            reads[id(tensor)] = reads.get(id(tensor), True) and only
+    return {key for key, only in reads.items() if only}
 
 
 def _changed_state(graph: fx.Graph) -> set[str]:

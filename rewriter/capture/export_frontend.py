@@ -17,10 +17,10 @@ from torch import fx, nn
 from ...passes.origin import KEY, Origin
 from ..errors import CaptureError, explain
 from .cleanup import is_mutable, make_functional, remove_dead
-from .fx_frontend import raised_at, register_outputs, sample_inputs
+from .fx_frontend import register_outputs, sample_inputs
 from .fx_tracer import CONSTANT
 from .inputs import Inputs
-from .recording import ReadLog, is_users, recording
+from .recording import ReadLog, is_users, raised_at, recording
 
 aten = torch.ops.aten
 # the argument that is the training flag

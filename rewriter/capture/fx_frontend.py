@@ -15,7 +15,7 @@ from ..errors import CaptureError, explain
 from .cleanup import make_functional, remove_dead
 from .fx_tracer import Tracer
 from .inputs import Inputs, signature_of
-from .recording import is_users, recording
+from .recording import raised_at, recording
 from .value import GiveUp, NumberValue
 
 
@@ -153,14 +153,3 @@ def register_outputs(result) -> None:
     for leaf in pytree.tree_leaves(result):
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             torch.export.register_dataclass(type(leaf))
-
-
-def raised_at(error: BaseException) -> str:
-    """file:line of the innermost frame of the traceback that is the user's."""
-    where, step = "", error.__traceback__
-    while step is not None:
-        name = step.tb_frame.f_code.co_filename
-        if is_users(name):
-            where = f"{name}:{step.tb_lineno}"
-        step = step.tb_next
-    return where

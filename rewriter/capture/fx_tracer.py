@@ -20,7 +20,7 @@ from torch.overrides import resolve_name
 
 from ...passes.origin import KEY, Origin
 from . import aten_form, aten_lookup, aten_special  # noqa: F401  (aten_lookup registers its lowerings when imported)
-from .recording import ReadLog, user_location
+from .recording import ReadLog, raised_at, user_location
 from .value import GiveUp, NumberValue, SequenceValue, TensorValue, tensor_value
 
 aten = torch.ops.aten
@@ -210,7 +210,7 @@ class Tracer(ReadLog):
     def give_up(self, stop: GiveUp) -> None:
         if self.reason is None:
             file, line, _ = user_location(3)
-            self.reason, self.where = stop.reason, f"{file}:{line}" if file else ""
+            self.reason, self.where = stop.reason, raised_at(stop) or (f"{file}:{line}" if file else "")
 
     def dtype_is_integer(self, value) -> bool:
         real = value.__dict__.get("known")

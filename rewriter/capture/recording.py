@@ -47,6 +47,17 @@ def is_users(file: str) -> bool:
     return not file.startswith(_PYTHON) or any(part in file for part in _SITE)
 
 
+def raised_at(error: BaseException) -> str:
+    """file:line of the innermost frame of the traceback that is the user's."""
+    where, step = "", error.__traceback__
+    while step is not None:
+        name = step.tb_frame.f_code.co_filename
+        if is_users(name):
+            where = f"{name}:{step.tb_lineno}"
+        step = step.tb_next
+    return where
+
+
 class ReadLog:
     """What Python read: plain attributes by module path, and which modules' ``training`` was branched on.
 

@@ -1,13 +1,13 @@
 """The C++ kernels against the reference: every dtype, pooling, id width, instruction set and thread count."""
+
 import itertools
 import subprocess
 import sys
 
 import pytest
 import torch
-
 from tablewright.kernels.embedding import buffers, cpu, reference
-from tablewright.kernels.embedding.spec import GroupSpec, Lookup, Table, Extra
+from tablewright.kernels.embedding.spec import Extra, GroupSpec, Lookup, Table
 from tablewright.kernels.embedding.updates import TableUpdate
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.describe())
@@ -55,7 +55,9 @@ def one_thread():
 class Group:
     """A spec with random tensors: every pooling, two tied lookups, padding, weights, ragged and fixed bags, an extra."""
 
-    def __init__(self, dtype=torch.float32, dims=(16, 33), rows=50, batch=37, id_dtype=torch.int64, offset_dtype=torch.int64, seed=0):
+    def __init__(
+        self, dtype=torch.float32, dims=(16, 33), rows=50, batch=37, id_dtype=torch.int64, offset_dtype=torch.int64, seed=0
+    ):
         g = torch.Generator().manual_seed(seed)
         tables, lookups, self.indices, self.offsets, self.weights = [], [], [], [], []
         column = 3
@@ -78,9 +80,7 @@ class Group:
                 if "weighted" in kind:
                     weights = torch.randn(ids.shape, generator=g).to(dtype)
                 padding = 7 if kind in ("single", "fixed mean", "ragged mean", "weighted") else None
-                lookups.append(
-                    Lookup(t, f"{kind} {t}", pooling, 0, column, padding, kind == "ragged mean", kind == "wrapped")
-                )
+                lookups.append(Lookup(t, f"{kind} {t}", pooling, 0, column, padding, kind == "ragged mean", kind == "wrapped"))
                 column += dim
                 self.indices.append(ids.to(id_dtype))
                 self.offsets.append(offsets)
@@ -180,7 +180,9 @@ def test_large_tables_and_long_runs(native_only):
     torch.set_num_threads(2)
     g = torch.Generator().manual_seed(3)
     rows, batch = 300_000, 3000
-    spec = GroupSpec((Table("a", rows, 8), Table("b", 70_001, 16)), (Lookup(0, "a", "sum", 0, 0), Lookup(1, "b", "none", 0, 8)), (24,))
+    spec = GroupSpec(
+        (Table("a", rows, 8), Table("b", 70_001, 16)), (Lookup(0, "a", "sum", 0, 0), Lookup(1, "b", "none", 0, 8)), (24,)
+    )
     hot = torch.randint(rows, (batch, 4), generator=g)
     hot[:, 1] = 123_456
     hot[0, 0] = rows - 1
@@ -193,6 +195,25 @@ def test_large_tables_and_long_runs(native_only):
     check_update(group, group.rules("rowwise_adagrad"))
 
 
+def test_outputs_too_large_for_a_cache(level, native_only):
+    """From 4 MB of output on, whole rows are written past the caches: aligned ones and, with an odd column, others."""
+    ids = [torch.randperm(20_000), torch.randint(500, (20_000,))]
+    tables = [torch.randn(20_000, 64), torch.randn(500, 16)]
+    for first in (0, 1):
+        spec = GroupSpec(
+            (Table("a", 20_000, 64), Table("b", 500, 16)),
+            (Lookup(0, "a", "none", 0, first), Lookup(1, "b", "none", 0, first + 64)),
+            (first + 80,),
+            (Extra(0, 0, 1),) * first,
+        )
+        extras, none = [torch.randn(20_000, 1)] * first, [None] * 2
+        want = torch.cat([*extras, tables[0][ids[0]], tables[1][ids[1]]], 1)
+        (got,) = cpu.forward(spec, tables, ids, none, none, extras)
+        assert torch.equal(got, want)
+        pairs = cpu.sparse_gradients(spec, [want], tables, ids, none, none, [True, False])
+        assert pairs[1] is None and torch.equal(pairs[0][0], torch.arange(20_000)) and torch.equal(pairs[0][1], tables[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_for_any_number_of_threads(dtype, level):
     group = Group(dtype, batch=1500, rows=400)
@@ -203,7 +224,10 @@ def test_same_bits_for_any_number_of_threads(dtype, level):
         cpu.update(group.spec, group.grads, tables, group.indices, group.offsets, group.weights, rules)
         pairs = cpu.sparse_gradients(group.spec, group.grads, *group.inputs, [True, True])
         results.append(
-            cpu.forward(group.spec, *group.inputs, group.extras) + tables + [s for r in rules for s in r.state] + [x for p in pairs for x in p]
+            cpu.forward(group.spec, *group.inputs, group.extras)
+            + tables
+            + [s for r in rules for s in r.state]
+            + [x for p in pairs for x in p]
         )
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
@@ -249,7 +273,11 @@ def test_layouts_that_are_not_contiguous(native_only):
     (got,) = cpu.forward(group.spec, *group.inputs, group.extras)
     close(got, want, torch.float32)
     rules, want_rules = group.rules("sgd"), group.rules("sgd")
-    for grad in (group.grads[0].t().contiguous().t(), torch.randn(()).expand(group.grads[0].shape), group.grads[0][:1].expand_as(group.grads[0])):
+    for grad in (
+        group.grads[0].t().contiguous().t(),
+        torch.randn(()).expand(group.grads[0].shape),
+        group.grads[0][:1].expand_as(group.grads[0]),
+    ):
         cpu.update(group.spec, [grad], group.tables, group.indices, group.offsets, group.weights, rules)
         reference.update(group.spec, [grad], plain, group.indices, group.offsets, group.weights, want_rules)
     close(group.tables[0], plain[0], torch.float32)
@@ -264,7 +292,9 @@ def test_tables_and_slots_without_gradient():
     )
     tables, ids = [torch.randn(9, 4), torch.randn(9, 4)], [torch.tensor([1, 2]), torch.tensor([3]), torch.tensor([4, 4])]
     none = [None] * 3
-    for wanted, grads in itertools.product(([True, True], [False, True]), ([torch.ones(2, 8), None], [None, torch.ones(1, 4)], [None, None])):
+    for wanted, grads in itertools.product(
+        ([True, True], [False, True]), ([torch.ones(2, 8), None], [None, torch.ones(1, 4)], [None, None])
+    ):
         got, want = (m.sparse_gradients(spec, grads, tables, ids, none, none, wanted) for m in (cpu, reference))
         for g, w in zip(got, want):
             assert (g is None) == (w is None)
@@ -275,7 +305,14 @@ def test_tables_and_slots_without_gradient():
 
 
 SHAPES = {
-    "past the end": ("none", [0, 1, 2, 9], None, IndexError, r"id 9 at position 3 of lookup 'user' is out of range for table 'user.weight' with 9 rows: ids must be in \[0, 9\)"),
+    "past the end": (
+        "none",
+        [0, 1, 2, 9],
+        None,
+        IndexError,
+        r"id 9 at position 3 of lookup 'user' is out of range for table 'user.weight' with 9 rows: "
+        r"ids must be in \[0, 9\)",
+    ),
     "negative": ("none", [0, -1], None, IndexError, "id -1 at position 1 of lookup 'user'"),
     "far out": ("sum", [[0, 1 << 40]], None, IndexError, "id 1099511627776 at position 1"),
     "in a bag": ("mean", [0, 1, 10, 2], [0, 2], IndexError, "id 10 at position 2"),
@@ -320,7 +357,9 @@ def test_errors_name_the_culprit_and_nothing_is_written(name):
 def test_a_bad_id_deep_in_a_large_batch(native_only):
     """Enough work for two threads: both may be busy when the bad id is met."""
     torch.set_num_threads(2)
-    spec = GroupSpec((Table("a", 99, 64), Table("b", 99, 64)), (Lookup(0, "a", "none", 0, 0), Lookup(1, "b", "none", 0, 64)), (128,))
+    spec = GroupSpec(
+        (Table("a", 99, 64), Table("b", 99, 64)), (Lookup(0, "a", "none", 0, 0), Lookup(1, "b", "none", 0, 64)), (128,)
+    )
     tables, ids = [torch.randn(99, 64), torch.randn(99, 64)], [torch.randint(99, (5000,)), torch.randint(99, (5000,))]
     ids[1][4999] = 99
     before, none = [t.clone() for t in tables], [None] * 2
@@ -337,7 +376,9 @@ def test_a_bad_id_deep_in_a_large_batch(native_only):
 def test_lookups_of_one_slot_must_agree():
     spec = GroupSpec((Table("w", 9, 4),), (Lookup(0, "a", "none", 0, 0), Lookup(0, "b", "none", 0, 4)), (8,))
     for module in (cpu, reference):
-        with pytest.raises(ValueError, match=r"lookups 'a' and 'b' write one tensor, but their leading shapes differ: \[2\] and \[3\]"):
+        with pytest.raises(
+            ValueError, match=r"lookups 'a' and 'b' write one tensor, but their leading shapes differ: \[2\] and \[3\]"
+        ):
             module.forward(spec, [torch.randn(9, 4)], [torch.arange(2), torch.arange(3)], [None] * 2, [None] * 2, [])
 
 
@@ -354,7 +395,9 @@ def test_half_precision_numbers_survive_the_round_trip(level):
     """Every float16 and bfloat16 number: forward must return it as it is; a sum of one id goes through float32 and back."""
     for dtype in (torch.float16, torch.bfloat16):
         table = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)[:, None]
-        spec = GroupSpec((Table("w", 1 << 16, 1),), (Lookup(0, "w", "sum", 0, 0, padding_idx=0), Lookup(0, "w", "none", 1, 0)), (1, 1))
+        spec = GroupSpec(
+            (Table("w", 1 << 16, 1),), (Lookup(0, "w", "sum", 0, 0, padding_idx=0), Lookup(0, "w", "none", 1, 0)), (1, 1)
+        )
         ids = torch.arange(1, 1 << 16)
         summed, copied = cpu.forward(spec, [table], [ids[:, None], ids], [None, None], [None, None], [])
         want = table[1:]
@@ -391,6 +434,14 @@ def test_large_buffers_are_used_again_but_never_while_in_use():
     assert all(buffers._IDLE not in buffers._references(held) for held in buffers._maps.values())
 
 
+def test_huge_pages_change_no_value():
+    table = torch.arange(3 << 20, dtype=torch.float32).view(-1, 64)
+    small, before, where = torch.ones(8, 8), table.clone(), table.data_ptr()
+    assert buffers.use_huge_pages([small]) == 0
+    assert buffers.use_huge_pages([table, small, table.t()]) in (0, *range(8 << 20, (12 << 20) + 1, 2 << 20))
+    assert torch.equal(table, before) and table.data_ptr() == where
+
+
 def test_describe_and_fall_back_without_the_library():
     assert cpu.describe().startswith("native ")
     code = (
@@ -401,6 +452,7 @@ def test_describe_and_fall_back_without_the_library():
         "spec = GroupSpec((Table('w', 9, 4),), (Lookup(0, 'a', 'none', 0, 0),), (4,))\n"
         "w = torch.randn(9, 4)\n"
         "assert torch.equal(cpu.forward(spec, [w], [torch.tensor([2])], [None], [None], [])[0], w[2:3])\n"
-        "assert cpu.sparse_gradients(spec, [torch.ones(1, 4)], [w], [torch.tensor([2])], [None], [None], [True])[0][0].tolist() == [2]\n"
+        "pairs = cpu.sparse_gradients(spec, [torch.ones(1, 4)], [w], [torch.tensor([2])], [None], [None], [True])\n"
+        "assert pairs[0][0].tolist() == [2]\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,8 +1,8 @@
 """The reference against PyTorch itself: F.embedding, F.embedding_bag, autograd and torch.optim, in float64."""
+
 import pytest
 import torch
 import torch.nn.functional as F
-
 from tablewright.kernels.embedding import reference
 from tablewright.kernels.embedding.spec import GroupSpec, Lookup, Table, decode
 from tablewright.kernels.embedding.updates import TableUpdate
@@ -17,7 +17,13 @@ def bag_of(ids, weight, offsets, pooling, padding_idx=None, include_last=False, 
     if offsets is None and ids.shape[1] == 0:  # F.embedding_bag has no answer for L = 0
         return weight.new_zeros(ids.shape[0], weight.shape[1])
     return F.embedding_bag(
-        ids, weight, offsets, mode=pooling, padding_idx=padding_idx, include_last_offset=include_last, per_sample_weights=sample_weights
+        ids,
+        weight,
+        offsets,
+        mode=pooling,
+        padding_idx=padding_idx,
+        include_last_offset=include_last,
+        per_sample_weights=sample_weights,
     )
 
 
@@ -105,9 +111,7 @@ def test_updates_equal_torch_optim(name, from_sparse):
     plain = torch.nn.Parameter(torch.randn(ROWS, DIM, dtype=torch.float64))
     ours = plain.detach().clone()
     optimizer = make([plain])
-    spec = GroupSpec(
-        (Table("t.weight", ROWS, DIM),), (Lookup(0, "a", "sum", 0, 0), Lookup(0, "b", "none", 1, 0)), (DIM, DIM)
-    )
+    spec = GroupSpec((Table("t.weight", ROWS, DIM),), (Lookup(0, "a", "sum", 0, 0), Lookup(0, "b", "none", 1, 0)), (DIM, DIM))
     kind = rule(ours, 1)["kind"]
     state = tuple(torch.zeros_like(ours) for _ in range(STATES[kind]))
     for step in range(1, 4):

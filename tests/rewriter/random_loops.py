@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import tablewright as tw
 import torch
+import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from random_models import DTYPES, Program
 from torch import Tensor, nn
 
-import tablewright as tw
-
 # Largest difference allowed, relative to the largest value of the tensor.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,9 @@ def samples(program: Program, loop: Loop, rng: random.Random) -> dict[str, Any]:
 
 
 def total(outputs: Any) -> Tensor:
-    """A loss that gives every output a gradient of its own (linear in 16 bits: the sine of a large number is noise there)."""
+    """A loss that gives every output a gradient of its own, and large ones a small one, so that no training explodes."""
     leaves = [o for o in pytree.tree_leaves(outputs) if isinstance(o, Tensor)]
-    bent = [o.sin() if o.dtype.itemsize > 2 else o for o in leaves]
-    return sum(((o * (1 + 0.1 * i)).sum() for i, o in enumerate(bent)), torch.zeros((), dtype=leaves[0].dtype))
+    return sum(((F.softsign(o) * (1 + 0.1 * i)).sum() for i, o in enumerate(leaves)), torch.zeros((), dtype=leaves[0].dtype))
 
 
 def attempt(call: Callable[[], Any]) -> tuple[Any, Exception | None]:

@@ -10,12 +10,11 @@ import random
 from dataclasses import dataclass
 from functools import partial
 
+import tablewright as tw
 import torch
 from random_loops import Different, both, close, compare_outputs, total
 from random_models import DTYPES, Program
 from torch import Tensor, nn
-
-import tablewright as tw
 
 _KINDS = {"sgd": tw.SGD, "adagrad": tw.Adagrad, "rowwise_adagrad": tw.RowwiseAdagrad, "adam": tw.Adam}
 Setting = tuple[str, tuple[tuple[str, object], ...], bool]  # kind, options, in_backward

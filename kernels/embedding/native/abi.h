@@ -66,6 +66,7 @@ struct ForwardJob {
     TableArg weights;
     char* out;  // first element of this lookup's columns
     int64_t out_stride, first_bag, last_bag;
+    int64_t stream;  // whether the output is too large to find in a cache later
     char* scratch;
 };
 
@@ -84,6 +85,7 @@ struct RowsJob {
     TableArg weights;          // update: the table. fill: the destination
     const UpdateArg* update;   // null for fill
     int64_t by_row;            // fill: write gradient of row r at r (dense) instead of at its run number
+    int64_t stream;            // fill: as in ForwardJob
     char* scratch;
 };
 

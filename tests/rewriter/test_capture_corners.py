@@ -1,0 +1,126 @@
+"""Capture at its corners: shared tensors, single examples, parameter containers, abandoned traces, arrays changed in place."""
+
+import pytest
+import torch
+from capture_harness import captured
+from tablewright.rewriter.capture import attach, capture, clone_shell, verify
+from test_capture_models import Offsets, Plainest
+from torch import nn
+
+
+def forced(args):
+    """Code in forward() that only export gets past: a loop over a size."""
+    for _ in range(args[0].shape[0] * 0):
+        pass
+
+
+@pytest.mark.parametrize("door", ["fx", "export"])
+def test_one_tensor_given_twice_and_results_that_are_inputs(door):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(20, 4)
+
+        def forward(self, a, b):
+            if door == "export":
+                forced([a])
+            return {"x": self.table(a) + self.table(b) * 2, "same": a, "n": 3, "none": None, "weight": self.table.weight}
+
+    ids = torch.randint(0, 20, (5,))
+    result, module, shell = captured(Twice(), (ids, ids), door=door)
+    other = torch.randint(0, 20, (5,))
+    assert result.guards.failure((ids, other), {}) is None
+    assert not torch.equal(module(ids, other)[0], module(ids, ids)[0])
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_one_example_is_no_constant_for_export(rows):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(20, 4)
+
+        def forward(self, a, b):
+            forced([a])
+            return self.table(a).view(a.shape[0], -1) * b
+
+    result, module, shell = captured(Model(), (torch.randint(0, 20, (rows, 3)), torch.rand(rows, 1)), door="export")
+    for more in (2, 7):
+        args = (torch.randint(0, 20, (more, 3)), torch.rand(more, 1))
+        assert result.guards.failure(args, {}) is None
+        torch.testing.assert_close(module(*args)[0], shell(*args))
+    wide = (torch.randint(0, 20, (4, 3)), torch.rand(4, 12))
+    assert "dimension 1 of input 'b' was 1 when captured and is 12 now" in result.guards.failure(wide, {})
+
+
+def test_changes_of_inputs_and_parts_of_results():
+    class Writes(nn.Module):
+        def forward(self, x, mask):
+            y = x * 2
+            y[:, 0] = 5.0
+            y[mask] = 0.0
+            x.add_(1.0)
+            return y
+
+    model = Writes()
+    shell = clone_shell(model)
+    x, mask = torch.rand(4, 3), torch.tensor([True, False, False, True])
+    result = capture(shell, (x.clone(), mask), {})
+    assert result.door == "export"
+    a, b = x.clone(), x.clone()
+    torch.testing.assert_close(attach(shell, result.graph)(a, mask)[0], model(b, mask))
+    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(a, x + 1)
+
+
+def test_parameter_containers_and_plain_tensors():
+    class Holds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows = nn.ParameterList([nn.Parameter(torch.randn(4)) for _ in range(2)])
+            self.named = nn.ParameterDict({"bias": nn.Parameter(torch.randn(4))})
+            self.scale = torch.tensor([1.0, 2.0, 3.0, 4.0])
+            self.register_buffer("shift", torch.randn(4), persistent=False)
+
+        def forward(self, x):
+            for row in self.rows:
+                x = x * row
+            return (x + self.named["bias"]) * self.scale + self.shift
+
+    model = Holds()
+    result, module, shell = captured(model, (torch.rand(3, 4),), door="fx")
+    assert {node.target for node in result.graph.nodes if node.op == "get_attr"} == {
+        "rows.0", "rows.1", "named.bias", "scale", "shift"}
+    model.scale = torch.zeros(4)
+    assert "attribute 'scale'" in result.guards.failure((torch.rand(3, 4),), {})
+
+
+def test_abandoned_traces_leave_nothing_behind():
+    class Late(nn.Module):
+        def forward(self, x):
+            y = x + torch.tensor([1.0, 2.0])
+            forced([x])
+            return y
+
+    shell = clone_shell(Late())
+    result = capture(shell, (torch.rand(3, 2),), {})
+    assert result.door == "export"
+    assert [name for name in shell.__dict__ if "constant" in name] == ["_tablewright_constant_0"]
+    assert not shell.state_dict()
+
+
+def test_verify_compares_a_graph_captured_without_inputs():
+    model = Plainest()
+    shell = clone_shell(model)
+    result = capture(shell, None)
+    assert verify(shell, result, (torch.randint(0, 20, (5, 3)), torch.randint(0, 20, (5,)))) is None
+    add = next(node for node in result.graph.nodes if str(node.target) == "aten.linear.default")
+    add.args = (add.args[0], add.args[1])  # the bias is lost
+    assert "differs by up to" in verify(shell, result, (torch.randint(0, 20, (5, 3)), torch.randint(0, 20, (5,))))
+
+
+def test_arrays_changed_in_place():
+    model, args = Offsets(), (torch.randint(0, 20, (5, 3)),)
+    result, _, _ = captured(model, args, door="fx")
+    model.offsets[0] = 1
+    assert "the array in attribute 'offsets' of 'the model' was changed" in result.guards.failure(args, {})
