@@ -16,14 +16,13 @@ import subprocess
 from datetime import date
 from pathlib import Path
 
+import tablewright as tw
 import torch
 import torch.nn.functional as F
 from peers import fbgemm_bags
 from probe import gather_limit, update_limit
 from torch import Tensor
 from workload import Bags, Dense, Shape, Whole, draw_ids, interleaved, median_ms
-
-import tablewright as tw
 
 SHAPES = [(26, 100_000), (4, 10_000_000)]
 

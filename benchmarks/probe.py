@@ -4,9 +4,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-
 from tablewright.kernels.embedding import cpu
+from torch import Tensor
 
 _AHEAD = 16  # rows prefetched ahead
 

@@ -11,12 +11,11 @@ import argparse
 import itertools
 from pathlib import Path
 
+import tablewright as tw
 import torch
 from embedding_cpu import heading
 from torch import Tensor, nn
 from workload import interleaved, median_ms
-
-import tablewright as tw
 
 
 class Lookups(nn.Module):

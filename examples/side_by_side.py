@@ -32,7 +32,7 @@ WARM_UP = 10  # steps: not timed, and followed by the sharp check
 BLOCK = 10  # steps that one learner makes before the next one takes its turn
 EARLY_LOSS = 1e-4  # sharp check: largest difference of a loss
 EARLY_WEIGHTS = 1e-3  # sharp check: norm of the weights' difference / norm of the weights
-LATE_LOSS = 1e-2  # largest difference of the loss averaged over a block
+LATE_LOSS = 1e-2  # largest difference of the loss averaged over a tenth of the training
 LATE_AUC = 2e-3
 
 
@@ -120,7 +120,12 @@ def compare(
     if not same_algorithm:
         print("The plan asks for another algorithm than the plain model's, so differences are meant to be there.")
         return 0
-    return 0 if all(check.ok for check in checks[0]) else 1
+    if all(check.ok for check in checks[0]):
+        return 0
+    if all(check.ok for check in checks[0] if check.sharp):
+        print("The first steps agree and the curves part later: a large learning rate does that to rounding errors too.")
+        print("(train_dlrm.py --also reordered shows how far the plain model gets from itself.)")
+    return 1
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -182,6 +187,7 @@ class Check:
     what: str
     difference: float
     tolerance: float
+    sharp: bool = False  # made after the first steps, before rounding errors have grown
 
     @property
     def ok(self) -> bool:
@@ -196,22 +202,28 @@ def early_checks(a: Learner, b: Learner) -> list[Check]:
     steps = len(a.losses)
     _, relative = weight_difference(a.model, b.model)
     return [
-        Check(f"each loss of the first {steps} steps", float(np.abs(np.subtract(a.losses, b.losses)).max()), EARLY_LOSS),
-        Check(f"all weights after {steps} steps (norm / norm)", relative, EARLY_WEIGHTS),
+        Check(f"each loss of the first {steps} steps", float(np.abs(np.subtract(a.losses, b.losses)).max()), EARLY_LOSS, True),
+        Check(f"all weights after {steps} steps (norm / norm)", relative, EARLY_WEIGHTS, True),
     ]
 
 
 def late_checks(a: Learner, b: Learner, auc_a: float, auc_b: float) -> list[Check]:
     undefined = math.isnan(auc_a) and math.isnan(auc_b)  # held-out rows of one kind only
     return [
-        Check(f"loss averaged over {BLOCK} steps", float(np.abs(np.subtract(means(a), means(b))).max()), LATE_LOSS),
+        Check("loss averaged over each tenth of the steps", float(np.abs(np.subtract(means(a), means(b))).max()), LATE_LOSS),
         Check("held-out AUC", 0.0 if undefined else abs(auc_a - auc_b), LATE_AUC),
     ]
 
 
+def stretches(steps: int) -> list[range]:
+    """The training in ten parts."""
+    bounds = [steps * k // 10 for k in range(11)]
+    return [range(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if a < b]
+
+
 def means(learner: Learner) -> list[float]:
-    """The loss averaged over each block of steps."""
-    return [float(np.mean(learner.losses[i : i + BLOCK])) for i in range(0, len(learner.losses), BLOCK)]
+    """The loss averaged over each tenth of the training."""
+    return [float(np.mean(learner.losses[part.start : part.stop])) for part in stretches(len(learner.losses))]
 
 
 @torch.no_grad()
@@ -247,13 +259,11 @@ def busy_note() -> str:
     return f"  These timings are rough: the machine is busy (load {load:.1f} on {cores} cores)\n" if busy else ""
 
 
-def loss_table(learners: Sequence[Learner], lines: int = 10) -> str:
-    """Mean losses over stretches of the training, one column for each learner."""
-    steps = len(learners[0].losses)
-    text = "\n" + f"{'loss, steps':<14}" + "".join(f"{learner.name:>12}" for learner in learners)
-    for part in np.array_split(np.arange(steps), min(lines, steps)):
-        means = (np.mean(learner.losses[part[0] : part[-1] + 1]) for learner in learners)
-        text += f"\n{f'{part[0] + 1}-{part[-1] + 1}':<14}" + "".join(f"{mean:>12.5f}" for mean in means)
+def loss_table(learners: Sequence[Learner]) -> str:
+    """Mean losses over each tenth of the training, one column for each learner."""
+    text = f"\n{'loss, steps':<14}" + "".join(f"{learner.name:>12}" for learner in learners)
+    for part, row in zip(stretches(len(learners[0].losses)), zip(*map(means, learners), strict=True), strict=True):
+        text += f"\n{f'{part.start + 1}-{part.stop}':<14}" + "".join(f"{mean:>12.5f}" for mean in row)
     return text
 
 

@@ -119,4 +119,4 @@ def _joins_columns(node: Node, results: dict[Node, Rows]) -> bool:
     if dim == (-2 if stacked else -1):
         return True
     rank = next((results[n].rank for n in node.args[0] if n in results), None)  # type: ignore[union-attr]
-    return rank is not None and dim == rank - 1
+    return isinstance(rank, int) and isinstance(dim, int) and dim == rank - 1

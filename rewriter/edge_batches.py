@@ -1,6 +1,6 @@
 """Batches that sample inputs rarely hold: the largest id, one id many times, padding ids, a batch of one and one of none.
 
-They are made from a real batch, for the comparisons of ``equivalence.py``. Every other id is overwritten where a fused lookup
+They are made from a real batch, for the comparisons of ``equivalence.py``. Every other id is overwritten where a lookup
 reads them straight out of an input, through views at most; ids that the model computes are left as they come.
 """
 from __future__ import annotations
@@ -8,13 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph, Node, map_arg
 from torch.utils import _pytree as pytree
 
-from ..kernels.embedding.op import OP
-from ..kernels.embedding.spec import Lookup, Table, decode
-from ..passes.graph import ancestors, base_of
+from ..passes.graph import ancestors, base_of, stored_tensor
+from ..passes.lookups import LookupNode, read_lookup
 from .capture import Guards
 from .capture.check import derived_batches
 
@@ -24,53 +23,49 @@ def copies(values: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), values)
 
 
-def edge_batches(graph: Graph, guards: Guards, args: tuple, kwargs: dict) -> list[tuple[str, tuple, dict]]:
-    """(what it is, args, kwargs) of each; the plain model may refuse some of them. ``graph`` holds the fused lookups."""
+def edge_batches(graph: Graph, shell: nn.Module, guards: Guards, args: tuple, kwargs: dict) -> list[tuple[str, tuple, dict]]:
+    """(what it is, args, kwargs) of each; the plain model may refuse some of them. ``graph`` is the captured one, whose lookups
+    say what their ids may be."""
     made: list[tuple[str, tuple, dict]] = []
     for name, write in (("the largest id", _largest), ("one id many times", _one), ("padding ids", _padding)):
         other_args, other_kwargs = copies((args, kwargs))
-        written = [
-            write(ids, lookup, table)
-            for ids, lookup, table in _given_ids(graph, guards.flatten(other_args, other_kwargs))
-        ]
-        if any(written):
+        found = _given_ids(graph, shell, guards.flatten(other_args, other_kwargs))
+        if any([write(*each) for each in found]):
             made.append((name, other_args, other_kwargs))
     for rows, other_args, other_kwargs in derived_batches(guards.inputs, args, kwargs):
         made.append((f"a batch of {rows}", other_args, other_kwargs))
     return [(name, a, k) for name, a, k in made if guards.failure(a, k) is None]
 
 
-def _largest(ids: Tensor, lookup: Lookup, table: Table) -> bool:
-    ids[::2] = table.rows - 1
+def _largest(ids: Tensor, rows: int, padding: int | None) -> bool:
+    ids[::2] = rows - 1
     return True
 
 
-def _one(ids: Tensor, lookup: Lookup, table: Table) -> bool:
+def _one(ids: Tensor, rows: int, padding: int | None) -> bool:
     ids[::2] = int(ids.reshape(-1)[0])
     return True
 
 
-def _padding(ids: Tensor, lookup: Lookup, table: Table) -> bool:
-    if lookup.padding_idx is None:
+def _padding(ids: Tensor, rows: int, padding: int | None) -> bool:
+    if padding is None:
         return False
-    ids[::2] = lookup.padding_idx
+    ids[::2] = padding
     return True
 
 
-def _given_ids(graph: Graph, leaves: list) -> list[tuple[Tensor, Lookup, Table]]:
-    """The ids that fused lookups read out of ``leaves``, as writable views of them; those of the smallest tables last, so that
-    ids which several tables share end up valid for all of them."""
+def _given_ids(graph: Graph, shell: nn.Module, leaves: list) -> list[tuple[Tensor, int, int | None]]:
+    """(ids, rows of their table, padding id) of the lookups that read ``leaves``; the ids are writable views of them. Those of
+    the smallest tables come last, so that ids which several tables share end up valid for all of them."""
     inputs = dict(zip((n for n in graph.nodes if n.op == "placeholder"), leaves))
     found = []
     for node in graph.nodes:
-        if node.target is not OP:
-            continue
-        spec = decode(node.args[5])  # type: ignore[arg-type]
-        for lookup, ids in zip(spec.lookups, node.args[1]):  # type: ignore[arg-type]
-            view = _view_of_input(ids, inputs)
-            if view is not None and view.numel():
-                found.append((view, lookup, spec.tables[lookup.table]))
-    return sorted(found, key=lambda each: -each[2].rows)
+        lookup = read_lookup(node, shell, None)
+        if isinstance(lookup, LookupNode):
+            ids, table = _view_of_input(lookup.ids, inputs), stored_tensor(lookup.table, shell)
+            if ids is not None and ids.numel() and table is not None:
+                found.append((ids, table.shape[0], lookup.padding_idx))
+    return sorted(found, key=lambda each: -each[1])
 
 
 def _view_of_input(node: Node, inputs: dict[Node, Any]) -> Tensor | None:

@@ -19,7 +19,7 @@ from ..kernels.embedding import reference
 from ..kernels.embedding.op import OP
 from ..kernels.embedding.optimizers import RowUpdates, _touched_rows, row_wise
 from ..kernels.embedding.spec import decode
-from .capture import Guards, attach
+from .capture import Captured, Guards, attach
 from .edge_batches import copies, edge_batches
 from .errors import VerifyError
 from .verify import copy_graph
@@ -56,7 +56,7 @@ class Equivalence:
 
     def __str__(self) -> str:
         bad = [d for d in self.differences if not d.ok]
-        worst = max((d for d in self.differences if d.ok), key=lambda d: d.error / d.tolerance, default=None)
+        worst = max((d for d in self.differences if d.ok), key=lambda d: d.error / (d.tolerance or 1.0), default=None)
         lines = [f"{len(self.differences) - len(bad)} of {len(self.differences)} comparisons with the plain model agree"]
         lines += [f"  DIFFERENT: {d.what}: {d.error:.3g} relative to its largest value (allowed {d.tolerance:g})" for d in bad[:20]]
         if worst is not None:
@@ -64,8 +64,9 @@ class Equivalence:
         return "\n".join(lines)
 
 
-def difference(what: str, expected: Tensor | None, actual: Tensor | None) -> Difference:
-    """How far ``actual`` is from ``expected``; a missing gradient counts as zeros."""
+def difference(what: str, expected: Tensor | None, actual: Tensor | None, usual: Tensor | None = None) -> Difference:
+    """How far ``actual`` is from ``expected``; a missing gradient counts as zeros. ``usual``: the same thing on an ordinary
+    batch; where that is larger, the difference is relative to it (nothing but rounding may be left on a degenerate batch)."""
     if expected is None and actual is None:
         return Difference(what, 0.0, 0.0)
     known = expected if expected is not None else actual
@@ -81,8 +82,9 @@ def difference(what: str, expected: Tensor | None, actual: Tensor | None) -> Dif
     if same.all():
         return Difference(what, 0.0, tolerance)
     error = torch.where(same, 0.0, (a - b).abs()).max()
-    largest = a[a.isfinite()].abs().max().clamp_min(1e-6) if a.isfinite().any() else 0.0
-    return Difference(what, float(error / largest), tolerance)
+    finite = [t[t.isfinite()] for t in (a, a if usual is None else _dense(usual).double())]
+    largest = max((float(t.abs().max()) for t in finite if t.numel()), default=0.0)
+    return Difference(what, float(error) / max(largest, 1e-6), tolerance)
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -103,29 +105,40 @@ def run(call: Callable[[], Any], module: nn.Module) -> tuple[list[Any], dict[str
     return outputs, {name: p.grad for name, p in module.named_parameters()}
 
 
-def compare(expected: tuple, actual: tuple, where: str = "") -> list[Difference]:
-    """Outputs and gradients of two :func:`run` calls; ``where`` says on which batch."""
+def compare(expected: tuple, actual: tuple, where: str = "", usual: tuple | None = None) -> list[Difference]:
+    """Outputs and gradients of two :func:`run` calls; ``where`` says on which batch, ``usual`` is one on an ordinary batch."""
+    outputs, grads = usual or expected
     found = []
     for i, (a, b) in enumerate(zip(expected[0], actual[0], strict=True)):
         if isinstance(a, Tensor):
-            found.append(difference(f"output {i}{where}", a, b))
-    return found + [difference(f"gradient of {name}{where}", grad, actual[1][name]) for name, grad in expected[1].items()]
+            found.append(difference(f"output {i}{where}", a, b, outputs[i]))
+    return found + [difference(f"gradient of {n}{where}", grad, actual[1][n], grads[n]) for n, grad in expected[1].items()]
 
 
-def _compare_edges(expected: Side, actual: Side, batches: list[tuple[str, tuple, dict]]) -> list[Difference]:
-    """Outputs and gradients on edge batches, but for those that the plain side refuses. Buffers are as before afterwards."""
+def _compare_all(expected: Side, actual: Side, args: tuple, kwargs: dict, edges: list[tuple[str, tuple, dict]]) -> list[Difference]:
+    """Outputs and gradients on edge batches and, last (its gradients stay), on the batch itself."""
+    usual = expected(args, kwargs)
     found: list[Difference] = []
-    for name, args, kwargs in batches:
+    for name, edge_args, edge_kwargs in edges:
         where = f" with {name}"
+        wanted = expected(edge_args, edge_kwargs)
         try:
-            wanted = expected(args, kwargs)
-        except Exception:  # whatever the user's model says of a batch it was not made for
-            continue
-        try:
-            found += compare(wanted, actual(args, kwargs), where)
+            found += compare(wanted, actual(edge_args, edge_kwargs), where, usual)
         except Exception as error:
             found.append(Difference(f"the rewritten graph stops ({type(error).__name__}: {error}){where}", float("inf"), 0.0))
-    return found
+    return compare(expected(args, kwargs), actual(args, kwargs)) + found
+
+
+def _edges(plain: Side, captured: Captured, args: tuple, kwargs: dict) -> list[tuple[str, tuple, dict]]:
+    """The edge batches that the plain model takes (batch norm, say, wants more than one row to train)."""
+    taken = []
+    for batch in edge_batches(captured.graph, plain.module, captured.guards, args, kwargs):
+        try:
+            plain(*batch[1:])
+        except Exception:  # whatever the user's model says of a batch it was not made for
+            continue
+        taken.append(batch)
+    return taken
 
 
 class Side:
@@ -160,16 +173,19 @@ def without_in_backward(graph: Graph) -> Graph:
     return result
 
 
-def numeric_check(shell: nn.Module, guards: Guards, args: tuple, kwargs: dict) -> Callable[[Graph, Graph], None]:
+def numeric_check(shell: nn.Module, captured: Captured, args: tuple, kwargs: dict) -> Callable[[Graph, Graph], None]:
     """A check for the pipeline: two graphs must agree in outputs and gradients on a batch and on the edge batches made of it."""
+    edges = _edges(_plain(copy.deepcopy(shell)), captured, args, kwargs)
 
     def check(before: Graph, after: Graph) -> None:
-        expected, actual = (_side(copy.deepcopy(shell), graph, guards) for graph in (before, after))
-        found = compare(expected(args, kwargs), actual(args, kwargs))
-        found += _compare_edges(expected, actual, edge_batches(after, guards, args, kwargs))
-        Equivalence(tuple(found)).raise_if_failed()
+        expected, actual = (_side(copy.deepcopy(shell), graph, captured.guards) for graph in (before, after))
+        Equivalence(tuple(_compare_all(expected, actual, args, kwargs, edges))).raise_if_failed()
 
     return check
+
+
+def _plain(twin: nn.Module) -> Side:
+    return Side(twin, lambda args, kwargs: twin(*args, **kwargs))
 
 
 def _side(twin: nn.Module, graph: Graph, guards: Guards) -> Side:
@@ -182,9 +198,8 @@ def check_model(model, args: tuple, kwargs: dict) -> Equivalence:
     variant = model._variant_for(args, kwargs)
     guards = variant.captured.guards
     plain, twin = copy.deepcopy(model._shell), copy.deepcopy(model._shell)
-    expected, actual = Side(plain, lambda a, k: plain(*a, **k)), _side(twin, variant.graph, guards)
-    found = _compare_edges(expected, actual, edge_batches(variant.graph, guards, args, kwargs))
-    found = compare(expected(args, kwargs), actual(args, kwargs)) + found
+    expected, actual = _plain(plain), _side(twin, variant.graph, guards)
+    found = _compare_all(expected, actual, args, kwargs, _edges(expected, variant.captured, args, kwargs))
     compiler = model._compiler
     stepped = False
     if model.embedding_optimizer is not None:

@@ -167,7 +167,7 @@ class Compiler:
         self.shell.__dict__.setdefault(TICKET, torch.zeros((), dtype=torch.int64))
         check = None
         if self.verify == "numerics" and args is not None:
-            check = numeric_check(self.shell, captured.guards, args, kwargs)
+            check = numeric_check(self.shell, captured, args, kwargs)
         graph, steps = self.rewrite(captured.graph, check=check)
         return Variant(captured, graph, steps, attach(self.shell, graph), unverified=args is None)
 

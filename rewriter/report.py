@@ -31,8 +31,8 @@ class Report:
         """For each kind ("lookups", "updates", "mlps", "interactions", ...): (applied, found)."""
         found = Counter(r.kind for r in self.records)
         applied = Counter(r.kind for r in self.records if r.status == APPLIED)
-        kinds = dict.fromkeys(("lookups", *(["updates"] if "updates" in found else []), "mlps", "interactions", *found))
-        return {kind: (applied[kind], found[kind]) for kind in kinds}
+        kinds: list[str] = ["lookups", *(["updates"] if "updates" in found else []), "mlps", "interactions", *found]
+        return {kind: (applied[kind], found[kind]) for kind in dict.fromkeys(kinds)}
 
     def skipped(self, rule: str | None = None) -> list[Record]:
         """Everything found and not rewritten, by one rule or by all."""
@@ -83,11 +83,7 @@ class Report:
 
 
 def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            break
-        size /= 1024
-    else:
-        unit = "TiB"
-    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if count >= 1024**power:
+            return f"{count / 1024**power:.1f} {unit}"
+    return f"{count} B"

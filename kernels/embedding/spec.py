@@ -79,7 +79,7 @@ def decode(text: str) -> GroupSpec:
     raw = json.loads(text)
     return GroupSpec(
         tables=tuple(Table(**t) for t in raw["tables"]),
-        lookups=tuple(Lookup(**l) for l in raw["lookups"]),
+        lookups=tuple(Lookup(**entry) for entry in raw["lookups"]),
         slots=tuple(raw["slots"]),
         extras=tuple(Extra(**e) for e in raw["extras"]),
     )

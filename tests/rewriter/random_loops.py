@@ -13,7 +13,7 @@ import tablewright as tw
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
-from random_models import DTYPES, Program
+from random_programs import DTYPES, Program
 from torch import Tensor, nn
 
 # Largest difference allowed, relative to the largest value of the tensor.
@@ -50,7 +50,7 @@ _OPTIMIZERS = (
 def loop(rng: random.Random, program: Program) -> Loop:
     """A random loop for ``program``."""
     name, options = rng.choice(_OPTIMIZERS)
-    if name == "SparseAdam" and program.sparse != set(program.tables):
+    if name == "SparseAdam" and not (program.tables and program.sparse == set(program.tables)):
         name, options = "Adagrad", {}
     if program.dtype in ("float16", "bfloat16"):
         name, options = "SGD", {}  # others divide by what they rounded
@@ -91,12 +91,12 @@ def close(what: str, plain: Any, optimized: Any) -> None:
 def optimizer_for(model: nn.Module, loop: Loop) -> torch.optim.Optimizer:
     """What the user builds on a plain model."""
     params = [p for p in model.parameters() if p.requires_grad]
-    if not params:
-        raise BrokenProgram("nothing to train")
     kind = getattr(torch.optim, loop.optimizer)
     if loop.optimizer == "SparseAdam":
         tables = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
         params = [p for p in params if id(p) in tables]
+    if not params:
+        raise BrokenProgram("nothing to train")
     if loop.groups == "one" or len(params) < 2:
         return kind(params, **loop.options)
     half = random.Random(loop.seed).sample(params, len(params) // 2)
@@ -133,7 +133,10 @@ class BrokenProgram(Exception):
 
 
 def both(what: str, plain: Callable[[], Any], optimized: Callable[[], Any], draws: bool = True) -> tuple[Any, Any]:
-    """Run both under one random state, which the second may move only as the first does (not at all without ``draws``). Raises :class:`Different` if only one of them fails, ``StopIteration`` if both do."""
+    """Run both under one random state, which the second may move only as the first does (not at all without ``draws``).
+
+    Raises :class:`Different` if only one of them fails, ``StopIteration`` if both do.
+    """
     state = torch.get_rng_state()
     a, wrong = attempt(plain)
     after = torch.get_rng_state()

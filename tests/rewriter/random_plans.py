@@ -13,7 +13,7 @@ from functools import partial
 import tablewright as tw
 import torch
 from random_loops import Different, both, close, compare_outputs, total
-from random_models import DTYPES, Program
+from random_programs import DTYPES, Program
 from torch import Tensor, nn
 
 _KINDS = {"sgd": tw.SGD, "adagrad": tw.Adagrad, "rowwise_adagrad": tw.RowwiseAdagrad, "adam": tw.Adam}
@@ -68,8 +68,10 @@ def train_both(program: Program, loop: PlannedLoop) -> nn.Module:
     args, kwargs = program.batch(loop.sizes[0], rng)
     tables = {n: tw.TablePlan(embedding_optimizer=_optimizer(s)) for n, s in loop.special.items()}
     tables.update({n: tw.TablePlan(trainable=False) for n in loop.frozen})
-    opt = tw.optimize(model, tw.Plan(embedding_optimizer=_optimizer(loop.main), tables=tables), sample_inputs=args, sample_kwargs=kwargs)
-    reference = {n: _Reference(plain.get_parameter(n), loop.special.get(n, loop.main)) for n in program.tables if n not in loop.frozen}
+    full = tw.Plan(embedding_optimizer=_optimizer(loop.main), tables=tables)
+    opt = tw.optimize(model, full, sample_inputs=args, sample_kwargs=kwargs)
+    trained = [n for n in program.tables if n not in loop.frozen]
+    reference = {n: _Reference(plain.get_parameter(n), loop.special.get(n, loop.main)) for n in trained}
     dense = [
         torch.optim.SGD([p for n, p in m.named_parameters() if n not in program.tables], lr=0.1) for m in (plain, opt)
     ]  # fmt: skip

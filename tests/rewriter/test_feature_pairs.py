@@ -173,7 +173,9 @@ def test_jagged_and_stacked_with_plain_lookups_and_dense():
 
 def test_sample_weights_that_are_another_lookup():
     """The weights' lookup is fused first; the bag must then read the fused result, not the plain lookup it replaced."""
-    model = module(lambda self, a, b: self.a(a, per_sample_weights=self.w(b)), a=nn.EmbeddingBag(6, 4, mode="sum"), w=nn.Embedding(5, 3))
+    model = module(
+        lambda self, a, b: self.a(a, per_sample_weights=self.w(b)), a=nn.EmbeddingBag(6, 4, mode="sum"), w=nn.Embedding(5, 3)
+    )  # fmt: skip
     opt = same(model, (ids([1, 2, 2], [0, 5, 1]), ids(4, 0)), fused=(2, 2))
     assert "aten.embedding" not in opt.code() and opt.report.coverage["updates"] == (2, 2)
 
@@ -230,7 +232,8 @@ def test_a_join_and_a_lookup_given_to_the_caller():
 
 
 def test_a_wider_dense_input_and_half_tables():
-    model = module(lambda self, x, a, b: torch.cat([self.a(a), x, self.b(b)], 1), a=nn.Embedding(6, 4), b=nn.Embedding(6, 2)).bfloat16()
+    model = module(lambda self, x, a, b: torch.cat([self.a(a), x, self.b(b)], 1), a=nn.Embedding(6, 4), b=nn.Embedding(6, 2))
+    model.bfloat16()
     x = torch.randn(2, 3, dtype=torch.float32)
     opt = same(model, (x, ids(0, 1), ids(2, 5)), fused=(2, 2), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     assert opt(x, ids(0, 1), ids(2, 5))[:, 4:7].equal(x)

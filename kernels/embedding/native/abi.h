@@ -1,4 +1,4 @@
-// What crosses the borders: Python <-> driver.cpp (plain int64/double words) and driver.cpp <-> one kernels_*.cpp per instruction set.
+// What crosses the borders: Python <-> driver.cpp (words of 8 bytes) and driver.cpp <-> one kernels_*.cpp per instruction set.
 //
 // Plain structs of 8-byte fields only, no functions: this header is compiled under different target flags, so anything that
 // could be emitted here might be merged by the linker into code that the running CPU cannot execute.

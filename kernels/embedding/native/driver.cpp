@@ -60,7 +60,8 @@ void copy_extra(const Call& c, int64_t e, int64_t first, int64_t last) {
     const ExtraArg& a = c.extra_args[e];
     const SlotArg& slot = c.slot_args[c.extras[e].slot];
     for (int64_t i = first; i < last && i < a.rows; ++i)
-        memcpy(slot.data + (i * slot.stride + c.extras[e].column) * c.element, a.data + i * a.stride * c.element, size_t(c.extras[e].width * c.element));
+        memcpy(slot.data + (i * slot.stride + c.extras[e].column) * c.element, a.data + i * a.stride * c.element,
+               size_t(c.extras[e].width * c.element));
 }
 
 }  // namespace
@@ -172,7 +173,8 @@ TW_API int64_t tw_update(const int64_t* spec, const int64_t* call, const int64_t
 }
 
 // Updates from summed gradients. BAD_INPUT unless every table's row numbers ascend strictly and lie in the table.
-TW_API int64_t tw_update_from_sparse(int64_t dtype, int64_t threads, int64_t tables, const SparseArg* args, const UpdateArg* updates) {
+TW_API int64_t tw_update_from_sparse(int64_t dtype, int64_t threads, int64_t tables, const SparseArg* args,
+                                     const UpdateArg* updates) {
     const Kernels* kernels = active;
     int64_t max_dim = 1, tasks = 0;
     for (int64_t t = 0; t < tables; ++t) {
@@ -226,7 +228,8 @@ TW_API int64_t tw_sample_weight_gradients(const int64_t* spec, const int64_t* ca
 }
 
 // The machine's own limits: read (and, with `out`, copy) rows at random, or read, change and write them back.
-TW_API void tw_probe(int64_t threads, char* rows, const int64_t* index, int64_t count, int64_t row_bytes, int64_t ahead, char* out, int64_t write) {
+TW_API void tw_probe(int64_t threads, char* rows, const int64_t* index, int64_t count, int64_t row_bytes, int64_t ahead, char* out,
+                     int64_t write) {
     const Kernels* kernels = active;
     const int64_t block = 256;
     for_each_task((count + block - 1) / block, threads, [&](int64_t i, int) {

@@ -90,10 +90,8 @@ int sort_table(const Call& c, int64_t t, bool wanted, TableRuns& r, uint64_t* sp
         if (!offsets_fit(info, a, 0, a.bags)) return BAD_INPUT;
         const char* grad = slot.data + info.column * c.element;
         const int64_t stride = slot.stride * c.element;
-        bool good = a.id_bytes == 4
-                        ? collect<int32_t>(info, a, c.tables[t].rows, grad, stride, shift, c.head->dtype, end, source, r.scale, next_source)
-                        : collect<int64_t>(info, a, c.tables[t].rows, grad, stride, shift, c.head->dtype, end, source, r.scale, next_source);
-        if (!good) return BAD_INPUT;
+        auto collect_ids = a.id_bytes == 4 ? collect<int32_t> : collect<int64_t>;
+        if (!collect_ids(info, a, c.tables[t].rows, grad, stride, shift, c.head->dtype, end, source, r.scale, next_source)) return BAD_INPUT;
     }
     const int64_t n = end - begin;
     radix_sort(begin, begin == spare ? r.keys : spare, n, shift, plan);
@@ -152,8 +150,9 @@ int sort_all(const Call& c, const int64_t* wanted, Sorted& s) {
     if (!s.workspace) return NO_MEMORY;
     carver = Carver{s.workspace->data, 0};
     lay_out(c, wanted, carver, s, spare, spare_size);
-    int result = for_each_task(c.spec->tables, s.threads,
-                               [&](int64_t t, int thread) { return sort_table(c, t, wanted[t] != 0, s.tables[t], spare + thread * spare_size); });
+    int result = for_each_task(c.spec->tables, s.threads, [&](int64_t t, int thread) {
+        return sort_table(c, t, wanted[t] != 0, s.tables[t], spare + thread * spare_size);
+    });
     if (result) {
         give_workspace(s.workspace);
         return result;
