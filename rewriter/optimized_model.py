@@ -5,7 +5,8 @@ import copy
 import inspect
 import types
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ..kernels.embedding import in_backward
 from ..kernels.embedding.op import OP
+from ..kernels.embedding.op import call as call_directly
 from ..kernels.embedding.optimizers import RowUpdates
 from ..passes.records import Record
 from .capture import Captured, attach, verify
@@ -44,6 +46,14 @@ class Variant:
     steps: list[Step]
     module: torch.fx.GraphModule
     unverified: bool = False  # captured without inputs: compared with the plain model at the first call
+    run: Callable[..., tuple] = field(init=False, repr=False)  # what eager calls: the same graph, ops called directly
+
+    def __post_init__(self) -> None:
+        direct = copy_graph(self.graph)
+        for node in direct.nodes:
+            if node.target is OP:
+                node.target = call_directly
+        self.run = attach(self.module._shell, direct).forward
 
 
 class OptimizedModel(nn.Module):
@@ -75,13 +85,14 @@ class OptimizedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the plain model's ``forward`` computes."""
         variant = self._variant_for(args, kwargs)
+        run = variant.module.forward if torch.compiler.is_compiling() else variant.run
         guard = self._guard
         if guard is not None and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             guard.before_forward()
-            leaves = variant.module.forward(*variant.captured.guards.flatten(args, kwargs))
+            leaves = run(*variant.captured.guards.flatten(args, kwargs))
             guard.watch(leaves)
         else:
-            leaves = variant.module.forward(*variant.captured.guards.flatten(args, kwargs))
+            leaves = run(*variant.captured.guards.flatten(args, kwargs))
         spec = variant.captured.out_spec
         return leaves[0] if spec.is_leaf() else pytree.tree_unflatten(list(leaves), spec)
 

@@ -47,10 +47,10 @@ def _apply(work: list[tuple[Tensor, Tensor, TableUpdate]]) -> None:
 
 def _coalesced(grad: Tensor) -> Tensor:
     """``grad`` with ascending rows, each once. Compiled backwards lose the mark though their rows are: look before sorting."""
-    rows = grad._indices()[0]
-    if grad.is_coalesced() or bool((rows[1:] > rows[:-1]).all()):
+    if grad.is_coalesced():
         return grad
-    return grad.coalesce()
+    rows = grad._indices()[0]
+    return grad if bool((rows[1:] > rows[:-1]).all()) else grad.coalesce()
 
 
 def _step_count(state: dict) -> int:
