@@ -3,7 +3,8 @@
 Such a loop would go on with wrong numbers, since the tables have moved before it looks at their gradients. What can be seen
 is refused with :class:`InBackwardError`, before any table of that backward moves:
 
-* *accumulation*: when a backward starts, a dense parameter still holds the gradient of an earlier one;
+* *accumulation*: when a backward starts, a dense parameter still holds the gradient of an earlier one; under torch.compile,
+  where the start is not seen, a dense gradient was added to since the last update and written by nothing else;
 * *loss scaling*: a forward under fp16 autocast, or an enabled ``torch.amp.GradScaler`` in the process;
 * *clipping*, and optimizers that hold the tables too: after the backward the tables' ``.grad`` is a placeholder that takes no
   memory and raises as soon as anything computes with it.
@@ -11,6 +12,7 @@ is refused with :class:`InBackwardError`, before any table of that backward move
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 
 import torch
@@ -45,11 +47,13 @@ class UpdatedInBackward(Tensor):
 
 
 class InBackwardGuard:
-    """Watches the forwards and backwards of one optimized model."""
+    """Watches the forwards and backwards of one optimized model, and each update of its tables."""
 
     def __init__(self, model) -> None:
         self._model = weakref.ref(model)
-        self._looked_for_scaler = False
+        self._scalers = -1
+        self._homes: list[tuple[str, dict, str]] | None = None  # where parameters stand: found once, read at every backward
+        self._seen: list[tuple[weakref.ref, int]] = []  # dense gradients after the last update, with their version
 
     @staticmethod
     def of(model) -> InBackwardGuard | None:
@@ -57,7 +61,8 @@ class InBackwardGuard:
         optimizer = model.embedding_optimizer
         if optimizer is None or not any(g["in_backward"] for g in optimizer.param_groups):
             return None
-        return InBackwardGuard(model)
+        optimizer.guard = InBackwardGuard(model)
+        return optimizer.guard
 
     def before_forward(self) -> None:
         """Raises :class:`InBackwardError` under fp16 autocast, which needs loss scaling."""
@@ -79,43 +84,58 @@ class InBackwardGuard:
         if task == getattr(self, "_task", None):
             return
         self._task = task
-        model = self._model()
-        if model is None:
-            return
-        self._refuse_scaler()
-        for name, param in model.named_parameters():
-            held = param.grad
-            if held is None or isinstance(held, UpdatedInBackward) or held.is_sparse:
-                continue
+        for name, held in self._dense_gradients():
             if bool(held.ne(0).any()):
-                raise InBackwardError(
-                    f"a backward starts while '{name}' still holds the gradient of an earlier one: gradients are being "
-                    "accumulated, and the tables, which are updated inside each backward, cannot wait. Call zero_grad() "
-                    f"between backwards, or {_WAY_OUT}. No table was changed by this backward"
-                )
-        torch.autograd.Variable._execution_engine.queue_callback(self._at_end)
+                raise InBackwardError(_accumulated(f"a backward starts while '{name}' still holds the gradient of an earlier one"))
+
+    def before_update(self) -> None:
+        """Raises :class:`InBackwardError` where gradients are scaled, or were accumulated unseen in compiled code."""
+        self._refuse_scaler()
+        writes = [grad._version - version for ref, version in self._seen if (grad := ref()) is not None]
+        held = list(self._dense_gradients())
+        self._seen = [(weakref.ref(grad), grad._version) for _, grad in held]
+        if writes and max(writes) == 1:  # zeroing them first would be a second write
+            raise InBackwardError(_accumulated("the gradients of an earlier backward were added to"))
+
+    def after_update(self) -> None:
+        """Leave placeholders where other code may look for the tables' gradients."""
+        model = self._model()
+        groups = [] if model is None else model.embedding_optimizer.param_groups
+        for param in [p for group in groups if group["in_backward"] for p in group["params"]]:
+            if param.grad is None:
+                param.grad = _placeholder(param)
+
+    def _dense_gradients(self):
+        """(name, gradient) of each parameter that is not updated in the backward and has one."""
+        model = self._model()
+        if self._homes is None and model is not None:
+            groups = model.embedding_optimizer.param_groups
+            ours = {name for group in groups if group["in_backward"] for name in group["param_names"]}
+            named = [(f"{path}.{key}".lstrip("."), m._parameters, key) for path, m in model.named_modules() for key in m._parameters]
+            self._homes = [home for home in named if home[0] not in ours]
+        for name, parameters, key in self._homes or ():
+            held = None if parameters[key] is None else parameters[key].grad
+            if held is not None and not isinstance(held, UpdatedInBackward) and not held.is_sparse:
+                yield name, held
 
     def _refuse_scaler(self) -> None:
-        if self._looked_for_scaler:
+        scaler_types = (torch.amp.GradScaler, torch.cuda.amp.GradScaler)
+        count = sum(map(sys.getrefcount, scaler_types))  # each instance holds its class: look when one may have come
+        if count == self._scalers:
             return
-        self._looked_for_scaler = True  # one look: walking all objects takes tens of milliseconds
-        scaler_types = tuple({torch.amp.GradScaler, torch.cuda.amp.GradScaler})
         if any(isinstance(o, scaler_types) and o.is_enabled() for o in gc.get_objects() if type(o).__name__ == "GradScaler"):
-            self._looked_for_scaler = False
             raise InBackwardError(
                 "an enabled GradScaler exists, and tables updated inside the backward would take its scaled gradients. "
                 f"Drop it (bf16 and fp32 need none), or {_WAY_OUT}. No table was changed by this backward"
             )
+        self._scalers = count  # walking all objects takes tens of milliseconds: not at every backward
 
-    def _at_end(self) -> None:
-        model = self._model()
-        if model is None:
-            return
-        for group in model.embedding_optimizer.param_groups:
-            if group["in_backward"]:
-                for param in group["params"]:
-                    if param.grad is None:
-                        param.grad = _placeholder(param)
+
+def _accumulated(what: str) -> str:
+    return (
+        f"{what}: gradients are being accumulated, and the tables, which are updated inside each backward, cannot wait. "
+        f"Call zero_grad() between backwards, or {_WAY_OUT}. No table was changed by this backward"
+    )
 
 
 def _placeholder(param: Tensor) -> Tensor:

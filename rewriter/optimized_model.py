@@ -87,12 +87,12 @@ class OptimizedModel(nn.Module):
         variant = self._variant_for(args, kwargs)
         run = variant.module.forward if torch.compiler.is_compiling() else variant.run
         guard = self._guard
-        if guard is not None and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        watched = guard is not None and torch.is_grad_enabled()
+        if watched:
             guard.before_forward()
-            leaves = run(*variant.captured.guards.flatten(args, kwargs))
+        leaves = run(*variant.captured.guards.flatten(args, kwargs))
+        if watched and not torch.compiler.is_compiling():
             guard.watch(leaves)
-        else:
-            leaves = run(*variant.captured.guards.flatten(args, kwargs))
         spec = variant.captured.out_spec
         return leaves[0] if spec.is_leaf() else pytree.tree_unflatten(list(leaves), spec)
 

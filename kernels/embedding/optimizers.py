@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -222,8 +223,12 @@ class RowUpdates(Optimizer):
     ``in_backward``. Tables of an ``in_backward`` group are updated when a backward ends; for the others ``step()`` reads the
     sparse ``.grad``. A dense ``.grad`` is taken as touching its rows that are not all zero.
 
+    ``guard``, if set, is told before and after each update inside a backward, and may refuse it by raising.
+
     State per table: ``step`` and ``sum`` (``[rows, dim]``, rowwise ``[rows]``), or ``step``, ``exp_avg``, ``exp_avg_sq``.
     """
+
+    guard: Any = None
 
     def __init__(self, groups: list[dict]) -> None:
         defaults = dict(kind="sgd", lr=0.01, eps=0.0, betas=(0.9, 0.999), weight_decay=0.0, maximize=False, in_backward=False)
@@ -305,6 +310,8 @@ class RowUpdates(Optimizer):
 
     def update_rows(self, spec: GroupSpec, slot_grads, indices, offsets, sample_weights) -> None:
         """The in-backward update of the tables of ``spec``; called once by each backward that reached them."""
+        if self.guard is not None:
+            self.guard.before_update()
         reached = {lookup.table for lookup in spec.lookups if slot_grads[lookup.slot] is not None}
         held = [self._by_name[table.name] for table in spec.tables]
         tables = [param.detach() for param, _ in held]
@@ -313,6 +320,8 @@ class RowUpdates(Optimizer):
         slot_grads = [None if g is None else g.to(tables[0].dtype) for g in slot_grads]
         _raise_bad_ids(tables[0])
         _implementation(tables[0]).update(spec, slot_grads, tables, indices, offsets, sample_weights, updates)
+        if self.guard is not None:
+            self.guard.after_update()
 
 
 _STATE = {"sgd": (), "adagrad": ("sum",), "rowwise_adagrad": ("sum",), "adam": ("exp_avg", "exp_avg_sq")}

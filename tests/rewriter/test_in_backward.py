@@ -200,6 +200,71 @@ def test_a_grad_scaler_is_refused():
     assert not unchanged(opt, before)
 
 
+def test_a_grad_scaler_made_later_is_refused():
+    opt, _ = three(Dot, dot_batch())
+    for _ in range(3):
+        opt.zero_grad()
+        opt(*dot_batch()).square().sum().backward()
+    before = weights_of(opt)
+    scaler = torch.amp.GradScaler("cpu")
+    opt.zero_grad()
+    with pytest.raises(tw.InBackwardError, match="GradScaler"):
+        scaler.scale(opt(*dot_batch()).square().sum()).backward()
+    assert unchanged(opt, before)
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    del scaler
+    opt.zero_grad()
+    off.scale(opt(*dot_batch()).square().sum()).backward()
+    assert not unchanged(opt, before), "one that is not enabled scales nothing"
+
+
+def test_eval_mode_is_watched_too():
+    opt, _ = three(Dot, dot_batch())
+    opt.eval()
+    opt(*dot_batch()).square().sum().backward()
+    before = weights_of(opt)
+    with pytest.raises(tw.InBackwardError, match="accumulated"):
+        opt(*dot_batch()).square().sum().backward()
+    assert unchanged(opt, before)
+
+
+@pytest.fixture
+def compiled():
+    """The model as ``torch.compile`` runs it: the start of its backward is not seen."""
+    torch._dynamo.reset()
+    opt, _ = three(Dot, dot_batch())
+    yield opt, torch.compile(opt, backend="aot_eager", fullgraph=True)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_compiled_loops_are_watched_too(compiled, set_to_none):
+    opt, run = compiled
+    for _ in range(3):
+        opt.zero_grad(set_to_none=set_to_none)
+        run(*dot_batch()).square().sum().backward()
+        nn.utils.clip_grad_norm_(opt.dense_parameters(), 1.0)
+    with pytest.raises(tw.InBackwardError, match="already used up"):
+        nn.utils.clip_grad_norm_(opt.parameters(), 1.0)
+    opt.zero_grad(set_to_none=set_to_none)
+    run(*dot_batch()).square().sum().backward()
+    before = weights_of(opt)
+    with pytest.raises(tw.InBackwardError, match="accumulated.*No table was changed"):
+        run(*dot_batch()).square().sum().backward()
+    assert unchanged(opt, before)
+
+
+def test_compiled_loss_scaling_is_refused(compiled):
+    opt, run = compiled
+    before = weights_of(opt)
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(Exception, match="bf16 autocast"):
+        run(*dot_batch())
+    scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(tw.InBackwardError, match="GradScaler"):
+        scaler.scale(run(*dot_batch()).square().sum()).backward()
+    assert unchanged(opt, before)
+
+
 def test_step_of_the_plans_optimizer_is_refused():
     opt, _ = three(Dot, dot_batch())
     with pytest.raises(RuntimeError, match="embedding_optimizer.step.. was called, but the plan updates every table inside"):
