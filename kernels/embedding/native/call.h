@@ -161,4 +161,12 @@ bool offsets_fit(const LookupInfo& l, const LookupArg& a, int64_t first, int64_t
     return previous <= a.id_count;
 }
 
+// Does bag b hold id b alone, for all of [first, last)? Then its offsets say nothing, as in a lookup without pooling.
+bool one_id_each(const LookupInfo& l, const LookupArg& a, int64_t first, int64_t last) {
+    if (!a.offsets) return false;
+    for (int64_t b = first; b <= last; ++b)
+        if (bag_begin(l, a, b) != b) return false;
+    return true;
+}
+
 }  // namespace
