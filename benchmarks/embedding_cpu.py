@@ -2,8 +2,8 @@
 
     python benchmarks/embedding_cpu.py --threads 1 2 --out benchmarks/results/embedding_cpu.md
 
-All variants read and write the *same* weights and optimizer state (so that 20 GB of tables fit once), take their calls in turn,
-and see at least 48 distinct batches. FBGEMM's CPU wheel holds no OpenMP: it runs one thread whatever is asked. "limit" is this
+All variants take their calls in turn and see 48 distinct batches. Ours has its own weights and state, on the huge pages that
+``optimize`` asks for; where both do not fit (4 x 10M rows) the peers run on the same memory, and so on huge pages too. FBGEMM's CPU wheel holds no OpenMP: it runs one thread whatever is asked. "limit" is this
 machine's own rate for reading (forward) and for reading and writing (step) the same random rows, measured in the same turn.
 FBGEMM is left out where it is not installed (``pip install --no-deps fbgemm-gpu-cpu==1.8.0``).
 """
@@ -17,6 +17,7 @@ from datetime import date
 from pathlib import Path
 
 import tablewright as tw
+from tablewright.kernels import memory
 import torch
 import torch.nn.functional as F
 from peers import fbgemm_bags
@@ -25,52 +26,69 @@ from torch import Tensor
 from workload import Bags, Dense, Shape, Whole, draw_ids, interleaved, median_ms
 
 SHAPES = [(26, 100_000), (4, 10_000_000)]
+MOST_BYTES = 14_000_000_000  # of weights and state, for all variants together
 
 
-class Setting:
-    """Weights, state and batches of one shape, with the variants that use them."""
+class Memory:
+    """Weights of all tables, and AdaGrad sums, one after another."""
 
     def __init__(self, shape: Shape, rowwise: bool) -> None:
-        self.shape, self.rowwise = shape, rowwise
         rows, dim = shape.rows, shape.dim
         self.flat = torch.empty(shape.tables * rows * dim).fill_(0.01)
         self.weights = [w.view(rows, dim) for w in self.flat.split(rows * dim)]
-        self.state = torch.zeros(shape.tables * rows * (1 if rowwise else dim))
-        self.ids = draw_ids(shape)
-        bags = shape.batch
-        self.offsets = torch.arange(0, bags * shape.pooling, shape.pooling)
-        self.grads = [torch.randn(bags, shape.tables, dim) * 1e-3 for _ in range(4)]
-        self.dense = [torch.rand(bags, 13) for _ in range(4)]
-        self.labels = (torch.rand(bags, 1) < 0.25).float()
-        self.lists = [list(ids) for ids in self.ids]
+        # filled, so that no page of it is the kernel's zero page
+        self.state = torch.empty(shape.tables * rows * (1 if rowwise else dim)).fill_(0.1)
 
-    def plain(self, sparse: bool) -> Bags:
-        return Bags(self.weights, sparse)
-
-    def plain_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """Element-wise AdaGrad whose sums are the shared state (touched, so that no page of it is the kernel's zero page)."""
+    def optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+        """torch's element-wise AdaGrad, whose sums are this state."""
         optimizer = torch.optim.Adagrad(model.parameters(), lr=0.01)
         for param, part in zip(model.parameters(), self.state.split(self.weights[0].numel())):
             optimizer.state[param]["sum"] = part.view_as(param)
         return optimizer
 
+
+class Setting:
+    """Weights, state and batches of one shape, with the variants that use them. Ours has memory of its own, as a user's would
+    be, unless both do not fit: then the peers run on ours, and so on its huge pages."""
+
+    def __init__(self, shape: Shape, rowwise: bool) -> None:
+        self.shape, self.rowwise = shape, rowwise
+        self.mine = Memory(shape, rowwise)
+        fits = 2 * 4 * (self.mine.flat.numel() + self.mine.state.numel()) < MOST_BYTES
+        self.theirs = Memory(shape, rowwise) if fits else self.mine
+        self.ids = draw_ids(shape)
+        bags = shape.batch
+        self.offsets = torch.arange(0, bags * shape.pooling, shape.pooling)
+        self.grads = [torch.randn(bags, shape.tables, shape.dim) * 1e-3 for _ in range(4)]
+        self.dense = [torch.rand(bags, 13) for _ in range(4)]
+        self.labels = (torch.rand(bags, 1) < 0.25).float()
+        self.lists = [list(ids) for ids in self.ids]
+
+    def plain(self, sparse: bool) -> Bags:
+        return Bags(self.theirs.weights, sparse)
+
+    def plain_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+        return self.theirs.optimizer(model)
+
     def ours(self, default_step: bool):
         """The product path: the plain module through ``optimize``."""
-        model = self.plain(sparse=False)
+        model = Bags(self.mine.weights, sparse=False)
         sample = (self.lists[0], self.offsets)
         if default_step:
-            return tw.optimize(model, "auto", optimizer=self.plain_optimizer(model), sample_inputs=sample)
+            return tw.optimize(model, "auto", optimizer=self.mine.optimizer(model), sample_inputs=sample)
         kind = tw.RowwiseAdagrad if self.rowwise else tw.Adagrad
         plan = tw.Plan(embedding_optimizer=kind(lr=0.01, eps=1e-10, in_backward=True))
         model = tw.optimize(model, plan, sample_inputs=sample)
-        self._share(model.embedding_optimizer)
+        self.share(model.embedding_optimizer)
         return model
 
-    def _share(self, optimizer) -> None:
+    def share(self, optimizer) -> None:
+        """Let a plan's optimizer keep its sums in our memory."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        for param, part in zip(params, self.state.split(self.state.numel() // len(params))):
+        for param, part in zip(params, self.mine.state.split(self.mine.state.numel() // len(params))):
             shape = (param.shape[0],) if self.rowwise else param.shape
             optimizer.state[param].update(step=torch.tensor(0.0), sum=part.view(shape))
+        memory.use_huge_pages([self.mine.state])
 
     def step(self, model, optimizer=None):
         def call(i: int) -> None:
@@ -103,7 +121,7 @@ def embedding_calls(setting: Setting) -> tuple[dict, dict]:
         if setting.shape.rows * setting.shape.tables <= 3_000_000:
             dense = setting.plain(sparse=False)
             step["plain dense"] = setting.step(dense, setting.plain_optimizer(dense))
-    theirs = fbgemm_bags(setting.shape, setting.flat, setting.state, setting.rowwise)
+    theirs = fbgemm_bags(setting.shape, setting.theirs.flat, setting.theirs.state, setting.rowwise)
     if theirs is not None:
         ids = [batch.reshape(-1) for batch in setting.ids]
         offsets = torch.arange(0, ids[0].numel() + 1, setting.shape.pooling)
@@ -115,8 +133,9 @@ def embedding_calls(setting: Setting) -> tuple[dict, dict]:
 
         forward["FBGEMM"] = fbgemm_forward
         step["FBGEMM"] = lambda i: theirs(ids[i % len(ids)], offsets).backward(flat_grads[i % 4])
-    forward["limit"] = gather_limit(setting.weights, setting.ids, copies=setting.shape.pooling == 1)
-    step["limit"] = update_limit(setting.weights, setting.ids)
+    memory.wait()
+    forward["limit"] = gather_limit(setting.mine.weights, setting.ids, copies=setting.shape.pooling == 1)
+    step["limit"] = update_limit(setting.mine.weights, setting.ids, None if setting.rowwise else setting.mine.state)
     return forward, step
 
 
@@ -147,17 +166,17 @@ def whole_calls(setting: Setting, compile_too: bool) -> dict:
             model = Whole(setting.plain(sparse=True), Dense(shape.tables, shape.dim))
             own = [setting.plain_optimizer(model.embedding), dense_optimizer(model.dense.parameters())]
             add(name, torch.compile(model) if name == "torch.compile" else model, own, lists)
-        model = Whole(setting.plain(sparse=False), Dense(shape.tables, shape.dim))
-        optimizer = setting.plain_optimizer(model.embedding)
+        model = Whole(Bags(setting.mine.weights, sparse=False), Dense(shape.tables, shape.dim))
+        optimizer = setting.mine.optimizer(model.embedding)
         optimizer.add_param_group({"params": list(model.dense.parameters())})
         opt, optimizer = tw.optimize(model, "auto", optimizer=optimizer, sample_inputs=sample)
         add("ours default", opt, [optimizer], lists)
     kind = tw.RowwiseAdagrad if setting.rowwise else tw.Adagrad
     plan = tw.Plan(embedding_optimizer=kind(lr=0.01, eps=1e-10, in_backward=True))
-    opt = tw.optimize(Whole(setting.plain(sparse=False), Dense(shape.tables, shape.dim)), plan, sample_inputs=sample)
-    setting._share(opt.embedding_optimizer)
+    opt = tw.optimize(Whole(Bags(setting.mine.weights, sparse=False), Dense(shape.tables, shape.dim)), plan, sample_inputs=sample)
+    setting.share(opt.embedding_optimizer)
     add("ours in backward", opt, [dense_optimizer(opt.dense_parameters())], lists)
-    theirs = fbgemm_bags(shape, setting.flat, setting.state, setting.rowwise)
+    theirs = fbgemm_bags(shape, setting.theirs.flat, setting.theirs.state, setting.rowwise)
     if theirs is not None:
         ids = [batch.reshape(-1) for batch in setting.ids]
         offsets = torch.arange(0, ids[0].numel() + 1, shape.pooling)
@@ -173,6 +192,7 @@ def whole_calls(setting: Setting, compile_too: bool) -> dict:
         model = Whole(Unflattened(), Dense(shape.tables, shape.dim))
         own = [dense_optimizer(model.dense.parameters())]
         add("FBGEMM", model, own, lambda i: (ids[i % len(ids)], offsets))
+    memory.wait()
     return calls
 
 

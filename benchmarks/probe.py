@@ -31,13 +31,16 @@ def gather_limit(weights: list[Tensor], batches: list[Tensor], copies: bool) -> 
     return lambda i: _probe(weights, rows[i % len(rows)], out, write=False)
 
 
-def update_limit(weights: list[Tensor], batches: list[Tensor]) -> Callable[[int], None]:
-    """Read every looked-up row, then read, change and write back each distinct one, in ascending order."""
+def update_limit(weights: list[Tensor], batches: list[Tensor], state: Tensor | None) -> Callable[[int], None]:
+    """Read every looked-up row, then read, change and write back each distinct one, in ascending order, and the same rows of
+    an element-wise ``state``, if there is one."""
     read = gather_limit(weights, batches, copies=False)
     distinct = [_global_rows(weights, ids).unique() for ids in batches]
+    parts = [weights] if state is None else [weights, [state.view(-1, weights[0].shape[1])]]
 
     def call(i: int) -> None:
         read(i)
-        _probe(weights, distinct[i % len(distinct)], None, write=True)
+        for part in parts:
+            _probe(part, distinct[i % len(distinct)], None, write=True)
 
     return call

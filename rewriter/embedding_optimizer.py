@@ -11,7 +11,7 @@ from ..kernels.embedding import in_backward
 from ..kernels.embedding.optimizers import RowUpdates, why_not_row_wise
 from ..passes.table_gradients import Choice
 from .errors import PlanError
-from .plan import EmbeddingOptimizer, TablePlan
+from .plan import EmbeddingOptimizer, Plan, TablePlan
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Updates:
 
 
 def decide(
-    tables: dict[str, Tensor], resolved: dict[str, TablePlan], optimizer: Optimizer | None, numerics: str
+    tables: dict[str, Tensor], resolved: dict[str, TablePlan], optimizer: Optimizer | None, plan: Plan
 ) -> Updates:
     """A :class:`Choice` for each of ``tables`` (plain names). Raises :class:`PlanError` if two optimizers claim one table."""
     claimed = {id(p): group for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else {}
@@ -46,10 +46,12 @@ def decide(
                 )
             planned[name] = wish.embedding_optimizer
         elif id(table) in claimed:
-            choices[name] = _user_choice(table, optimizer, claimed[id(table)], numerics)
+            choices[name] = _user_choice(table, optimizer, claimed[id(table)], plan.numerics)
         else:
             choices[name] = Choice("keep", reason=_nobody(optimizer))
     plan_optimizer = _plan_optimizer(tables, planned) if planned else None
+    if plan_optimizer is not None:
+        plan_optimizer.huge_pages = plan.huge_pages
     owner = in_backward.register(plan_optimizer) if plan_optimizer is not None else -1
     for name, chosen in planned.items():
         grad = "in_backward" if chosen.in_backward else "sparse"

@@ -17,6 +17,7 @@ from ..kernels.embedding import cpu
 from ..kernels.embedding.op import OP
 from ..kernels.embedding.optimizers import RowUpdates, row_wise
 from ..kernels.embedding.spec import decode
+from ..kernels.memory import use_huge_pages
 from ..passes.lookups import tables_read
 from ..passes.records import APPLIED
 from ..passes.table_gradients import Choice
@@ -86,12 +87,22 @@ def optimize_with_samples(
     result._variants.append(variant)
     result.__dict__["_embedding_optimizer"] = compiler.plan_optimizer
     result.__dict__["_guard"] = InBackwardGuard.of(result)
-    result.__dict__["_report"] = compiler.report(variant, time.perf_counter() - started, copied=duplicate)
+    huge = use_huge_pages(_big_memory(compiler, optimizer)) if plan.huge_pages else 0
+    result.__dict__["_report"] = compiler.report(variant, time.perf_counter() - started, copied=duplicate, huge=huge)
     if on_skip == "error":
         _raise_if_skipped(result.report)
     if optimizer is None:
         return result
     return result, compiler.returned_optimizer(optimizer, variant)
+
+
+def _big_memory(compiler: Compiler, optimizer: Optimizer | None) -> list[Tensor]:
+    """The tables, and the state that the user's optimizer already keeps for them."""
+    found = list(compiler.tables.values())
+    for table in compiler.tables.values() if optimizer is not None else ():
+        state = optimizer.state.get(table, {})
+        found += [value for value in state.values() if isinstance(value, Tensor) and value.shape == table.shape]
+    return found
 
 
 def _plan(plan: Any, model: nn.Module, sample_inputs: Any) -> Plan:
@@ -190,7 +201,7 @@ class Compiler:
             if id(param) in first:
                 aliases.setdefault(first[id(param)], []).append(name)
         resolved = self.plan.resolve(every, aliases)
-        updates = decide(read, resolved, optimizer, self.plan.numerics)
+        updates = decide(read, resolved, optimizer, self.plan)
         self.tables, self.choices, self.plan_optimizer = every, updates.choices, updates.plan_optimizer
 
     def recapture(self, model: OptimizedModel, args: tuple, kwargs: dict, failure: str) -> Variant:
@@ -210,7 +221,7 @@ class Compiler:
         model._variants.append(variant)
         return variant
 
-    def report(self, variant: Variant, seconds: float, copied: bool) -> Report:
+    def report(self, variant: Variant, seconds: float, copied: bool, huge: int) -> Report:
         """What was done in ``variant``."""
         fused = [n for n in variant.graph.nodes if n.target is OP]
         table_bytes = sum(t.numel() * t.element_size() for t in self.tables.values())
@@ -218,7 +229,7 @@ class Compiler:
         return Report(
             records=tuple(r for step in variant.steps for r in step.records),
             door=variant.captured.door, notes=tuple(variant.captured.notes), launches=len(fused), table_bytes=table_bytes,
-            copied_bytes=copied_bytes, kernels=f"CPU kernels: {cpu.describe()}", seconds=seconds,
+            copied_bytes=copied_bytes, huge_page_bytes=huge, kernels=f"CPU kernels: {cpu.describe()}", seconds=seconds,
             passes=tuple(step.name for step in variant.steps),
         )  # fmt: skip
 

@@ -8,6 +8,7 @@ tables:                       # globs on module paths; every matching entry appl
   "frozen.*": {trainable: false}
 passes: {group_tables: true}  # absent = default, false = off, mapping = options
 numerics: reassociated        # exact | reassociated | approximate: the loosest class of rewrite allowed
+huge_pages: true              # ask the kernel to keep big CPU tables on huge pages; moves memory, changes no value
 ```
 """
 from __future__ import annotations
@@ -117,11 +118,13 @@ class Plan:
     tables: Mapping[str, TablePlan] = field(default_factory=dict)
     passes: Mapping[str, bool | Mapping[str, Any]] = field(default_factory=dict)
     numerics: str = "reassociated"
+    huge_pages: bool = True
     version: int = 1
 
     def __post_init__(self) -> None:
         _expect(self.version == 1 and type(self.version) is int, "version", self.version, "1")
         _expect(self.numerics in NUMERICS, "numerics", self.numerics, " | ".join(NUMERICS))
+        _expect(isinstance(self.huge_pages, bool), "huge_pages", self.huge_pages, "true or false")
         _check_optimizer(self.embedding_optimizer, "embedding_optimizer")
         _expect(isinstance(self.tables, Mapping), "tables", self.tables, "a mapping from globs to settings")
         _expect(isinstance(self.passes, Mapping), "passes", self.passes, "a mapping from pass names to true, false or options")
@@ -169,6 +172,8 @@ class Plan:
         if self.passes:
             out["passes"] = {n: s if isinstance(s, bool) else {k: _plain(v) for k, v in s.items()} for n, s in self.passes.items()}
         out["numerics"] = self.numerics
+        if not self.huge_pages:
+            out["huge_pages"] = False
         return out
 
     @staticmethod

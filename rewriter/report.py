@@ -14,7 +14,8 @@ _MAX_LINES = 25
 @dataclass(frozen=True)
 class Report:
     """``records``: a row for everything found. ``door``: how the model was captured. ``notes``: sentences about the capture.
-    ``launches``: fused lookup calls in the graph. ``table_bytes``: of all tables read; ``copied_bytes``: of tables copied."""
+    ``launches``: fused lookup calls in the graph. ``table_bytes``: of all tables read; ``copied_bytes``: of tables copied;
+    ``huge_page_bytes``: of tables and their optimizer state for which huge pages were asked."""
 
     records: tuple[Record, ...]
     door: str = ""
@@ -22,6 +23,7 @@ class Report:
     launches: int = 0
     table_bytes: int = 0
     copied_bytes: int = 0
+    huge_page_bytes: int = 0
     kernels: str = ""
     seconds: float = 0.0
     passes: tuple[str, ...] = field(default=())
@@ -65,7 +67,8 @@ class Report:
             word = {SKIPPED: "skipped", REJECTED: "REJECTED", DISABLED: "disabled"}[status]
             lines.append(f"  {len(rows)} of {kind} {word}: {named}: {reason}{where}")
         lines.append(f"  captured by {self.door}; {self.kernels}; optimize() took {self.seconds:.2f} s")
-        lines.append(f"  tables: {_size(self.table_bytes)}, of which {_size(self.copied_bytes)} copied")
+        huge = f"; huge pages asked for {_size(self.huge_page_bytes)}" if self.huge_page_bytes else ""
+        lines.append(f"  tables: {_size(self.table_bytes)}, of which {_size(self.copied_bytes)} copied{huge}")
         if len(lines) > _MAX_LINES:
             hidden = len(lines) - _MAX_LINES + 3
             lines = [*lines[: _MAX_LINES - 3], f"  ... {hidden} more lines: report.table() has every row", *lines[-2:]]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, SparseAdam
 
+from ..memory import use_huge_pages
 from .spec import GroupSpec
 from .updates import TableUpdate
 
@@ -229,6 +230,7 @@ class RowUpdates(Optimizer):
     """
 
     guard: Any = None
+    huge_pages = False  # ask for them where state is made
 
     def __init__(self, groups: list[dict]) -> None:
         defaults = dict(kind="sgd", lr=0.01, eps=0.0, betas=(0.9, 0.999), weight_decay=0.0, maximize=False, in_backward=False)
@@ -274,6 +276,8 @@ class RowUpdates(Optimizer):
             elif kind == "adam":
                 state["exp_avg"] = torch.zeros_like(param, dtype=rowwise_dtype)
                 state["exp_avg_sq"] = torch.zeros_like(param, dtype=rowwise_dtype)
+            if self.huge_pages:
+                use_huge_pages(state.values())
         step = _step_count(state)
         beta1, beta2 = map(float, group["betas"])
         return TableUpdate(

@@ -7,17 +7,12 @@ namespace {
 
 // ---- collecting and sorting the keys of one table ----
 
-// Where ids outnumber gradients so often, the gradients are first copied side by side: in place they lie a whole output row
-// apart, which spreads them over many pages and few sets of the cache.
-const int64_t PACK_FROM = 3;
-
 struct TableRuns {
     Runs runs;
     uint64_t* keys;
     uint32_t* starts;
     const char** source;
     double* scale;  // null: every gradient counts once
-    char* packed;   // [sources, dim] copies of the gradients, side by side; null: read where they are
     int64_t ids, sources, count;  // ids is 0 for a table that nobody wants
 };
 
@@ -98,13 +93,6 @@ int sort_table(const Call& c, int64_t t, bool wanted, TableRuns& r, uint64_t* sp
         auto collect_ids = a.id_bytes == 4 ? collect<int32_t> : collect<int64_t>;
         if (!collect_ids(info, a, c.tables[t].rows, grad, stride, shift, c.head->dtype, end, source, r.scale, next_source)) return BAD_INPUT;
     }
-    if (r.packed) {
-        const int64_t bytes = c.tables[t].dim * c.element;
-        for (uint64_t i = 0; i < next_source; ++i) {
-            memcpy(r.packed + int64_t(i) * bytes, r.source[i], size_t(bytes));
-            r.source[i] = r.packed + int64_t(i) * bytes;
-        }
-    }
     const int64_t n = end - begin;
     radix_sort(begin, begin == spare ? r.keys : spare, n, shift, plan);
     r.count = 0;
@@ -145,8 +133,6 @@ void lay_out(const Call& c, const int64_t* wanted, Carver& carver, Sorted& s, ui
         r.starts = carver.take<uint32_t>(r.ids + 1);
         r.source = carver.take<const char*>(r.sources);
         r.scale = scaled ? carver.take<double>(r.sources) : nullptr;
-        const bool pack = r.ids >= PACK_FROM * r.sources;
-        r.packed = pack ? carver.take<char>(r.sources * c.tables[t].dim * c.element) : nullptr;
         if (s.workspace) s.tables[t] = r;
     }
     spare = carver.take<uint64_t>(spare_size * threads);
