@@ -4,7 +4,7 @@
 
 All variants take their calls in turn and see 48 distinct batches. Ours has its own weights and state, on the huge pages that
 ``optimize`` asks for; where both do not fit (4 x 10M rows) the peers run on the same memory, and so on huge pages too. FBGEMM's CPU wheel holds no OpenMP: it runs one thread whatever is asked. "limit" is this
-machine's own rate for reading (forward) and for reading and writing (step) the same random rows, measured in the same turn.
+machine's own time for the same random rows, measured in the same turn (forward: read; step: read, gradient, read-modify-write).
 FBGEMM is left out where it is not installed (``pip install --no-deps fbgemm-gpu-cpu==1.8.0``).
 """
 from __future__ import annotations
@@ -17,11 +17,11 @@ from datetime import date
 from pathlib import Path
 
 import tablewright as tw
-from tablewright.kernels import memory
 import torch
 import torch.nn.functional as F
 from peers import fbgemm_bags
 from probe import gather_limit, update_limit
+from tablewright.kernels import memory
 from torch import Tensor
 from workload import Bags, Dense, Shape, Whole, draw_ids, interleaved, median_ms
 
@@ -135,7 +135,9 @@ def embedding_calls(setting: Setting) -> tuple[dict, dict]:
         step["FBGEMM"] = lambda i: theirs(ids[i % len(ids)], offsets).backward(flat_grads[i % 4])
     memory.wait()
     forward["limit"] = gather_limit(setting.mine.weights, setting.ids, copies=setting.shape.pooling == 1)
-    step["limit"] = update_limit(setting.mine.weights, setting.ids, None if setting.rowwise else setting.mine.state)
+    shape, state = setting.shape, None if setting.rowwise else setting.mine.state
+    bags, copies = shape.batch * shape.tables, shape.pooling == 1
+    step["limit"] = update_limit(setting.mine.weights, setting.ids, state, bags, copies)
     return forward, step
 
 

@@ -31,15 +31,21 @@ def gather_limit(weights: list[Tensor], batches: list[Tensor], copies: bool) -> 
     return lambda i: _probe(weights, rows[i % len(rows)], out, write=False)
 
 
-def update_limit(weights: list[Tensor], batches: list[Tensor], state: Tensor | None) -> Callable[[int], None]:
-    """Read every looked-up row, then read, change and write back each distinct one, in ascending order, and the same rows of
-    an element-wise ``state``, if there is one."""
-    read = gather_limit(weights, batches, copies=False)
+def update_limit(
+    weights: list[Tensor], batches: list[Tensor], state: Tensor | None, bags: int, copies: bool
+) -> Callable[[int], None]:  # fmt: skip
+    """What a lookup with its update must move: read every looked-up row (and write it out, see :func:`gather_limit`), read one
+    gradient row for each of ``bags`` bags, and read, change and write back each distinct row, in ascending order, and the same
+    rows of an element-wise ``state``, if there is one."""
+    read = gather_limit(weights, batches, copies)
     distinct = [_global_rows(weights, ids).unique() for ids in batches]
     parts = [weights] if state is None else [weights, [state.view(-1, weights[0].shape[1])]]
+    gradients = torch.randn(bags, weights[0].shape[1])
+    order = torch.randperm(bags)
 
     def call(i: int) -> None:
         read(i)
+        _probe([gradients], order, None, write=False)
         for part in parts:
             _probe(part, distinct[i % len(distinct)], None, write=True)
 

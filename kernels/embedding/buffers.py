@@ -8,7 +8,6 @@ tensor that is still in use anywhere (a kept ``.grad``, a saved activation, a vi
 
 from __future__ import annotations
 
-import ctypes
 import math
 import mmap
 import sys
@@ -20,8 +19,6 @@ from torch import Tensor
 
 SMALLEST = 1 << 20  # bytes; below it the allocator's own free lists do well
 KEEP = 1 << 30  # bytes of idle memory kept at most
-_HUGE = 2 << 20
-_MADV_COLLAPSE = 25  # linux/mman.h; not in Python's mmap
 
 _maps: dict[int, list[mmap.mmap]] = {}  # by size
 _lock = threading.Lock()
@@ -70,25 +67,3 @@ def _drop_idle(keep: int) -> None:
                 idle -= size
         if not held:
             del _maps[size]
-
-
-def use_huge_pages(tensors: Sequence[Tensor]) -> int:
-    """Back the memory of large CPU tensors with 2 MB pages, in place, and return how many bytes now are. Values do not change.
-
-    Random rows of a table of more than a few MB miss the TLB, and the page walk then costs as much as the row. Measured on
-    26 tables of 100,000 rows, dim 128: lookups 1.1-1.3 times and updates 1.3-1.5 times as fast. Takes about a second per
-    GB (the kernel copies), so it pays once, for tables that are trained for long. Linux 6.1 or newer; elsewhere does nothing.
-    """
-    if not sys.platform.startswith("linux"):
-        return 0
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
-    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    done = 0
-    for tensor in tensors:
-        if not tensor.is_cpu or not tensor.is_contiguous():
-            continue
-        begin = -(-tensor.data_ptr() // _HUGE) * _HUGE
-        length = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // _HUGE * _HUGE - begin
-        if length > 0 and madvise(begin, length, mmap.MADV_HUGEPAGE) == 0 and madvise(begin, length, _MADV_COLLAPSE) == 0:
-            done += length
-    return done
