@@ -10,6 +10,7 @@ thread of its own, at about a second per gigabyte.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import threading
 from collections.abc import Iterable
@@ -27,14 +28,14 @@ _waiting: list[torch.UntypedStorage] = []
 _runner: threading.Thread | None = None
 
 
-def use_huge_pages(tensors: Iterable[Tensor]) -> int:
-    """Ask for huge pages under the CPU memory of ``tensors`` and return at once. Returns how many bytes were asked for."""
+def use_huge_pages(tensors: Iterable[object]) -> int:
+    """Ask for huge pages under the CPU memory of ``tensors`` (other values are passed over) and return at once. Returns how many bytes were asked for."""
     global _runner
     if not sys.platform.startswith("linux"):
         return 0
     storages: dict[int, torch.UntypedStorage] = {}
     for tensor in tensors:
-        if tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.is_shared():
+        if isinstance(tensor, Tensor) and tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.is_shared():
             storage = tensor.untyped_storage()
             if storage.nbytes() >= SMALLEST:
                 storages[storage.data_ptr()] = storage
@@ -68,3 +69,14 @@ def _run() -> None:
             continue
         for at in range(start, end, _CHUNK):
             madvise(at, min(_CHUNK, end - at), _MADV_COLLAPSE)
+
+
+def _forget_in_child() -> None:
+    """A forked child has no runner, and may have inherited a lock that the runner held."""
+    global _lock, _runner
+    _lock, _runner = threading.Lock(), None
+    _waiting.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

@@ -173,12 +173,24 @@ def without_in_backward(graph: Graph) -> Graph:
     return result
 
 
+def _freeze(module: nn.Module, graph: Graph) -> None:
+    """Freeze in ``module`` (a copy) the tables that the plan froze in ``graph``: both sides must leave them alone."""
+    specs = [decode(node.args[5]) for node in graph.nodes if node.target is OP]  # type: ignore[arg-type]
+    frozen = {table.name for spec in specs for table in spec.tables if table.grad == "none"}
+    for name, param in module.named_parameters(remove_duplicate=False):
+        if name in frozen:
+            param.requires_grad_(False)
+
+
 def numeric_check(shell: nn.Module, captured: Captured, args: tuple, kwargs: dict) -> Callable[[Graph, Graph], None]:
     """A check for the pipeline: two graphs must agree in outputs and gradients on a batch and on the edge batches made of it."""
     edges = _edges(_plain(copy.deepcopy(shell)), captured, args, kwargs)
 
     def check(before: Graph, after: Graph) -> None:
-        expected, actual = (_side(copy.deepcopy(shell), graph, captured.guards) for graph in (before, after))
+        twins = [copy.deepcopy(shell) for _ in range(2)]
+        for twin in twins:
+            _freeze(twin, after)
+        expected, actual = (_side(twin, graph, captured.guards) for twin, graph in zip(twins, (before, after)))
         Equivalence(tuple(_compare_all(expected, actual, args, kwargs, edges))).raise_if_failed()
 
     return check
@@ -198,6 +210,8 @@ def check_model(model, args: tuple, kwargs: dict) -> Equivalence:
     variant = model._variant_for(args, kwargs)
     guards = variant.captured.guards
     plain, twin = copy.deepcopy(model._shell), copy.deepcopy(model._shell)
+    for module in (plain, twin):
+        _freeze(module, variant.graph)
     expected, actual = _plain(plain), _side(twin, variant.graph, guards)
     found = _compare_all(expected, actual, args, kwargs, _edges(expected, variant.captured, args, kwargs))
     compiler = model._compiler

@@ -120,10 +120,11 @@ class InBackwardGuard:
 
     def _refuse_scaler(self) -> None:
         scaler_types = (torch.amp.GradScaler, torch.cuda.amp.GradScaler)
-        count = sum(map(sys.getrefcount, scaler_types))  # each instance holds its class: look when one may have come
+        # each instance and subclass holds its class: look when one may have come
+        count = sum(sys.getrefcount(t) + sum(map(sys.getrefcount, t.__subclasses__())) for t in scaler_types)
         if count == self._scalers:
             return
-        if any(isinstance(o, scaler_types) and o.is_enabled() for o in gc.get_objects() if type(o).__name__ == "GradScaler"):
+        if any(issubclass(type(o), scaler_types) and o.is_enabled() for o in gc.get_objects()):
             raise InBackwardError(
                 "an enabled GradScaler exists, and tables updated inside the backward would take its scaled gradients. "
                 f"Drop it (bf16 and fp32 need none), or {_WAY_OUT}. No table was changed by this backward"

@@ -156,6 +156,7 @@ class Compiler:
         self.verify = verify
         self.tables: dict[str, Tensor] = {}
         self.choices: dict[str, Choice] = {}
+        self._decided = False
         self.plan_optimizer: RowUpdates | None = None
         self.user_optimizer: weakref.ref | None = None
         self.row_wise_tables: list[str] = []
@@ -165,7 +166,7 @@ class Compiler:
         result = Compiler(shell, {}, self.plan, self.samples, self.verify)
         named = dict([*shell.named_parameters(remove_duplicate=False), *shell.named_buffers(remove_duplicate=False)])
         result.tables = {name: named[name] for name in self.tables}
-        result.choices = self.choices
+        result.choices, result._decided = self.choices, True
         return result
 
     def compile(self, args: Any, kwargs: Any, *, more: Any = None, optimizer: Optimizer | None = None) -> Variant:
@@ -173,14 +174,31 @@ class Compiler:
         alive = {path: module for path, ref in self.originals.items() if (module := ref()) is not None}
         batches = args if args is None else [(args, kwargs), *(more or [])]
         captured = capture(self.shell, batches, originals=alive)
-        if not self.choices:
+        if not self._decided:
             self._decide(captured.graph, optimizer)
+            self._decided = True
         self.shell.__dict__.setdefault(TICKET, torch.zeros((), dtype=torch.int64))
         check = None
         if self.verify == "numerics" and args is not None:
             check = numeric_check(self.shell, captured, args, kwargs)
         graph, steps = self.rewrite(captured.graph, check=check)
+        self._check_demands(graph, steps)
         return Variant(captured, graph, steps, attach(self.shell, graph), unverified=args is None)
+
+    def _check_demands(self, graph: Graph, steps: list[Step]) -> None:
+        """Raises :class:`PlanError` where the plan freezes a table or updates it in the backward, and the graph does neither."""
+        done = {(t.name, t.grad) for node in graph.nodes if node.target is OP for t in decode(node.args[5]).tables}
+        for name in tables_read(graph, self.shell):
+            choice = self.choices.get(name)
+            if choice is None or not choice.required or choice.grad == "sparse" or (name, choice.grad) in done:
+                continue
+            left = next((r for s in steps for r in s.records if r.subject == name and r.reason), None)
+            left = left or next((r for s in steps for r in s.records if r.reason and r.kind == "lookups"), None)
+            raise PlanError(
+                f"the plan asks that table '{name}' be {choice.detail}, which was not done"
+                + (f" ({left.rule} is {left.status}: {left.reason})" if left else "")
+                + ". Take that entry out of the plan, or allow the pass"
+            )
 
     def rewrite(self, graph: Graph, budget: int | None = None, check: Check | None = None) -> tuple[Graph, list[Step]]:
         """Run the passes on a captured graph; ``budget`` limits how many rewrites are made."""
@@ -239,7 +257,8 @@ class Compiler:
         self.row_wise_tables = [n for n in done if self.choices[n].grad == "sparse" and not self.choices[n].required]
         result = optimizer
         if self.row_wise_tables:
-            result = row_wise(optimizer, [self.tables[name] for name in self.row_wise_tables])
+            lazy = self.plan.numerics == "approximate"
+            result = row_wise(optimizer, [self.tables[name] for name in self.row_wise_tables], lazy)
         self.user_optimizer = weakref.ref(result)
         return result
 

@@ -22,7 +22,7 @@ from ..passes.records import Record
 from .capture import Captured, attach, verify
 from .capture.shell import RefusingHooks
 from .errors import CaptureError, PlanError, nearest
-from .in_backward_guard import InBackwardGuard
+from .in_backward_guard import InBackwardGuard, drop_placeholders
 from .pipeline import Step
 from .plan import Plan
 from .report import Report
@@ -208,7 +208,7 @@ class OptimizedModel(nn.Module):
         return list(self._compiler.tables)
 
     def dense_parameters(self):
-        """The trainable parameters that are not embedding tables: what a dense optimizer is built on."""
+        """The parameters that are not embedding tables: what a dense optimizer is built on."""
         tables = set(self._compiler.tables)
         seen: set[int] = {id(p) for n, p in self.named_parameters(remove_duplicate=False) if n in tables}
         return (p for n, p in self.named_parameters() if id(p) not in seen)
@@ -218,6 +218,7 @@ class OptimizedModel(nn.Module):
         return plain_copy(self._shell)
 
     def _apply(self, fn, recurse: bool = True):
+        drop_placeholders(self)
         super()._apply(fn, recurse)
         self._follow_replaced_parameters()
         return self
@@ -241,12 +242,15 @@ class OptimizedModel(nn.Module):
             result.__dict__["_embedding_optimizer"] = copy.deepcopy(self._embedding_optimizer, memo)
             owner = in_backward.register(result._embedding_optimizer)
             result.__dict__["_guard"] = InBackwardGuard.of(result)
+            result._compiler.plan_optimizer = result._embedding_optimizer
+        choices = self._compiler.choices
+        result._compiler.choices = {n: replace(c, owner=owner) if c.owner != -1 else c for n, c in choices.items()}
         result.__dict__["_report"] = self._report
         for variant in self._variants:
             graph = copy_graph(variant.graph)
             _set_owner(graph, owner)
             captured = replace(variant.captured, guards=copy.deepcopy(variant.captured.guards, memo))
-            result._variants.append(Variant(captured, graph, variant.steps, attach(shell, graph)))
+            result._variants.append(Variant(captured, graph, variant.steps, attach(shell, graph), variant.unverified))
         return result
 
     def __reduce_ex__(self, protocol: int):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import sys
 import threading
 from collections.abc import Sequence
@@ -19,6 +20,9 @@ from torch import Tensor
 
 SMALLEST = 1 << 20  # bytes; below it the allocator's own free lists do well
 KEEP = 1 << 30  # bytes of idle memory kept at most
+
+# Python's default is shared with forked children, who would write into the parent's tensors.
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 _maps: dict[int, list[mmap.mmap]] = {}  # by size
 _lock = threading.Lock()
@@ -40,11 +44,12 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
             block = held[counts.index(_IDLE)]
         else:
             _drop_idle(KEEP - size)
-            block = mmap.mmap(-1, size)
+            block = mmap.mmap(-1, size, **_PRIVATE)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 block.madvise(mmap.MADV_HUGEPAGE)
             _maps.setdefault(size, []).append(block)
-        return torch.frombuffer(block, dtype=dtype, count=count).view(tuple(shape))
+        # resize_, not view: autograd forbids writing in place to a custom function's result that is a view
+        return torch.frombuffer(block, dtype=dtype, count=count).resize_(tuple(shape))
 
 
 def _references(held: list[mmap.mmap]) -> list[int]:
@@ -67,3 +72,13 @@ def _drop_idle(keep: int) -> None:
                 idle -= size
         if not held:
             del _maps[size]
+
+
+def _forget_in_child() -> None:
+    """A forked child may have inherited a held lock."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

@@ -26,6 +26,8 @@ class Owner(Protocol):
 
     def launch_key(self, table: str) -> tuple: ...
 
+    def table(self, name: str) -> torch.Tensor: ...
+
 
 _owners: weakref.WeakValueDictionary[int, Owner] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
@@ -55,13 +57,22 @@ class _Backward:
 _running: weakref.WeakValueDictionary[tuple, _Backward] = weakref.WeakValueDictionary()
 
 
-def defer(number: int, text: str, slot_grads, indices, offsets, sample_weights) -> None:
-    """Keep one lookup group's contribution until the running backward ends. Raises ``RuntimeError`` outside a backward."""
+def defer(number: int, text: str, slot_grads, indices, offsets, sample_weights, tables=None) -> None:
+    """Keep one lookup group's contribution until the running backward ends. ``tables``: those that were looked up, by name.
+
+    Raises ``RuntimeError`` outside a backward, and where other tensors than the optimizer's own tables were looked up.
+    """
     if number not in _owners:
         raise RuntimeError(
             "a lookup asks for its update inside the backward, but the optimizer that would make it is gone: "
             "keep the model that optimize() returned alive until backward() has run"
         )
+    for name, table in (tables or {}).items():
+        if table.data_ptr() != _owners[number].table(name).data_ptr():
+            raise RuntimeError(
+                f"table '{name}' was looked up in a tensor that is not the model's own (torch.func.functional_call?), so it "
+                "cannot be updated inside the backward: set in_backward: false in the plan"
+            )
     spec = decode(text)
     due = [i for i, lookup in enumerate(spec.lookups) if spec.tables[lookup.table].grad == "in_backward"]
     launch = _owners[number].launch_key(spec.tables[spec.lookups[due[0]].table].name)
@@ -88,6 +99,7 @@ def _finish(number: int, backward: _Backward) -> None:
 def merge(texts: tuple[str, ...]) -> GroupSpec:
     """One spec for the in-backward lookups of several launches: tables of one name become one, slots are numbered on."""
     tables: dict[str, Table] = {}
+    places: dict[str, int] = {}
     lookups: list[Lookup] = []
     slots: list[int] = []
     for text in texts:
@@ -95,7 +107,8 @@ def merge(texts: tuple[str, ...]) -> GroupSpec:
         for lookup in spec.lookups:
             table = spec.tables[lookup.table]
             if table.grad == "in_backward":
+                place = places.setdefault(table.name, len(places))
                 tables.setdefault(table.name, table)
-                lookups.append(replace(lookup, table=list(tables).index(table.name), slot=lookup.slot + len(slots)))
+                lookups.append(replace(lookup, table=place, slot=lookup.slot + len(slots)))
         slots.extend(spec.slots)
     return GroupSpec(tuple(tables.values()), tuple(lookups), tuple(slots))

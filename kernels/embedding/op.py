@@ -157,7 +157,11 @@ class _Lookup(torch.autograd.Function):
         ctx.text, ctx.owner, ctx.ticket = text, owner, ticket
         ctx.n_tables, ctx.n_lookups, ctx.n_extras = n_tables, n_lookups, n_extras
         tables, indices, offsets, weights, extras = _split(tensors, n_tables, n_lookups)
-        ctx.save_for_backward(*tensors[: n_tables + 3 * n_lookups])
+        # The rows themselves are needed for gradients of sample weights only: else tables may change before the backward, as
+        # they may in nn.Embedding.
+        reads_rows = any(ctx.needs_input_grad[6 + n_tables + 2 * n_lookups : 6 + n_tables + 3 * n_lookups])
+        ctx.tables = None if reads_rows else tables
+        ctx.save_for_backward(*tensors[0 if reads_rows else n_tables : n_tables + 3 * n_lookups])
         ctx.extra_dtypes = [e.dtype for e in extras]
         if tracing():
             with torch._C._AutoDispatchBelowAutograd():
@@ -168,7 +172,8 @@ class _Lookup(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *slot_grads):
         n_tables, n_lookups = ctx.n_tables, ctx.n_lookups
-        tables, indices, offsets, weights, _ = _split(ctx.saved_tensors, n_tables, n_lookups)
+        saved = ctx.saved_tensors if ctx.tables is None else (*ctx.tables, *ctx.saved_tensors)
+        tables, indices, offsets, weights, _ = _split(saved, n_tables, n_lookups)
         spec = decode(ctx.text)
         needs = ctx.needs_input_grad[6:]
         touched = [False] * n_tables  # a table none of whose slots got a gradient has none either, as in plain autograd
@@ -179,19 +184,20 @@ class _Lookup(torch.autograd.Function):
         ]
         weight_needs = needs[n_tables + 2 * n_lookups : n_tables + 3 * n_lookups]
         wanted_weights = [bool(n and slot_grads[lk.slot] is not None) for n, lk in zip(weight_needs, spec.lookups)]
-        deferred = any(t and n and place.grad == "in_backward" for t, n, place in zip(touched, needs, spec.tables))
+        due = [i for i, place in enumerate(spec.tables) if touched[i] and needs[i] and place.grad == "in_backward"]
 
         made: list[Tensor] = []
         if any(wanted) or any(wanted_weights):
             call = torch.ops.tablewright.embedding_bags_backward if tracing() else _backward
             made = call(list(slot_grads), tables, indices, offsets, weights, ctx.text, wanted, wanted_weights)
-        if deferred:
+        if due:
             if tracing():
                 torch.ops.tablewright.embedding_bags_defer_update(
                     list(slot_grads), indices, offsets, weights, ctx.text, ctx.owner, ctx.ticket
                 )
-            else:
-                in_backward.defer(ctx.owner, ctx.text, list(slot_grads), indices, offsets, weights)
+            elif _accumulates(tables[due[0]]):
+                given = {spec.tables[i].name: tables[i] for i in due}
+                in_backward.defer(ctx.owner, ctx.text, list(slot_grads), indices, offsets, weights, given)
         parts = iter(made)
         table_grads: list[Tensor | None] = []
         for table, place, want in zip(tables, spec.tables, wanted):
@@ -209,6 +215,11 @@ class _Lookup(torch.autograd.Function):
             for e, dtype in zip(spec.extras, ctx.extra_dtypes)
         ]
         return (None,) * 6 + (*table_grads, *[None] * (2 * n_lookups), *weight_grads, *extra_grads)
+
+
+def _accumulates(table: Tensor) -> bool:
+    """Would the running backward add to ``table.grad``? Not under ``torch.autograd.grad`` of something else."""
+    return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(table).node)
 
 
 def _coalesced(rows: Tensor, values: Tensor, table: Tensor) -> Tensor:
@@ -239,6 +250,7 @@ def _split(tensors, n_tables: int, n_lookups: int):
 def _autograd(tables, indices, offsets, sample_weights, extras, spec, ticket=None, owner=-1):
     if not torch.is_grad_enabled() and not tracing():
         return _forward(tables, indices, offsets, sample_weights, extras, spec)
+    tables = [t.detach() if place.grad == "none" else t for t, place in zip(tables, decode(spec).tables)]
     tensors = (*tables, *indices, *offsets, *sample_weights, *extras)
     return list(_Lookup.apply(spec, owner, ticket, len(tables), len(indices), len(extras), *tensors))
 

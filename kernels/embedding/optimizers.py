@@ -45,6 +45,7 @@ def _apply(work: list[tuple[Tensor, Tensor, TableUpdate]]) -> None:
         values = [g._values() for g in grads]
         _raise_bad_ids(tables[0])
         _implementation(tables[0]).update_from_sparse(tables, rows, values, [update for _, _, update in items])
+        torch.autograd.graph.increment_version(tables)  # the kernels write behind autograd's back
 
 
 def _coalesced(grad: Tensor) -> Tensor:
@@ -69,10 +70,11 @@ def _sgd(states: dict, table: Tensor, group: dict) -> TableUpdate:
 
 
 def _adagrad(states: dict, table: Tensor, group: dict) -> TableUpdate:
-    state = states[table]
-    step = _step_count(state)
-    lr = float(group["lr"]) / (1 + (step - 1) * float(group["lr_decay"]))
-    return TableUpdate("adagrad", lr=lr, eps=group["eps"], step=step, maximize=group["maximize"], state=(state["sum"],))
+    state, lr, decay = states[table], float(group["lr"]), group["lr_decay"]
+    state["step"] += 1
+    if decay != 0:  # reading a tensor costs as much as the rest of this function
+        lr /= 1 + (int(state["step"]) - 1) * float(decay)
+    return TableUpdate("adagrad", lr=lr, eps=group["eps"], maximize=group["maximize"], state=(state["sum"],))
 
 
 def _adam(states: dict, table: Tensor, group: dict) -> TableUpdate:
@@ -103,7 +105,7 @@ def why_not_row_wise(optimizer: Optimizer, group: dict, lazy: bool) -> str | Non
 
     ``lazy`` also allows what only approximates the plain optimizer: Adam and AdamW on touched rows alone.
     """
-    kind = type(optimizer)
+    kind = getattr(type(optimizer), "_base", type(optimizer))
     name = kind.__name__
     if kind not in _UPDATES:
         return f"{name} is not torch's own SGD, Adagrad, SparseAdam, Adam or AdamW, so what its step does is unknown here"
@@ -133,14 +135,17 @@ class _RowWise:
     """Mixed into the class of the user's optimizer: the tables' sparse gradients are stepped here, all others there."""
 
     _row_wise_tables: dict[int, Tensor]
+    _row_wise_lazy: bool = False
 
     def __reduce_ex__(self, protocol):
-        return _new, (self._base,), {**self.__getstate__(), "_tables": list(self._row_wise_tables.values())}  # type: ignore[attr-defined]
+        own = {"_tables": list(self._row_wise_tables.values()), "_row_wise_lazy": self._row_wise_lazy}
+        return _new, (self._base,), {**self.__getstate__(), **own}  # type: ignore[attr-defined]
 
     def __setstate__(self, state: dict) -> None:
         state = dict(state)
         if "_tables" in state:  # a copy has tables of its own
             self._row_wise_tables = {id(t): t for t in state.pop("_tables")}
+            self._row_wise_lazy = state.pop("_row_wise_lazy")
         super().__setstate__(state)  # type: ignore[misc]
 
     def step(self, closure: Callable[[], float] | None = None):
@@ -151,17 +156,25 @@ class _RowWise:
                 loss = closure()
         base, make_update = self._base_step, _UPDATES[self._base]  # type: ignore[attr-defined]
         taken: list[tuple[Tensor, Tensor, dict]] = []
+        whole: list[tuple[Tensor, Tensor]] = []
         for group in self.param_groups:  # type: ignore[attr-defined]
+            # A scheduler or a loaded state may have changed what the step means: then the plain step does it, on all rows.
+            reason = why_not_row_wise(self, group, self._row_wise_lazy)  # type: ignore[arg-type]
             for param in group["params"]:
                 grad = param.grad
                 if grad is not None and grad.is_sparse and id(param) in self._row_wise_tables:
-                    taken.append((param, grad, group))
+                    if reason is None:
+                        taken.append((param, grad, group))
+                    else:
+                        whole.append((param, grad))
         try:
             for param, _, _ in taken:
                 param.grad = None
+            for param, grad in whole:
+                param.grad = grad.to_dense()
             base(self)
         finally:
-            for param, grad, _ in taken:
+            for param, grad in [*((p, g) for p, g, _ in taken), *whole]:
                 param.grad = grad
         with torch.no_grad():
             _apply([(param, grad, make_update(self.state, param, group)) for param, grad, group in taken])  # type: ignore[attr-defined]
@@ -185,16 +198,19 @@ def _new(base: type[Optimizer]) -> Optimizer:
     return cls.__new__(cls)
 
 
-def row_wise(optimizer: Optimizer, tables: Iterable[Tensor]) -> Optimizer:
+def row_wise(optimizer: Optimizer, tables: Iterable[Tensor], lazy: bool = False) -> Optimizer:
     """The user's ``optimizer`` as one that steps the sparse gradients of ``tables`` in one fused, row-wise launch.
 
     The result is an instance of the same class and *shares everything* with the original (one ``__dict__``): param groups, state
     and hooks. So a learning-rate scheduler built on either works for both, ``state_dict`` and ``load_state_dict`` of either mean
-    both, and stepping the original still does the same, only slower. Every table must have passed :func:`why_not_row_wise`.
+    both. Stepping the original still does the same, only slower (not so for ``lazy`` Adam, whose base refuses sparse gradients).
+    Every table must have passed :func:`why_not_row_wise`. An optimizer over several models may be passed once for each.
     """
-    result = _new(type(optimizer))
+    result = _new(getattr(type(optimizer), "_base", type(optimizer)))
     result.__dict__ = optimizer.__dict__
-    result._row_wise_tables = {id(t): t for t in tables}  # type: ignore[attr-defined]
+    earlier = optimizer.__dict__.get("_row_wise_tables", {})
+    result._row_wise_tables = {**earlier, **{id(t): t for t in tables}}  # type: ignore[attr-defined]
+    result._row_wise_lazy = lazy  # type: ignore[attr-defined]
     result._patch_step_function()
     if hasattr(result.__dict__.get("step"), "_wrapped_by_lr_sched"):
         _step_for_schedulers(result)
@@ -267,7 +283,7 @@ class RowUpdates(Optimizer):
     def _update(self, param: Tensor, group: dict) -> TableUpdate:
         kind, state = group["kind"], self.state[param]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = 0  # a number: 1,000 tables of tensors would take milliseconds to count
             rowwise_dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
             if kind == "adagrad":
                 state["sum"] = torch.zeros_like(param, dtype=rowwise_dtype)
@@ -307,6 +323,10 @@ class RowUpdates(Optimizer):
         _apply(work)
         return loss
 
+    def table(self, name: str) -> Tensor:
+        """The parameter that goes by ``name``."""
+        return self._by_name[name][0]
+
     def launch_key(self, table: str) -> tuple:
         """Tables with equal keys can be updated in one launch."""
         param = self._by_name[table][0]
@@ -324,6 +344,7 @@ class RowUpdates(Optimizer):
         slot_grads = [None if g is None else g.to(tables[0].dtype) for g in slot_grads]
         _raise_bad_ids(tables[0])
         _implementation(tables[0]).update(spec, slot_grads, tables, indices, offsets, sample_weights, updates)
+        torch.autograd.graph.increment_version(tables)
         if self.guard is not None:
             self.guard.after_update()
 

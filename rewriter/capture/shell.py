@@ -19,7 +19,7 @@ from ..errors import CaptureError, explain
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _WRAPPERS = {
     "torch._dynamo.eval_frame.OptimizedModule": "pass the module given to torch.compile, and compile the result instead",
-    "torch.nn.parallel.distributed.DistributedDataParallel": "call optimize() first and wrap its result",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "pass the module it wraps (ddp.module); DDP is not supported yet",
     "torch.nn.parallel.data_parallel.DataParallel": "call optimize() on the wrapped module",
     "torch.fx.graph_module.GraphModule": "pass the model that it was traced from",
 }
