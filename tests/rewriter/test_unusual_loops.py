@@ -1,0 +1,155 @@
+"""Ways in which a loop differs from the textbook one, each once found to give wrong numbers or an unnamed error."""
+import copy
+import os
+
+import pytest
+import tablewright as tw
+import torch
+from tablewright.kernels.embedding import buffers
+from torch import nn
+
+IN_BACKWARD = tw.Plan(embedding_optimizer=tw.RowwiseAdagrad(lr=0.1, in_backward=True))
+
+
+class Model(nn.Module):
+    """Two tables and a dense branch that is concatenated with them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Embedding(50, 16), nn.Embedding(50, 16)
+        self.scale = 1.0
+        self.bottom, self.top = nn.Linear(4, 16), nn.Linear(48, 1)
+
+    def forward(self, x, ids):
+        joined = torch.cat([torch.relu(self.bottom(x)), self.a(ids[:, 0]), self.b(ids[:, 1])], 1)
+        return self.top(joined) * self.scale
+
+
+def batch(rows=32):
+    return torch.randn(rows, 4), torch.randint(0, 50, (rows, 2))
+
+
+def changed_hyperparameters(plain_optim, optim, name):
+    if name == "a scheduler cycles momentum":
+        return [torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=20) for o in (plain_optim, optim)]
+    for optimizer in (plain_optim, optim):
+        optimizer.param_groups[0]["weight_decay"] = 0.1
+    return []
+
+
+@pytest.mark.parametrize("name", ["a scheduler cycles momentum", "weight decay is set"])
+def test_hyperparameters_that_change_after_optimize(name):
+    plain = Model()
+    model = copy.deepcopy(plain)
+    optims = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (plain, model)]
+    opt, optims[1] = tw.optimize(model, optimizer=optims[1], sample_inputs=batch())
+    schedulers = changed_hyperparameters(*optims, name)
+    for _ in range(3):
+        inputs = batch()
+        for m, optim in zip((plain, opt), optims):
+            m(*inputs).pow(2).mean().backward()
+            optim.step()
+            optim.zero_grad()
+        for scheduler in schedulers:
+            scheduler.step()
+    for p, q in zip(plain.parameters(), opt.parameters()):
+        torch.testing.assert_close(p, q)
+
+
+def test_autograd_grad_trains_no_table():
+    opt = tw.optimize(Model(), IN_BACKWARD, sample_inputs=batch())
+    before = opt.a.weight.detach().clone()
+    x, ids = batch()
+    torch.autograd.grad(opt(x.requires_grad_(), ids).sum(), x)
+    torch.autograd.grad(opt(x, ids).sum(), list(opt.dense_parameters()))
+    assert torch.equal(before, opt.a.weight)
+    opt(x, ids).sum().backward()
+    assert not torch.equal(before, opt.a.weight)
+
+
+def test_functional_call_with_other_tables_is_refused():
+    opt = tw.optimize(Model(), IN_BACKWARD, sample_inputs=batch())
+    others = {name: p.detach().clone().requires_grad_() for name, p in opt.named_parameters()}
+    before = opt.a.weight.detach().clone()
+    out = torch.func.functional_call(opt, others, batch())
+    with pytest.raises(RuntimeError, match="'a.weight' was looked up in a tensor that is not the model's own"):
+        out.sum().backward()
+    assert torch.equal(before, opt.a.weight)
+
+
+def test_a_deep_copy_that_captures_again_updates_itself():
+    opt = tw.optimize(Model(), IN_BACKWARD, sample_inputs=batch())
+    twin = copy.deepcopy(opt)
+    before, own = opt.a.weight.detach().clone(), twin.a.weight.detach().clone()
+    twin.scale = 2.0
+    twin(*batch()).sum().backward()
+    assert torch.equal(before, opt.a.weight) and not torch.equal(own, twin.a.weight)
+
+
+@pytest.mark.parametrize("limits", [{"numerics": "exact"}, {"passes": {"table_gradients": False}}])
+@pytest.mark.parametrize("demand", [{"tables": {"a": tw.TablePlan(trainable=False)}},
+                                    {"embedding_optimizer": tw.SGD(lr=0.1, in_backward=True)}])  # fmt: skip
+def test_a_demand_that_no_pass_may_meet_is_an_error(limits, demand):
+    with pytest.raises(tw.PlanError, match="the plan asks that table"):
+        tw.optimize(Model(), tw.Plan(**limits, **demand), sample_inputs=batch())
+
+
+def test_frozen_by_plan_survives_every_check():
+    plan = tw.Plan(tables={"*": tw.TablePlan(trainable=False)})
+    opt = tw.optimize(Model(), plan, sample_inputs=batch(), verify="numerics")
+    assert opt.check(*batch())
+    opt(*batch()).sum().backward()
+    assert opt.a.weight.grad is None and opt.top.weight.grad is not None
+
+
+def test_one_optimizer_over_two_models():
+    models = [Model(), Model()]
+    optim = torch.optim.Adagrad([p for m in models for p in m.parameters()], lr=0.1)
+    opt1, first = tw.optimize(models[0], optimizer=optim, sample_inputs=batch())
+    opt2, both = tw.optimize(models[1], optimizer=first, sample_inputs=batch())
+    assert opt1.report.coverage["updates"] == opt2.report.coverage["updates"] == (2, 2)
+    assert len(both._row_wise_tables) == 4 and type(both) is type(first)
+
+
+def test_a_table_may_change_between_forward_and_backward():
+    opt = tw.optimize(Model(), sample_inputs=batch())
+    out = opt(*batch())
+    with torch.no_grad():
+        opt.a.weight.clamp_(-0.5, 0.5)
+    out.sum().backward()
+
+
+def test_a_step_is_seen_by_autograd():
+    model = Model()
+    opt, optim = tw.optimize(model, optimizer=torch.optim.Adagrad(model.parameters()), sample_inputs=batch())
+    opt(*batch()).sum().backward()
+    version = opt.a.weight._version
+    optim.step()
+    assert opt.a.weight._version > version
+
+
+def test_moving_a_model_after_an_update_in_the_backward():
+    opt = tw.optimize(Model(), IN_BACKWARD, sample_inputs=batch())
+    opt(*batch()).sum().backward()
+    opt.double()
+    assert {p.dtype for p in opt.parameters()} == {torch.float64}
+
+
+def test_large_results_may_be_changed_in_place():
+    table = nn.Embedding(1000, 256)
+    ids = torch.arange(2048) % 1000
+    opt = tw.optimize(nn.Sequential(table), sample_inputs=(ids,))
+    out = opt(ids)
+    assert out.numel() * 4 >= buffers.SMALLEST
+    out.mul_(2).sum().backward()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_writes_into_memory_of_its_own():
+    held = buffers.empty((1 << 19,), torch.float32).fill_(1.0)
+    child = os.fork()
+    if child == 0:
+        held.zero_()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert bool((held == 1.0).all())
