@@ -85,6 +85,12 @@ def optimize_with_samples(
     variant = compiler.compile(samples.args, samples.kwargs, more=samples.more, optimizer=optimizer)
     result = with_signature_of(model)(shell, compiler, plan)
     result._variants.append(variant)
+    if not duplicate:
+        ours = dict(shell.named_modules())
+        result._watched.extend(
+            (weakref.ref(module), name, weakref.ref(param), ours[path]._parameters)
+            for path, module in model.named_modules() for name, param in module._parameters.items() if param is not None
+        )  # fmt: skip
     result.__dict__["_embedding_optimizer"] = compiler.plan_optimizer
     result.__dict__["_guard"] = InBackwardGuard.of(result)
     huge = use_huge_pages(_big_memory(compiler, optimizer)) if plan.huge_pages else 0

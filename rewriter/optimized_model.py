@@ -77,6 +77,7 @@ class OptimizedModel(nn.Module):
         set_plain("_report", Report(()))
         set_plain("_embedding_optimizer", None)
         set_plain("_guard", None)
+        set_plain("_watched", [])  # the plain model's own parameters: (weak module, name, weak parameter, our dict)
         self.training = shell.training
         self.register_load_state_dict_post_hook(_follow_loaded)  # also runs where a parent module loads
 
@@ -99,6 +100,14 @@ class OptimizedModel(nn.Module):
     def _variant_for(self, args: tuple, kwargs: dict) -> Variant:
         if torch.compiler.is_compiling():
             return self._variant_for_mode()
+        for module_ref, name, param_ref, ours in self._watched:
+            module, param = module_ref(), param_ref()
+            if module is not None and ours.get(name) is param is not None and module._parameters.get(name) is not param:
+                raise CaptureError(
+                    f"parameter '{name}' of the plain model was replaced by another object since optimize() (an assignment, or "
+                    "load_state_dict(assign=True)), so the two no longer share weights: load into the optimized model instead, "
+                    "or call optimize() again"
+                )
         failure = ""
         for variant in self._variants:
             failure = variant.captured.guards.failure(args, kwargs)

@@ -153,3 +153,17 @@ def test_a_forked_child_writes_into_memory_of_its_own():
         os._exit(0)
     os.waitpid(child, 0)
     assert bool((held == 1.0).all())
+
+
+def test_a_replaced_parameter_of_the_plain_model_is_refused():
+    model = Model()
+    opt = tw.optimize(model, sample_inputs=batch())
+    model.a.weight = nn.Parameter(torch.randn(50, 16))
+    with pytest.raises(tw.CaptureError, match="parameter 'weight' of the plain model was replaced"):
+        opt(*batch())
+
+
+def test_a_replaced_parameter_of_the_optimized_model_is_read():
+    opt = tw.optimize(Model(), sample_inputs=batch())
+    opt.load_state_dict({name: torch.zeros_like(p) for name, p in opt.state_dict().items()}, assign=True)
+    assert not opt(*batch()).any()
