@@ -1,13 +1,15 @@
 """Refuse loops that an update inside the backward cannot follow: accumulated, clipped or scaled gradients.
 
 Such a loop would go on with wrong numbers, since the tables have moved before it looks at their gradients. What can be seen
-is refused with :class:`InBackwardError`, before any table of that backward moves:
+is refused with :class:`InBackwardError`; the first two before any table of that backward moves, the third when it is tried:
 
 * *accumulation*: when a backward starts, a dense parameter still holds the gradient of an earlier one; under torch.compile,
   where the start is not seen, a dense gradient was added to since the last update and written by nothing else;
 * *loss scaling*: a forward under fp16 autocast, or an enabled ``torch.amp.GradScaler`` in the process;
 * *clipping*, and optimizers that hold the tables too: after the backward the tables' ``.grad`` is a placeholder that takes no
   memory and raises as soon as anything computes with it.
+
+Not seen: accumulation where no dense parameter has a gradient, and a reentrant checkpoint, which runs backwards of its own.
 """
 from __future__ import annotations
 
