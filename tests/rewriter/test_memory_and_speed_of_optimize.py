@@ -56,7 +56,8 @@ def test_no_second_copy_of_a_table(run_python, samples, copied):
         text = text.replace("self.frozen[a]", "torch.nn.functional.embedding(a, self.frozen)")
     grown, said = map(float, run_python(text).split())
     assert said == float(copied)
-    assert (0.7 < grown < 1.4) if copied else grown < 0.15, f"peak memory grew by {grown:.2f} of the tables"
+    # A copy must show, so that its absence means something; a kernel that reclaims idle pages (DAMON) hides part of it: 0.46 seen.
+    assert (0.3 < grown < 1.4) if copied else grown < 0.15, f"peak memory grew by {grown:.2f} of the tables"
 
 
 class Many(nn.Module):
