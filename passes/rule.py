@@ -24,13 +24,15 @@ from .records import APPLIED, DISABLED, SKIPPED, Record, Skip, record
 @dataclass
 class Context:
     """What a pass works on. ``root`` holds the parameters that ``get_attr`` nodes name. ``tables`` says how each table is to be
-    updated (see ``table_gradients.py``). ``budget`` limits how many rewrites may still be made (bisection); ``None`` is no limit."""
+    updated (see ``table_gradients.py``). ``budget`` limits how many rewrites may still be made (bisection); ``None`` is no limit.
+    ``timings``: what ``measure.py`` has timed."""
 
     graph: Graph
     root: nn.Module
     tables: dict[str, Any] = field(default_factory=dict)
     budget: int | None = None
     made: int = 0
+    timings: dict[Any, Any] = field(default_factory=dict)
 
     def allowed(self) -> bool:
         """Take one rewrite from the budget."""

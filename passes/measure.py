@@ -1,0 +1,188 @@
+"""Does a rewrite pay? Time the plain nodes against their replacement on the sample's shapes, forward and backward.
+
+A pass that may lose on some shapes derives from :class:`Measured` and asks :meth:`Measured.no_gain` before it edits. The nodes
+are copied into a graph of their own; the rewrite is made on a second copy; both run on random inputs of the shapes, dtypes and
+devices that the sample batch had, with the model's own parameters (which are only read). What is not faster is skipped, and
+the reason says by how much. Equal layers are timed once.
+"""
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from .graph import Editor, ancestors, stored_tensor
+from .origin import KEY, Origin
+from .records import Skip, skip
+from .rule import Context, Pass
+
+# Below this gain a rewrite is not made: the difference is within what a timing on a busy machine can tell.
+_LEAST_GAIN = 1.03
+_ROUNDS, _SECONDS = 9, 0.3  # the most rounds, and the time after which no further round starts
+
+Rewrite = Callable[[Editor, dict[Node, Node]], Any]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians in seconds of one forward and backward (forward alone where nothing needs a gradient)."""
+
+    plain: float
+    rewritten: float
+
+    @property
+    def gain(self) -> float:
+        """How many times as fast the rewritten nodes are."""
+        return self.plain / self.rewritten
+
+
+@dataclass
+class Measured(Pass):
+    """A pass whose rewrites are made only where they are measured faster; ``measure=False`` makes them regardless."""
+
+    measure: bool = True
+
+    def no_gain(self, context: Context, nodes: Sequence[Node], rewrite: Rewrite) -> Skip | None:
+        """``None`` where replacing ``nodes`` pays (or need not be measured); else a :class:`Skip` that says why not.
+
+        ``rewrite(editor, copy_of)`` edits a copy of the subgraph just as the pass would edit the graph itself: ``copy_of`` maps
+        each of ``nodes`` and everything they read to its copy. It must not touch any other node.
+        """
+        if not self.measure:
+            return None
+        timing = time_both(context, nodes, rewrite, self.name)
+        if timing is None:
+            return skip("whether it pays is measured on the shapes of sample_inputs, and they are not known here", at=nodes[-1])
+        if timing.gain >= _LEAST_GAIN:
+            return None
+        return skip(
+            f"measured on the sample's shapes: the rewrite takes {timing.rewritten * 1e6:.0f} us and the plain ops "
+            f"{timing.plain * 1e6:.0f} us; it must be {_LEAST_GAIN}x faster to be made", at=nodes[-1],
+        )  # fmt: skip
+
+
+def time_both(context: Context, nodes: Sequence[Node], rewrite: Rewrite, name: str) -> Timing | None:
+    """Time ``nodes`` as they are and as ``rewrite`` leaves them; ``None`` where the shape of an input is not known."""
+    plain, copies = _extract(nodes)
+    inputs = [n for n in copies if n not in set(nodes) and n.op != "get_attr"]
+    with torch.random.fork_rng(), torch.enable_grad():
+        made = [_example(n, context.root) for n in inputs]
+        if any(m is None for m in made):
+            return None
+        key = (name, _signature(plain, made, context.root), torch.get_num_threads())
+        if key not in context.timings:
+            other, copies = _extract(nodes)
+            rewrite(Editor(other, name), copies)
+            context.timings[key] = _time([_module(g, context.root) for g in (plain, other)], made)
+    return context.timings[key]
+
+
+def _extract(nodes: Sequence[Node]) -> tuple[Graph, dict[Node, Node]]:
+    """A graph of copies of ``nodes`` whose inputs are placeholders (stored tensors stay ``get_attr``), and the map to it."""
+    wanted = set(nodes)
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    ordered = [n for n in nodes[0].graph.nodes if n in wanted]
+    needed = dict.fromkeys(i for n in ordered for i in n.all_input_nodes if i not in wanted)
+    for node in needed:
+        if node.op == "get_attr":
+            copies[node] = graph.create_node("get_attr", node.target)
+        else:
+            copies[node] = graph.placeholder(node.name)
+    for node in ordered:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    for node, copied in copies.items():
+        copied.meta = dict(node.meta)
+        copied.meta.setdefault(KEY, Origin((node.name,), ""))
+    read_outside = [copies[n] for n in ordered if any(u not in wanted for u in n.users)]
+    graph.output(tuple(read_outside or [copies[ordered[-1]]]))
+    return graph, copies
+
+
+def _example(node: Node, root: nn.Module) -> Any:
+    """A random input like the sample's: tensors by their fake value, sizes by their hint; ``None`` if neither is known."""
+    value = node.meta.get("val")
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value.node.hint
+    if not isinstance(value, Tensor):
+        return value if isinstance(value, (int, float, bool)) else None
+    shape = [s.node.hint if isinstance(s, torch.SymInt) else s for s in value.shape]
+    if any(s is None for s in shape):
+        return None
+    if value.dtype.is_floating_point:
+        made = torch.randn(shape, dtype=value.dtype, device=value.device)
+        return made.requires_grad_(_needs_grad(node, root))
+    if value.dtype == torch.bool:
+        return torch.rand(shape, device=value.device) < 0.5
+    return torch.zeros(shape, dtype=value.dtype, device=value.device)
+
+
+def _needs_grad(node: Node, root: nn.Module) -> bool:
+    stored = (stored_tensor(n, root) for n in ancestors([node]))
+    return any(t is not None and t.requires_grad for t in stored)
+
+
+def _signature(graph: Graph, inputs: list[Any], root: nn.Module) -> tuple:
+    numbers = {node: i for i, node in enumerate(graph.nodes)}
+
+    def text(value: Any) -> str:
+        return str(torch.fx.node.map_arg(value, lambda n: numbers[n]))
+
+    def facts(value: Any) -> tuple:
+        if isinstance(value, Tensor):
+            return tuple(value.shape), value.stride(), value.dtype, str(value.device), value.requires_grad
+        return (value,)
+
+    calls = tuple((str(n.target) if n.op == "call_function" else n.op, text(n.args), text(n.kwargs)) for n in graph.nodes)
+    stored = tuple(facts(t) for n in graph.nodes if (t := stored_tensor(n, root)) is not None)
+    return calls, tuple(map(facts, inputs)), stored
+
+
+def _module(graph: Graph, root: nn.Module) -> GraphModule:
+    """Runs ``graph`` on the model's parameters, and on copies of its buffers, which a batch norm in training changes."""
+    graph.lint()
+    module = GraphModule(root, graph)
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            part._buffers[name] = buffer.detach().clone()
+    return module
+
+
+def _time(modules: list[GraphModule], inputs: list[Any]) -> Timing:
+    runs = [_step(m, inputs) for m in modules]
+    for run in runs:  # the first run of each allocates, the second finds its memory
+        run(), run()
+    taken: list[list[float]] = [[] for _ in runs]
+    until = time.perf_counter() + _SECONDS
+    for _ in range(_ROUNDS):
+        for run, times in zip(runs, taken):
+            times.append(run())
+        if time.perf_counter() > until:
+            break
+    return Timing(*map(statistics.median, taken))
+
+
+def _step(module: GraphModule, inputs: list[Any]) -> Callable[[], float]:
+    wanted = [t for t in (*inputs, *module.parameters()) if isinstance(t, Tensor) and t.requires_grad]
+    tensors = [t for t in inputs if isinstance(t, Tensor)] + list(module.parameters())
+    synchronize = torch.cuda.synchronize if any(t.is_cuda for t in tensors) else lambda: None
+    seeds: list[Tensor] = []
+
+    def run() -> float:
+        synchronize()
+        start = time.perf_counter()
+        out = [t for t in module(*inputs) if isinstance(t, Tensor) and t.requires_grad]
+        if out and wanted:
+            if not seeds:
+                seeds.extend(torch.rand_like(t) for t in out)
+            torch.autograd.grad(out, wanted, seeds, allow_unused=True)
+        synchronize()
+        return time.perf_counter() - start
+
+    return run
