@@ -23,8 +23,8 @@ from .records import Skip, skip
 from .rule import Context, Pass
 
 # Below this gain a rewrite is not made: the difference is within what a timing on a busy machine can tell.
-_LEAST_GAIN = 1.03
-_ROUNDS, _SECONDS = 9, 0.3  # the most rounds, and the time after which no further round starts
+_LEAST_GAIN = 1.05
+_ROUNDS, _SECONDS = 25, 0.25  # the most rounds, and the time after which no further round starts
 
 Rewrite = Callable[[Editor, dict[Node, Node]], Any]
 
