@@ -149,7 +149,7 @@ class GroupTables(GroupRule):
             entries.append(
                 Lookup(
                     numbers[name], _called(found), found.pooling, slot, column,
-                    found.padding_idx, found.include_last_offset, found.wrap_negative,
+                    found.padding_idx, found.include_last_offset, found.wrap_negative, found.padding_read,
                 )
             )  # fmt: skip
         spec = GroupSpec(tuple(tables.values()), tuple(entries), tuple(slots), tuple(e for e, _ in extras))

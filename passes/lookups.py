@@ -1,7 +1,7 @@
 """Recognise lookups in ATen form: which node reads which table with which ids, or why a node that reads one is left alone.
 
 Forms: ``aten.embedding`` (nn.Embedding, F.embedding), ``aten.embedding_bag`` (nn.EmbeddingBag, F.embedding_bag),
-``aten.index_select(weight, 0, ids)`` and ``weight[ids]``.
+``aten.index_select(weight, 0, ids)``, ``weight[ids]`` and, made by PoolSequences, ``tablewright.embedding_pool``.
 """
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from ..kernels.embedding.op import OP
+from ..kernels.embedding.pooled import POOL
 from .graph import Writes, arguments, aten, is_op, packet_name, stored_tensor, value_of
 from .records import Skip, skip
 
@@ -36,6 +37,7 @@ class LookupNode:
     include_last_offset: bool
     wrap_negative: bool
     sparse: bool
+    padding_read: bool = False
 
 
 def read_lookup(node: Node, root: nn.Module, writes: Writes | None) -> LookupNode | Skip | None:
@@ -50,6 +52,8 @@ def read_lookup(node: Node, root: nn.Module, writes: Writes | None) -> LookupNod
         found = _bag(node, root)
     elif is_op(node, aten.index_select.default, aten.index.Tensor):
         found = _indexed(node, root)
+    elif node.target is POOL:
+        found = _pool(node)
     else:
         return None
     if isinstance(found, LookupNode):
@@ -96,6 +100,15 @@ def _bag(node: Node, root: nn.Module) -> LookupNode | Skip:
     return LookupNode(
         node, result, a["weight"], ids, offsets, weights, _MODES[a["mode"]], padding, bool(a["include_last_offset"]), False,
         bool(a["sparse"]),
+    )  # fmt: skip
+
+
+def _pool(node: Node) -> LookupNode:
+    a = arguments(node)
+    padding = None if a["padding_idx"] < 0 else a["padding_idx"]
+    return LookupNode(
+        node, node, a["weight"], a["ids"], None, a["sample_weights"], "sum", padding, False, a["wrap_negative"], a["sparse"],
+        a["padding_read"],
     )  # fmt: skip
 
 

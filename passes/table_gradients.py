@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch.fx import Node
 
 from ..kernels.embedding.op import OP
+from ..kernels.embedding.pooled import ROW_SUMS
 from ..kernels.embedding.spec import decode
 from .graph import Editor, packet_name, stored_tensor
 from .records import APPLIED, SKIPPED, Record
@@ -87,7 +88,7 @@ def _set(editor: Editor, node: Node, choices: dict[str, Choice]) -> None:
 
 
 def _other_readers(context: Context) -> dict[str, Node]:
-    """For each stored tensor's canonical name, a reader that is not a fused lookup."""
+    """For each stored tensor's canonical name, a reader that is not a fused lookup and may train it."""
     names: dict[int, str] = {}
     for name, tensor in context.root.named_parameters(remove_duplicate=False):
         names.setdefault(id(tensor), name)
@@ -97,6 +98,6 @@ def _other_readers(context: Context) -> dict[str, Node]:
         if tensor is None or id(tensor) not in names:
             continue
         for user in node.users:
-            if user.target is not OP:
+            if user.target not in (OP, ROW_SUMS):  # row sums have no gradient
                 found[names[id(tensor)]] = user
     return found

@@ -123,7 +123,7 @@ def forward(
         slot = buffers.empty(shape, dtype) if whole else torch.zeros(shape, dtype=dtype)
         out.append(slot)
         words += (slot.data_ptr(), width)
-    result = _lib.tw_forward(plan.pointer, plan.pack(*words, *extra_words))
+    result = _lib.tw_forward(plan.reading, plan.pack(*words, *extra_words))
     if result and _refused(result, spec, tables, indices, offsets, sample_weights):
         return reference.forward(spec, tables, indices, offsets, sample_weights, extras)
     return out
@@ -226,7 +226,7 @@ def sample_weight_gradients(
         for weights, want in zip(sample_weights, wanted)
     ]
     pointers = struct.pack(f"={len(out)}q", *(0 if o is None else o.data_ptr() for o in out))
-    result = _lib.tw_sample_weight_gradients(plan.pointer, words, pointers)
+    result = _lib.tw_sample_weight_gradients(plan.reading, words, pointers)
     if result and _refused(result, spec, tables, indices, offsets, sample_weights):
         return reference.sample_weight_gradients(spec, slot_grads, tables, indices, offsets, sample_weights, wanted)
     return [None if o is None or w is None else o.to(w.dtype) for o, w in zip(out, sample_weights)]

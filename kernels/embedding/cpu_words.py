@@ -37,23 +37,26 @@ class Plan:
             first[table], following[place] = place, first[table]
         for t, place in zip(spec.tables, first):
             words += (t.rows, t.dim, place)
+        reading = list(words)
         for look, place in zip(spec.lookups, following):
-            padding = -1 if look.padding_idx is None else look.padding_idx
             wrap = spec.tables[look.table].rows if look.wrap_negative else 0
-            words += (
-                look.table,
-                look.slot,
-                look.column,
-                POOLINGS[look.pooling],
-                padding,
-                int(look.include_last_offset),
-                wrap,
-                place,
-            )
+            for padding, out in ((look.padding_idx, words), (look.left_out, reading)):
+                out += (
+                    look.table,
+                    look.slot,
+                    look.column,
+                    POOLINGS[look.pooling],
+                    -1 if padding is None else padding,
+                    int(look.include_last_offset),
+                    wrap,
+                    place,
+                )
         for e in spec.extras:
             words += (e.slot, e.column, e.width)
-        self._words = (ctypes.c_int64 * len(words))(*words)  # kept alive for `pointer`
-        self.pointer = ctypes.addressof(self._words)
+            reading += (e.slot, e.column, e.width)
+        self._words = [(ctypes.c_int64 * len(w))(*w) for w in (words, reading)]  # kept alive for the pointers
+        # Which rows are trained, for gradients and updates; and which are read, for the forward and the gradients of weights.
+        self.pointer, self.reading = map(ctypes.addressof, self._words)
         self.tables = [(t.rows * t.dim, t.dim, t.rows) for t in spec.tables]
         self.lookups = [(k.pooling == "none", k.slot, int(k.include_last_offset), k.pooling == "sum") for k in spec.lookups]
         count = 2 + 2 * len(spec.tables) + 8 * len(spec.lookups) + 2 * len(spec.slots) + 3 * len(spec.extras)

@@ -264,7 +264,7 @@ def sample_weight_gradients(
                 alignment(grad_type.itemsize, dim, width, addresses=[out]),
             )
             kind = kinds.setdefault((tile_rows(block), block, *vectors, 2), len(kinds))
-            entries.append(reads.entry(i, program, kind, out, width, train=True))
+            entries.append(reads.entry(i, program, kind, out, width, train=False))
             program += triton.cdiv(entries[-1].bags, tile_rows(block))
         if program:
             with on_device(tables[0].device):

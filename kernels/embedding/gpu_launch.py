@@ -56,17 +56,17 @@ class Lookups:
         self.weight_type = TYPES[weights] if any(w is not None for w in self.weights) else None
 
     def entry(self, i: int, program: int, kind: int, out: int, out_stride: int, train: bool, **more: int) -> LookupEntry:
-        """The entry of lookup ``i``. ``train``: padding_idx counts for pooling "none" too (it stops the gradient)."""
+        """The entry of lookup ``i``. ``train``: padding_idx counts even where that row is read (it stops the gradient)."""
         lookup = self.spec.lookups[i]
         table, ids, offs, weights = self.tables[lookup.table], self.ids[i], self.offsets[i], self.weights[i]
         assert ids is not None, "only used lookups have entries"
         bags = math.prod(leading_shape(lookup, ids, offs))
-        padding = lookup.padding_idx if lookup.padding_idx is not None and (train or lookup.pooling != "none") else -1
+        padding = lookup.padding_idx if train else lookup.left_out
         return LookupEntry(
             program=program, kind=kind, number=i, ids=ids.data_ptr(), n_ids=ids.numel(),
             offsets=0 if offs is None else offs.data_ptr(), n_offsets=0 if offs is None else offs.numel(),
             bag=0 if offs is not None else ids.numel() // max(1, bags), bags=bags, ends=int(lookup.include_last_offset),
             weights=0 if weights is None else weights.data_ptr(), table=table.data_ptr(), rows=table.shape[0],
-            dim=table.shape[1], stride=table.stride(0), padding=padding, wrap=int(lookup.wrap_negative),
+            dim=table.shape[1], stride=table.stride(0), padding=-1 if padding is None else padding, wrap=int(lookup.wrap_negative),
             mean=int(lookup.pooling == "mean"), out=out, out_stride=out_stride, **more,
         )  # fmt: skip

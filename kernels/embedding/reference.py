@@ -185,9 +185,10 @@ def sample_weight_gradients(
             continue
         grad = _lookup_gradient(spec, lookup, slot_grads, acc)
         reads = _reads(spec, lookup, ids, offs, None, acc, keep_padding=True)
+        left_out = None if lookup.left_out is None else reads.rows == lookup.left_out
         dots = (grad[reads.bag] * tables[lookup.table].detach()[reads.rows].to(acc)).sum(-1)
-        if reads.trained is not None:
-            dots = torch.where(reads.trained, dots, 0)
+        if left_out is not None:
+            dots = torch.where(left_out, 0, dots)
         gradient.view(-1)[: dots.numel()] = dots.to(weights.dtype)
     return result
 
@@ -328,7 +329,7 @@ def _reads(
     if lookup.wrap_negative:
         rows = torch.where(rows < 0, rows + spec.tables[lookup.table].rows, rows)
     trained = None if lookup.padding_idx is None else rows != lookup.padding_idx
-    if trained is not None and lookup.pooling != "none" and not keep_padding:
+    if trained is not None and lookup.left_out is not None and not keep_padding:
         rows, bag, scale = rows[trained], bag[trained], None if scale is None else scale[trained]
         trained = None
     if lookup.pooling == "mean":

@@ -37,7 +37,9 @@ class Lookup:
     ``pooling`` "none": ids of any shape ``[*S]``, result ``[*S, dim]`` (nn.Embedding). "sum" and "mean": ids ``[N]`` with
     offsets ``[B]`` (``[B + 1]`` with ``include_last_offset``), or ids ``[B, L]`` without offsets; result ``[B, dim]``.
     ``padding_idx``: with "none" the row is read but gets no gradient; with "sum"/"mean" it is left out of the bag (and of
-    its count). An empty bag is zero. ``wrap_negative``: id ``-k`` means row ``rows - k``, as in ``weight[ids]``.
+    its count). An empty bag is zero. ``padding_read`` (with "sum"): the padding row is summed like any other and only gets no
+    gradient, as in the sum of ``nn.Embedding`` over a sequence. ``wrap_negative``: id ``-k`` means row ``rows - k``, as in
+    ``weight[ids]``.
     """
 
     table: int
@@ -48,6 +50,12 @@ class Lookup:
     padding_idx: int | None = None
     include_last_offset: bool = False
     wrap_negative: bool = False
+    padding_read: bool = False
+
+    @property
+    def left_out(self) -> int | None:
+        """The row that the forward does not read (whatever is read, ``padding_idx`` is not trained)."""
+        return None if self.pooling == "none" or self.padding_read else self.padding_idx
 
 
 @dataclass(frozen=True)
