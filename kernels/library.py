@@ -1,7 +1,14 @@
 """The one ``torch.library`` namespace that every Tablewright op lives in."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 LIBRARY = torch.library.Library("tablewright", "FRAGMENT")
+# op -> a Python function that does the same without the trip through torch's dispatcher: what eager mode calls
+DIRECT: dict[Any, Callable] = {}
 
 
 def tracing() -> bool:

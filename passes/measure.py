@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from ..kernels.library import DIRECT
 from .graph import Editor, ancestors, stored_tensor
 from .origin import KEY, Origin
 from .records import Skip, skip
@@ -147,6 +148,8 @@ def _signature(graph: Graph, inputs: list[Any], root: nn.Module) -> tuple:
 def _module(graph: Graph, root: nn.Module) -> GraphModule:
     """Runs ``graph`` on the model's parameters, and on copies of its buffers, which a batch norm in training changes."""
     graph.lint()
+    for node in graph.nodes:
+        node.target = DIRECT.get(node.target, node.target)
     module = GraphModule(root, graph)
     for part in module.modules():
         for name, buffer in part.named_buffers(recurse=False):

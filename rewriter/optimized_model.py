@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 
 from ..kernels.embedding import in_backward
 from ..kernels.embedding.op import OP
-from ..kernels.embedding.op import call as call_directly
 from ..kernels.embedding.optimizers import RowUpdates
+from ..kernels.library import DIRECT
 from ..passes.records import Record
 from .capture import Captured, attach, verify
 from .capture.shell import RefusingHooks
@@ -51,8 +51,7 @@ class Variant:
     def __post_init__(self) -> None:
         direct = copy_graph(self.graph)
         for node in direct.nodes:
-            if node.target is OP:
-                node.target = call_directly
+            node.target = DIRECT.get(node.target, node.target)
         self.run = attach(self.module._shell, direct).forward
 
 

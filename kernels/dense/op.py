@@ -1,0 +1,118 @@
+"""``tablewright::dense``: a linear layer and its activation, the activation in place on the product's fresh result.
+
+``dense(x, weight, bias, activation)`` is ``activation(x @ weight.T + bias)`` for ``x`` ``[*, in]``, ``weight`` ``[out, in]``,
+``bias`` ``[out]`` or none, and ``activation`` one of "none", "relu", "sigmoid", "tanh". Any floating dtype and device; what is
+faster than ``F.linear`` about it is float32 on CPU (``gemm.py``, with the numbers). The derivative of relu at 0 is 0 and NaN
+stays NaN, as in torch; the backward reads the activation's result, not its input. Second derivatives are not provided and raise.
+
+Raises what ``F.linear`` raises for shapes that do not fit, and ``ValueError`` for an unknown activation or a weight of another
+rank.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ..library import DIRECT, LIBRARY, tracing
+from . import gemm
+
+LIBRARY.define("dense(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor")
+LIBRARY.define(
+    "dense_backward(Tensor grad, Tensor x, Tensor weight, Tensor out, str activation, bool[] wanted) -> Tensor[]"
+)
+
+_ACTIVATE = {"none": lambda y: y, "relu": Tensor.relu_, "sigmoid": Tensor.sigmoid_, "tanh": Tensor.tanh_}
+_DERIVE = {
+    "none": lambda grad, out: grad,
+    "relu": lambda grad, out: torch.ops.aten.threshold_backward(grad, out, 0),
+    "sigmoid": torch.ops.aten.sigmoid_backward,
+    "tanh": torch.ops.aten.tanh_backward,
+}
+ACTIVATIONS = tuple(_ACTIVATE)
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """The same in plain, differentiable PyTorch."""
+    y = F.linear(x, weight, bias)
+    return y if activation == "none" else getattr(torch, activation)(y)
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [out, in]")
+    if activation not in _ACTIVATE:
+        raise ValueError(f"activation is {activation!r}; it must be one of {ACTIVATIONS}")
+    return _ACTIVATE[activation](gemm.linear(x, weight, bias))
+
+
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, out: Tensor, activation: str, wanted: list[bool]) -> list[Tensor]:
+    """The gradients of (x, weight, bias) that are ``wanted``, in this order."""
+    grad = _DERIVE[activation](grad, out)
+    made = []
+    if wanted[0]:
+        made.append(gemm.input_gradient(grad, weight))
+    if wanted[1]:
+        made.append(gemm.weight_gradient(grad, x))
+    if wanted[2]:
+        made.append(grad.reshape(-1, grad.shape[-1]).sum(0))
+    return made
+
+
+class _Dense(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, activation):
+        if tracing():
+            with torch._C._AutoDispatchBelowAutograd():
+                out = torch.ops.tablewright.dense(x, weight, bias, activation)
+        else:
+            out = _forward(x, weight, bias, activation)
+        ctx.activation = activation
+        ctx.save_for_backward(x, weight, *([] if activation == "none" else [out]))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, *rest = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
+        run = torch.ops.tablewright.dense_backward if tracing() else _backward
+        made = iter(run(grad, x, weight, rest[0] if rest else grad, ctx.activation, wanted))
+        return (*(next(made) if want else None for want in wanted), None)
+
+
+def _autograd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        return reference(x, weight, bias, activation)  # which autocast sees and casts as in the plain model
+    if not torch.is_grad_enabled() and not tracing():
+        return _forward(x, weight, bias, activation)
+    return _Dense.apply(x, weight, bias, activation)
+
+
+@torch.library.register_fake("tablewright::dense", lib=LIBRARY)
+def _fake(x, weight, bias, activation):
+    return F.linear(x, weight, bias).contiguous()
+
+
+@torch.library.register_fake("tablewright::dense_backward", lib=LIBRARY)
+def _fake_backward(grad, x, weight, out, activation, wanted):
+    likes = (x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0]))
+    return [like for like, want in zip(likes, wanted) if want]
+
+
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("dense", _forward, _device)
+    LIBRARY.impl("dense_backward", _backward, _device)
+LIBRARY.impl("dense", _autograd, "Autograd")
+
+OP = torch.ops.tablewright.dense.default
+
+
+def call(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """:data:`OP` without the trip through torch's dispatcher, wherever nothing needs to see the op."""
+    run = OP if torch.compiler.is_compiling() or tracing() else _autograd
+    return run(x, weight, bias, activation)
+
+
+DIRECT[OP] = call
