@@ -1,6 +1,6 @@
-"""Builds the package: the repository root is the Python package ``tablewright``, and one optional C++ library lies in it.
+"""Builds the package: the repository root is the Python package ``tablewright``, and optional C++ libraries lie in it.
 
-The library uses no Python or PyTorch headers, so torch is not needed to build. Where there is no working C++ compiler the build
+The libraries use no Python or PyTorch headers, so torch is not needed to build. Where there is no working C++ compiler the build
 goes on without it, and the pure PyTorch kernels do the work (``tablewright.kernels.embedding.cpu.describe()`` says so).
 """
 
@@ -11,7 +11,7 @@ import sys
 
 from setuptools import Extension, setup
 
-NATIVE = "kernels/embedding/native"
+NATIVE = ("embedding", "interaction")  # folders of kernels/ with C++ sources in native/
 
 
 def packages() -> list[str]:
@@ -24,14 +24,14 @@ def packages() -> list[str]:
     return sorted(found)
 
 
-def native() -> Extension:
-    """The CPU kernels, compiled once per instruction set inside one library that picks at run time."""
+def native(name: str) -> Extension:
+    """The CPU kernels of kernels/``name``, compiled once per instruction set inside one library that picks at run time."""
     threads = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has no OpenMP: one thread there
     sources = ["driver.cpp", "kernels_baseline.cpp", "kernels_avx2.cpp", "kernels_avx512.cpp"]
     return Extension(
-        "tablewright.kernels.embedding._native",
-        sources=[f"{NATIVE}/{s}" for s in sources],
-        depends=sorted(glob.glob(f"{NATIVE}/*.h") + glob.glob(f"{NATIVE}/*.inc")),
+        f"tablewright.kernels.{name}._native",
+        sources=[f"kernels/{name}/native/{s}" for s in sources],
+        depends=sorted(glob.glob(f"kernels/{name}/native/*.h") + glob.glob(f"kernels/{name}/native/*.inc")),
         # Square roots need no errno and nothing traps. GCC warns about its own AVX-512 header.
         extra_compile_args=[
             *("-O3", "-std=c++14", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"),
@@ -44,4 +44,4 @@ def native() -> Extension:
 
 
 # Elsewhere (Windows) the flags above mean nothing to the compiler.
-setup(packages=packages(), ext_modules=[native()] if platform.system() in ("Linux", "Darwin") else [])
+setup(packages=packages(), ext_modules=[native(n) for n in NATIVE] if platform.system() in ("Linux", "Darwin") else [])

@@ -1,0 +1,131 @@
+"""Interactions on CPU in C++ (native/): same functions and meanings as reference.py, which does the work wherever the library is
+missing or the layout is outside of what it covers.
+
+Half precision is widened to float32 first and rounded once at the end.
+"""
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..embedding import buffers
+from ..native_library import load
+from . import reference
+from .pairs import check, decode, index_tensors
+
+_LEVELS = ("baseline", "AVX2", "AVX-512")  # of twi_level()
+_DOTS, _PRODUCTS, _FM = range(3)  # enum Kind of native/abi.h
+_BAD_PAIR, _NO_MEMORY = 1, 2
+_CPU = torch.device("cpu")
+
+
+class _Call(ctypes.Structure):
+    """struct Call of native/abi.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("kind", "wide", "backward", "threads", "batch", "features", "dim")),
+        *((name, ctypes.c_int64) for name in ("x", "x_batch", "x_feature", "y", "y_batch", "y_item", "dx")),
+        *((name, ctypes.c_int64) for name in ("pairs", "first", "second", "reduce")),
+        ("scale", ctypes.c_double),
+    ]
+
+
+_lib, _why_not = load(Path(__file__).parent, "twi_abi", 1)
+if _lib is not None:
+    _lib.twi_level.restype, _lib.twi_level.argtypes = ctypes.c_int64, [ctypes.c_int64]
+    _lib.twi_run.restype, _lib.twi_run.argtypes = ctypes.c_int64, [ctypes.POINTER(_Call)]
+
+
+def describe() -> str:
+    """What does the work, in a few words: for reports and bug reports."""
+    return f"pure PyTorch: {_why_not}" if _lib is None else f"native {_LEVELS[_lib.twi_level(-1)]}"
+
+
+def _plain(x: Tensor) -> bool:
+    return _lib is None or x.dtype not in (torch.float32, torch.float64) or x.dim() != 3
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x`` with rows that lie in one piece."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _run(kind: int, x: Tensor, y: Tensor, pairs: str = "", dx: Tensor | None = None, reduce: bool = False, scale: float = 1.0) -> None:
+    call = _Call(
+        kind, x.dtype == torch.float64, dx is not None, torch.get_num_threads(), *x.shape,
+        x.data_ptr(), x.stride(0), x.stride(1), y.data_ptr(), y.stride(0), 0 if y.dim() < 2 else y.stride(1),
+        0 if dx is None else dx.data_ptr(), reduce=reduce, scale=scale,
+    )  # fmt: skip
+    if kind != _FM:
+        first, second = index_tensors(pairs, _CPU)
+        call.pairs, call.first, call.second = first.numel(), first.data_ptr(), second.data_ptr()
+    result = _lib.twi_run(ctypes.byref(call))
+    if result == _NO_MEMORY:
+        raise MemoryError("the interaction kernels could not allocate their workspace")
+    if result == _BAD_PAIR:
+        check(decode(pairs), x.shape[1])
+        raise RuntimeError("the C++ interaction kernels refused pairs that the reference accepts")
+
+
+def _widened(function, x: Tensor, *rest):
+    return function(x.float(), *rest).to(x.dtype) if x.dtype in (torch.float16, torch.bfloat16) else function(x, *rest)
+
+
+def dots(x: Tensor, pairs: str, out: Tensor | None = None) -> Tensor:
+    """See :func:`reference.dots`. ``out``: where to write, ``[batch, pairs]`` of x's dtype with any strides.
+
+    Forward and backward on 2 x AVX-512 (ms), against bmm, ``[:, li, lj]`` and cat: see benchmarks/results."""
+    if _plain(x):
+        made = _widened(dots, x, pairs) if x.dtype in (torch.float16, torch.bfloat16) and _lib else reference.dots(x, pairs)
+        return made if out is None else out.copy_(made)
+    y = buffers.empty((x.shape[0], len(decode(pairs))), x.dtype) if out is None else out
+    _run(_DOTS, _rows(x), y, pairs)
+    return y
+
+
+def _grads_of(kind: int, grad: Tensor, x: Tensor, pairs: str = "", **options) -> Tensor:
+    dx = buffers.empty(x.shape, x.dtype)
+    _run(kind, _rows(x), grad, pairs, dx, **options)
+    return dx
+
+
+def dots_backward(grad: Tensor, x: Tensor, pairs: str) -> Tensor:
+    """See :func:`reference.dots_backward`."""
+    if _lib is not None and x.dtype in (torch.float16, torch.bfloat16):
+        return dots_backward(grad.float(), x.float(), pairs).to(x.dtype)
+    return reference.dots_backward(grad, x, pairs) if _plain(x) else _grads_of(_DOTS, grad, x, pairs)
+
+
+def products(x: Tensor, pairs: str) -> Tensor:
+    """See :func:`reference.products`."""
+    if _plain(x):
+        return reference.products(x, pairs)
+    y = buffers.empty((x.shape[0], len(decode(pairs)), x.shape[2]), x.dtype)
+    _run(_PRODUCTS, _rows(x), y, pairs)
+    return y
+
+
+def products_backward(grad: Tensor, x: Tensor, pairs: str) -> Tensor:
+    """See :func:`reference.products_backward`."""
+    if _plain(x):
+        return reference.products_backward(grad, x, pairs)
+    return _grads_of(_PRODUCTS, _rows(grad), x, pairs)
+
+
+def fm(x: Tensor, scale: float, reduce: bool) -> Tensor:
+    """See :func:`reference.fm`."""
+    if _plain(x):
+        return reference.fm(x, scale, reduce)
+    y = buffers.empty((x.shape[0],) if reduce else (x.shape[0], x.shape[2]), x.dtype)
+    _run(_FM, _rows(x), y, reduce=reduce, scale=scale)
+    return y
+
+
+def fm_backward(grad: Tensor, x: Tensor, scale: float, reduce: bool) -> Tensor:
+    """See :func:`reference.fm_backward`."""
+    if _plain(x):
+        return reference.fm_backward(grad, x, scale, reduce)
+    return _grads_of(_FM, grad, x, reduce=reduce, scale=scale)

@@ -1,0 +1,86 @@
+// The C functions that cpu.py calls: checks the pairs, cuts the batch into tasks, spreads them over threads, and picks the
+// instruction set. Every sample is computed by one thread in a fixed order, so results do not depend on the number of threads.
+#include <stdlib.h>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "abi.h"
+
+using namespace twi;
+
+namespace {
+
+int supported_level() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return 1;
+#endif
+    return 0;
+}
+const Kernels* kernels_of(int level) {
+#if defined(__x86_64__)
+    if (level == 2) return &twi_kernels_avx512;
+    if (level == 1) return &twi_kernels_avx2;
+#endif
+    (void)level;
+    return &twi_kernels_baseline;
+}
+int active_level = supported_level();
+const Kernels* active = kernels_of(active_level);
+
+// Threads worth waking: waking one costs as much as some 300,000 multiplications or moving 64 KB.
+int64_t threads_for(const Call& c) {
+    const int64_t numbers = c.kind == FM ? c.features : c.kind == DOTS ? c.features * c.features / 4 : c.pairs;
+    const int64_t most = 1 + c.batch * c.dim * numbers / 32768;
+    return c.threads < most ? c.threads : most;
+}
+
+}  // namespace
+
+#define TWI_API extern "C" __attribute__((visibility("default")))
+
+// The version of this interface; cpu.py refuses a library built from other sources.
+TWI_API int64_t twi_abi() { return 1; }
+
+// 0 baseline, 1 AVX2, 2 AVX-512. A level below 0 or above what the CPU has only asks.
+TWI_API int64_t twi_level(int64_t level) {
+    if (level >= 0 && level <= supported_level()) {
+        active_level = int(level);
+        active = kernels_of(active_level);
+    }
+    return active_level;
+}
+
+TWI_API int64_t twi_run(const Call* call) {
+    const Call& c = *call;
+    for (int64_t p = 0; p < c.pairs; ++p)
+        if (uint32_t(c.first[p]) >= uint64_t(c.features) || uint32_t(c.second[p]) >= uint64_t(c.features)) return BAD_PAIR;
+    const Kernels* kernels = active;
+    void (*const run)(const Job*) = kernels->run[c.kind][c.wide][c.backward];
+    int64_t threads = threads_for(c);
+    if (threads < 1) threads = 1;
+    const int64_t each = (kernels->scratch(call) + 4095) & ~int64_t(4095);
+    char* scratch = static_cast<char*>(aligned_alloc(4096, size_t(each * threads)));
+    if (!scratch) return NO_MEMORY;
+#if defined(_OPENMP)
+    if (threads > 1) {
+        const int64_t tasks = threads * 8, block = (c.batch + tasks - 1) / tasks;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(int(threads))
+        for (int64_t t = 0; t < tasks; ++t) {
+            const int64_t begin = t * block, end = begin + block < c.batch ? begin + block : c.batch;
+            const Job job = {call, begin, end, scratch + omp_get_thread_num() * each};
+            if (begin < end) run(&job);
+        }
+        free(scratch);
+        return OK;
+    }
+#endif
+    const Job job = {call, 0, c.batch, scratch};
+    run(&job);
+    free(scratch);
+    return OK;
+}
