@@ -1,0 +1,183 @@
+"""Chains of linear layers: each layer with its activation becomes one ``tablewright.dense``, where that is measured faster.
+
+``relu(linear(x, W, b))``  ->  ``dense(x, W, b, "relu")``, and the same for sigmoid, tanh and no activation. The gain is in the matrix
+products (``kernels/dense/gemm.py``), so each layer is timed by itself, at the rows of the sample batch but at least at 2048: a
+batch that was made for capture says little about training, and for small products the op does at run time what PyTorch does.
+Layers of equal shape are timed once. What lies between the layers (batch norm, dropout, other activations) stays.
+"""
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..kernels.dense import op as dense
+from .graph import Editor, arguments, aten, is_op, value_of
+from .measure import _LEAST_GAIN, Measured, Timing
+from .records import APPLIED, DISABLED, SKIPPED, Record, record
+from .rule import Context
+
+_ACTIVATIONS = {aten.relu.default: "relu", aten.sigmoid.default: "sigmoid", aten.tanh.default: "tanh"}
+# What may stand between the layers of one chain.
+_BETWEEN = (
+    *_ACTIVATIONS, aten.dropout.default, aten.batch_norm.default, aten.layer_norm.default, aten.prelu.default, aten.gelu.default,
+    aten.leaky_relu.default, aten.elu.default, aten.silu.default, aten.softplus.default, aten.hardtanh.default, aten.selu.default,
+)  # fmt: skip
+_ROWS = 2048
+_ROUNDS, _SECONDS = 9, 0.1  # of timing one layer: the most rounds, and the time after which no further round starts
+
+
+@dataclass(frozen=True)
+class Layer:
+    """``linear`` and the activation node that alone reads it, if any. ``sizes``: in, out."""
+
+    linear: Node
+    activation: Node | None
+    sizes: tuple[int, int]
+
+    @property
+    def last(self) -> Node:
+        return self.activation or self.linear
+
+    @property
+    def function(self) -> str:
+        return _ACTIVATIONS[self.activation.target] if self.activation is not None else "none"
+
+
+@dataclass
+class DenseChains(Measured):
+    """Run linear layers through ``tablewright.dense``; one record ("mlps") for each chain of them."""
+
+    name: ClassVar[str] = "dense_chains"
+    kind: ClassVar[str] = "mlps"
+    numerics: ClassVar[str] = "reassociated"
+
+    def run(self, context: Context) -> list[Record]:
+        seen: set[Node] = set()
+        records: list[Record] = []
+        for node in list(context.graph.nodes):
+            if is_op(node, aten.linear.default) and node not in seen:
+                chain = _chain(node)
+                seen.update(chain)
+                records.append(self._rewrite(chain, context))
+        return records
+
+    def _rewrite(self, chain: list[Node], context: Context) -> Record:
+        subject = chain[0].meta["origin"].module_path
+
+        def row(status: str, reason: str = "", detail: str = "") -> Record:
+            return record(self.name, self.kind, status, chain[-1], reason, detail, subject)
+
+        layers, refusals = [], []
+        for node in chain:
+            layer = _layer(node)
+            (refusals if isinstance(layer, str) else layers).append(layer)
+        if not layers:
+            return row(SKIPPED, refusals[0])
+        timings = {layer: self._time(layer, context) for layer in layers} if self.measure else {}
+        chosen = [layer for layer in layers if not self.measure or timings[layer].gain >= _LEAST_GAIN]
+        text = _timed(list(timings.values()))
+        if not chosen:
+            return row(SKIPPED, f"{text}: PyTorch's own kernels are as fast for these {len(layers)} layers")
+        if not context.allowed():
+            return row(DISABLED, "beyond the number of rewrites that were asked for")
+        editor = Editor(context.graph, self.name)
+        for layer in chosen:
+            _replace(editor, layer)
+        gain = f"; {_timed([timings[layer] for layer in chosen])}" if self.measure else ""
+        return row(APPLIED, detail=f"{len(chosen)} of {len(chain)} linear layers{gain}")
+
+    def _time(self, layer: Layer, context: Context) -> Timing:
+        a = arguments(layer.linear)
+        value = value_of(a["input"])
+        rows = max(_ROWS, _count(value.shape[:-1]))
+        facts = (rows, *layer.sizes, a["bias"] is not None, layer.function, value.dtype, value.device)
+        key = (self.name, facts, torch.get_num_threads())
+        if key not in context.timings:
+            context.timings[key] = _time(*facts)
+        return context.timings[key]
+
+
+def _chain(first: Node) -> list[Node]:
+    """The linear layers from ``first`` on, each the only reader of what is before it."""
+    layers, node = [first], first
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        if user.args[:1] != (node,) or node in user.args[1:]:
+            break
+        node = user
+        if is_op(node, aten.linear.default):
+            layers.append(node)
+        elif not is_op(node, *_BETWEEN):
+            break
+    return layers
+
+
+def _layer(node: Node) -> Layer | str:
+    """The layer that ``node`` is, or why it is not one for the op."""
+    a = arguments(node)
+    value, weight = value_of(a["input"]), value_of(a["weight"])
+    if value is None or weight is None:
+        return "whether it pays depends on the layer's dtype and device, and they are not known without sample_inputs"
+    if value.device.type != "cpu":
+        return f"the layer runs on {value.device.type}, where PyTorch's own kernels are used; the fused layer gains on cpu only"
+    if value.dtype != torch.float32 or weight.dtype != torch.float32:
+        return f"the layer is {str(value.dtype).removeprefix('torch.')}; the fused layer gains for float32 only"
+    if weight.dim() != 2 or not all(isinstance(s, int) for s in weight.shape):
+        return f"the weight has {weight.dim()} dimensions or a size that varies; a fixed [out, in] was needed"
+    users = list(node.users)
+    activation = users[0] if len(users) == 1 and is_op(users[0], *_ACTIVATIONS) else None
+    return Layer(node, activation, (weight.shape[1], weight.shape[0]))
+
+
+def _replace(editor: Editor, layer: Layer) -> None:
+    a = arguments(layer.linear)
+    sources = [layer.linear] if layer.activation is None else [layer.linear, layer.activation]
+    made = editor.call(
+        dense.OP, a["input"], a["weight"], a["bias"], layer.function,
+        before=layer.last, sources=sources, value=value_of(layer.last),
+    )  # fmt: skip
+    editor.replace(layer.last, made)
+    if layer.activation is not None:
+        editor.graph.erase_node(layer.linear)
+
+
+def _count(shape) -> int:
+    """How many rows the sample has; 1 where that is not known."""
+    sizes = [s.node.hint if isinstance(s, torch.SymInt) else s for s in shape]
+    return prod(s or 1 for s in sizes)
+
+
+def _timed(timings: list[Timing]) -> str:
+    if not timings:
+        return "not measured"
+    gain = sum(t.plain for t in timings) / sum(t.rewritten for t in timings)
+    return f"measured {gain:.2f}x on {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+
+
+def _time(rows: int, fan_in: int, fan_out: int, biased: bool, function: str, dtype: torch.dtype, device: torch.device) -> Timing:
+    """Medians of forward and backward of one layer, plain and fused, in turns."""
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=dtype, device=device, requires_grad=True)
+
+    with torch.enable_grad():
+        given = [tensor(rows, fan_in), tensor(fan_out, fan_in)] + ([tensor(fan_out)] if biased else [])
+        seed = torch.ones(rows, fan_out, dtype=dtype, device=device)
+        taken: tuple[list[float], list[float]] = ([], [])
+        until = time.perf_counter() + _SECONDS
+        for i in range(_ROUNDS + 1):
+            for run, times in zip((dense.reference, dense.call), taken):
+                start = time.perf_counter()
+                out = run(given[0], given[1], given[2] if biased else None, function)
+                torch.autograd.grad(out, given, seed)
+                times.append(time.perf_counter() - start)
+            if i and time.perf_counter() > until:
+                break
+    return Timing(*(statistics.median(times[1:]) for times in taken))
