@@ -11,6 +11,7 @@ import numpy
 import torch
 from torch import nn
 
+from .globals_read import globals_read
 from .inputs import Inputs
 from .recording import ReadLog
 
@@ -24,7 +25,7 @@ class Guards:
 
     Inputs: structure, None-ness, kinds, dtypes, ranks, device, baked numbers, and dimensions that export fixed. Modules:
     plain attributes that Python read, on the shell and on the user's own module; training flags that Python branched on;
-    dtypes of parameters where the graph has them baked in.
+    plain globals and closure variables that its methods name; dtypes of parameters where the graph has them baked in.
 
     >>> reason = guards.failure(args, kwargs)   # None, or a sentence: recapture (after guards.sync()) or raise
     >>> graph_module(*guards.flatten(args, kwargs))
@@ -44,6 +45,7 @@ class Guards:
         self._shell = shell
         self._originals = {path: weakref.ref(module) for path, module in (originals or {}).items()}
         self._baked_dtypes = baked_dtypes
+        self._globals = globals_read(shell)
         self._snapshot()
 
     def _snapshot(self) -> None:
@@ -125,6 +127,9 @@ class Guards:
             for module in (_module(self._shell, path), self._originals.get(path, lambda: None)()):
                 if module is not None and _differs(now := read(module), value):
                     return _changed(name, path, value, now)
+        for each in self._globals:
+            if (reason := each.changed()) is not None:
+                return reason
         for parameters, dtypes in self._dtypes:
             if tuple([each.dtype for each in parameters.values() if each is not None]) != dtypes:
                 return "the dtype of parameters changed since the capture, and the captured graph has it baked in"
