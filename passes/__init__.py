@@ -3,8 +3,9 @@ from __future__ import annotations
 
 from .dense_layers import FindDenseLayers
 from .group_tables import GroupTables
+from .pool_sequences import PoolSequences
 from .remove_zero_dropout import RemoveZeroDropout
 from .rule import Pass
 from .table_gradients import TableGradients
 
-DEFAULT: tuple[type[Pass], ...] = (RemoveZeroDropout, GroupTables, TableGradients, FindDenseLayers)
+DEFAULT: tuple[type[Pass], ...] = (RemoveZeroDropout, PoolSequences, GroupTables, TableGradients, FindDenseLayers)

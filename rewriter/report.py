@@ -7,18 +7,20 @@ from dataclasses import asdict, dataclass, field
 
 from ..passes.records import APPLIED, DISABLED, REJECTED, SKIPPED, Record
 
-_WORDS = {"lookups": "fused", "updates": "updated row by row", "mlps": "fused", "interactions": "fused", "dropouts": "removed"}
+_WORDS = {"lookups": "fused", "updates": "updated row by row", "mlps": "fused", "interactions": "fused", "dropouts": "removed", "pooled": "sequences fused"}
 _MAX_LINES = 25
 
 
 @dataclass(frozen=True)
 class Report:
-    """``records``: a row for everything found. ``door``: how the model was captured. ``notes``: sentences about the capture.
+    """``records``: a row for everything found. ``door``: how the model was captured ("fx", "export", "dynamo", "dynamo, in
+    pieces", or "none" where it runs plainly), in how many ``pieces``. ``notes``: sentences about the capture.
     ``launches``: fused lookup calls in the graph. ``table_bytes``: of all tables read; ``copied_bytes``: of tables copied;
     ``huge_page_bytes``: of tables and their optimizer state for which huge pages were asked."""
 
     records: tuple[Record, ...]
     door: str = ""
+    pieces: int = 1
     notes: tuple[str, ...] = ()
     launches: int = 0
     table_bytes: int = 0

@@ -1,0 +1,231 @@
+"""What becomes of the rows ``[*ids, D]`` of a lookup: every way in which they are summed over a sequence, and every other reader.
+
+The walk starts at the lookup and follows views and multiplications to sums, means and products with a ``[1, L]`` matrix.
+Axes carry labels as in :mod:`.position_weights`.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch.fx import Node
+
+from .graph import arguments, aten, is_op, value_of
+from .position_weights import NONE, Ids, Weight, position_weight, transposed
+
+_SAME = (aten.contiguous.default, aten.clone.default, aten.alias.default, aten.to.dtype, aten._to_copy.default)
+_VIEWS = (aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.flatten.using_ints)
+_TRANSPOSES = (aten.transpose.int, aten.permute.default, aten.mT.default)
+_SHAPE_ONLY = (aten.expand_as.default, aten.type_as.default, aten.view_as.default)
+_FILLED = (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
+_COMPARISONS = tuple(
+    getattr(aten, name).Scalar for name in ("ne", "eq", "gt", "ge", "lt", "le")
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pool:
+    """``end`` is the sum of the rows over the axes ``over`` of the ids, weighted; its own axes are ``axes``.
+
+    ``mean``: divided by the number of positions. ``passed``: the nodes from the lookup to ``end``."""
+
+    end: Node
+    axes: tuple[int, ...]
+    over: tuple[int, ...]
+    weights: tuple[Weight, ...]
+    mean: bool
+    passed: tuple[Node, ...]
+
+
+@dataclass
+class Readers:
+    """``pools``; ``row_sums``: comparisons of each row's sum with a number, as (sum, its axes); ``sizes``: readers of the shape
+    alone; ``others``: who reads the rows themselves, and why a sum over the sequence did not fit, if one did not."""
+
+    pools: list[Pool] = field(default_factory=list)
+    row_sums: list[tuple[Node, tuple[int, ...]]] = field(default_factory=list)
+    sizes: list[Node] = field(default_factory=list)
+    others: list[Node] = field(default_factory=list)
+    misfit: tuple[str, Node] | None = None
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A value on the way: the rows with ``axes``, times ``weights``."""
+
+    node: Node
+    axes: tuple[int, ...]
+    weights: tuple[Weight, ...]
+    passed: tuple[Node, ...]
+
+    def at(self, node: Node, axes: tuple[int, ...], *weights: Weight) -> _Rows:
+        return replace(self, node=node, axes=axes, weights=self.weights + weights, passed=(*self.passed, node))
+
+
+def read_readers(result: Node, ids: Ids) -> Readers:
+    """Follow every reader of ``result``, the rows ``[*ids, D]`` of a lookup."""
+    found = Readers()
+    stack = [_Rows(result, tuple(range(ids.rank + 1)), (), ())]
+    while stack:
+        rows = stack.pop()
+        for user in rows.node.users:
+            if (step := _step(user, rows, ids, found)) is not None:
+                stack.append(step)
+    return found
+
+
+def _step(user: Node, rows: _Rows, ids: Ids, found: Readers) -> _Rows | None:
+    """The rows after ``user``, or ``None`` where the walk ends and ``found`` says how."""
+    step: _Rows | None = None
+    if is_op(user, *_SHAPE_ONLY) and user.args[0] is not rows.node or is_op(user, aten.sym_size.int, *_FILLED):
+        found.sizes.append(user)
+        return None
+    if not _reads_once(user, rows.node) or (made := value_of(user)) is None:
+        found.others.append(user)
+        return None
+    if is_op(user, aten.sum.dim_IntList, aten.mean.dim):
+        return _reduced(user, rows, ids, found)
+    if is_op(user, aten.bmm.default, aten.matmul.default, aten.einsum.default):
+        pool = _einsum(user, rows, ids) if is_op(user, aten.einsum.default) else _product(user, rows, ids)
+        if pool is not None:
+            found.pools.append(pool)
+            return None
+    elif made.dtype == ids.dtype:
+        step = _same_rows(user, rows, ids, tuple(made.shape))
+    elif is_op(user, aten.mul.Tensor):
+        found.misfit = (f"its weights make the rows {made.dtype}; its table is {ids.dtype}", user)
+    if step is None:
+        found.others.append(user)
+    return step
+
+
+def _reads_once(user: Node, node: Node) -> bool:
+    count = 0
+    for arg in [*user.args, *user.kwargs.values()]:
+        count += sum(a is node for a in arg) if isinstance(arg, (list, tuple)) else arg is node
+    return user.op == "call_function" and count == 1
+
+
+def _same_rows(user: Node, rows: _Rows, ids: Ids, shape: tuple) -> _Rows | None:
+    rank = len(rows.axes)
+    if is_op(user, *_SAME):
+        return rows.at(user, rows.axes)
+    if is_op(user, *_TRANSPOSES):
+        return rows.at(user, tuple(rows.axes[i] for i in transposed(user, rank)))
+    if is_op(user, *_VIEWS):
+        axes = _viewed(user, rows, ids, shape)
+        return None if axes is None else rows.at(user, axes)
+    other, inverted = None, False
+    if is_op(user, aten.mul.Tensor):
+        other = user.args[1] if user.args[0] is rows.node else user.args[0]
+    elif is_op(user, aten.where.self) and user.args[1] is rows.node and _is_zero(user.args[2]):
+        other = user.args[0]
+    elif is_op(user, aten.where.ScalarOther) and user.args[1] is rows.node and user.args[2] == 0:
+        other = user.args[0]
+    elif is_op(user, aten.masked_fill.Scalar) and user.args[0] is rows.node and user.args[2] == 0:
+        other, inverted = user.args[1], True
+    known = value_of(other)
+    if known is None or len(shape) != rank or not 0 < known.dim() <= rank:
+        return None
+    axes = rows.axes[rank - known.dim() :]
+    if any(label == NONE and size != 1 for label, size in zip(axes, known.shape)):
+        return None  # the rows are repeated
+    assert isinstance(other, Node)
+    weight = position_weight(other, axes, ids, inverted)
+    return None if weight is None else rows.at(user, rows.axes, weight)
+
+
+def _viewed(user: Node, rows: _Rows, ids: Ids, shape: tuple) -> tuple[int, ...] | None:
+    """The axes after a view that adds or removes axes of size 1, and does nothing else."""
+    before = value_of(rows.node)
+    assert before is not None
+    if is_op(user, aten.unsqueeze.default):
+        at = user.args[1] % len(shape)  # type: ignore[operator]
+        return rows.axes[:at] + (NONE,) + rows.axes[at:]
+    sizes = [str(size) for size in before.shape]
+    if sizes == list(map(str, shape)):
+        return rows.axes
+    # Where D is 1, its axis is as good as none.
+    old = [(label, size) for label, size in zip(rows.axes, sizes) if size != "1" or label not in (NONE, ids.rank)]
+    if [size for _, size in old] != [str(size) for size in shape if str(size) != "1"]:
+        return None
+    labels = iter(label for label, _ in old)
+    return tuple(NONE if str(size) == "1" else next(labels) for size in shape)
+
+
+def _is_zero(node: Any) -> bool:
+    if is_op(node, aten.zeros_like.default, aten.zeros.default):
+        return True
+    return is_op(node, aten.scalar_tensor.default, aten.full.default, aten.full_like.default) and node.args[-1] == 0
+
+
+def _reduced(user: Node, rows: _Rows, ids: Ids, found: Readers) -> _Rows | None:
+    a = arguments(user)
+    rank, made = len(rows.axes), value_of(user)
+    dims = {d % rank for d in a["dim"]} if a["dim"] else set(range(rank))
+    gone = [rows.axes[d] for d in sorted(dims)]
+    axes = tuple(NONE if i in dims else label for i, label in enumerate(rows.axes) if a["keepdim"] or i not in dims)
+    over = tuple(sorted(label for label in gone if label not in (NONE, ids.rank)))
+    width = made is not None and ids.rank in gone and value_of(rows.node).shape[rows.axes.index(ids.rank)]  # type: ignore[union-attr]
+    if not over:
+        if ids.rank not in gone or width == 1:
+            return rows.at(user, axes)  # sums of one number each
+        if is_op(user, aten.sum.dim_IntList) and not rows.weights and all(is_op(u, *_COMPARISONS) for u in user.users):
+            found.row_sums.append((user, axes))
+        else:
+            found.others.append(user)
+        return None
+    if ids.rank == 1 or len(over) == ids.rank:
+        found.others.append(user)  # over the batch: no sequence
+    elif ids.rank in gone and width != 1:
+        found.misfit = ("it is summed over the sequence and its columns at once; a sum over the sequence alone is needed", user)
+    elif made is None or made.dtype != ids.dtype:
+        found.misfit = (f"it is summed in {a['dtype']}; its table is {ids.dtype}", user)
+    else:
+        found.pools.append(Pool(user, axes, over, rows.weights, is_op(user, aten.mean.dim), (*rows.passed, user)))
+        return None
+    if user not in found.others:
+        found.others.append(user)
+    return None
+
+
+def _product(user: Node, rows: _Rows, ids: Ids) -> Pool | None:
+    """``[.., 1, L] @ [.., L, D]`` or ``[.., D, L] @ [.., L, 1]``."""
+    left = user.args[0] is not rows.node
+    other = user.args[0] if left else user.args[1]
+    known, made = value_of(other), value_of(user)
+    rank = len(rows.axes)
+    if known is None or made is None or made.dtype != ids.dtype or known.dim() != rank or rank < 3:
+        return None
+    summed, kept = (rows.axes[-2], rows.axes[-1]) if left else (rows.axes[-1], rows.axes[-2])
+    if summed in (NONE, ids.rank) or known.shape[-2 if left else -1] != 1 or len({*rows.axes[:-2]} - {NONE}) != rank - 2:
+        return None
+    assert isinstance(other, Node)
+    weight = position_weight(other, rows.axes[:-2] + ((NONE, summed) if left else (summed, NONE)), ids)
+    if weight is None:
+        return None
+    axes = rows.axes[:-2] + ((NONE, kept) if left else (kept, NONE))
+    return Pool(user, axes, (summed,), (*rows.weights, weight), False, (*rows.passed, user))
+
+
+def _einsum(user: Node, rows: _Rows, ids: Ids) -> Pool | None:
+    """``bl,bld->bd``, with any letters and in either order."""
+    factors, made = user.args[1], value_of(user)
+    if not isinstance(user.args[0], str) or not isinstance(factors, (list, tuple)) or len(factors) != 2 or made is None:
+        return None
+    terms, arrow, out = user.args[0].replace(" ", "").partition("->")
+    letters = terms.split(",")
+    mine = 0 if factors[0] is rows.node else 1
+    other = factors[1 - mine]
+    if not arrow or "." in terms or len(set(letters[mine])) != len(rows.axes) or made.dtype != ids.dtype or NONE in rows.axes:
+        return None
+    labels = dict(zip(letters[mine], rows.axes))
+    over = tuple(sorted(labels[c] for c in labels if c not in out))
+    if not set(letters[1 - mine] + out) <= set(labels) or not over or ids.rank in over or len(over) == ids.rank:
+        return None
+    if len(set(letters[1 - mine])) != len(letters[1 - mine]) or not isinstance(other, Node):
+        return None
+    weight = position_weight(other, tuple(labels[c] for c in letters[1 - mine]), ids)
+    if weight is None:
+        return None
+    return Pool(user, tuple(labels[c] for c in out), over, (*rows.weights, weight), False, (*rows.passed, user))
