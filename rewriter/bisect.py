@@ -10,6 +10,8 @@ from .capture import attach
 def first_difference(compiler, variant, args: tuple, kwargs: dict, tolerance: float = 1e-5) -> str:
     """Binary search on how many rewrites are made. Outputs are compared under one RNG state, with tolerance relative to the
     largest output. Returns a sentence."""
+    if variant.captured.program is not None:
+        return "the model runs through dynamo or plainly, where rewrites are not undone one by one: use check()"
     leaves = variant.captured.guards.flatten(args, kwargs)
 
     def outputs(budget: int | None):

@@ -19,7 +19,7 @@ from ..kernels.embedding import reference
 from ..kernels.embedding.op import OP
 from ..kernels.embedding.optimizers import RowUpdates, _touched_rows, row_wise
 from ..kernels.embedding.spec import decode
-from .capture import Captured, Guards, attach
+from .capture import Captured, Guards, attach, deep_copy
 from .edge_batches import copies, edge_batches
 from .errors import VerifyError
 from .verify import copy_graph
@@ -184,10 +184,10 @@ def _freeze(module: nn.Module, graph: Graph) -> None:
 
 def numeric_check(shell: nn.Module, captured: Captured, args: tuple, kwargs: dict) -> Callable[[Graph, Graph], None]:
     """A check for the pipeline: two graphs must agree in outputs and gradients on a batch and on the edge batches made of it."""
-    edges = _edges(_plain(copy.deepcopy(shell)), captured, args, kwargs)
+    edges = _edges(_plain(deep_copy(shell)), captured, args, kwargs)
 
     def check(before: Graph, after: Graph) -> None:
-        twins = [copy.deepcopy(shell) for _ in range(2)]
+        twins = [deep_copy(shell) for _ in range(2)]
         for twin in twins:
             _freeze(twin, after)
         expected, actual = (_side(twin, graph, captured.guards) for twin, graph in zip(twins, (before, after)))
@@ -207,13 +207,19 @@ def _side(twin: nn.Module, graph: Graph, guards: Guards) -> Side:
 
 def check_model(model, args: tuple, kwargs: dict) -> Equivalence:
     """See :meth:`OptimizedModel.check`."""
+    from .programs import on_copy
+
     variant = model._variant_for(args, kwargs)
     guards = variant.captured.guards
-    plain, twin = copy.deepcopy(model._shell), copy.deepcopy(model._shell)
+    plain, twin = deep_copy(model._shell), deep_copy(model._shell)
     for module in (plain, twin):
         _freeze(module, variant.graph)
     expected, actual = _plain(plain), _side(twin, variant.graph, guards)
-    found = _compare_all(expected, actual, args, kwargs, _edges(expected, variant.captured, args, kwargs))
+    edges = [] if variant.captured.program is not None else _edges(expected, variant.captured, args, kwargs)
+    if variant.captured.program is not None:
+        program = on_copy(model._compiler.for_copy(twin), variant.captured.program, trained_inside=False)
+        actual = Side(twin, program)
+    found = _compare_all(expected, actual, args, kwargs, edges)
     compiler = model._compiler
     stepped = False
     if model.embedding_optimizer is not None:

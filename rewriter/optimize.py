@@ -30,6 +30,7 @@ from .in_backward_guard import InBackwardGuard, drop_placeholders
 from .optimized_model import TICKET, OptimizedModel, Variant, refuse_optimized, with_signature_of
 from .pipeline import Check, Step, run_passes
 from .plan import Plan
+from .programs import program_variant, tables_of
 from .report import Report
 from .samples import Samples
 
@@ -181,17 +182,19 @@ class Compiler:
         batches = args if args is None else [(args, kwargs), *(more or [])]
         captured = capture(self.shell, batches, originals=alive)
         if not self._decided:
-            self._decide(captured.graph, optimizer)
+            self._decide(tables_of(captured, self.shell), optimizer)
             self._decided = True
         self.shell.__dict__.setdefault(TICKET, torch.zeros((), dtype=torch.int64))
+        if captured.program is not None:
+            return program_variant(self, captured)
         check = None
         if self.verify == "numerics" and args is not None:
             check = numeric_check(self.shell, captured, args, kwargs)
         graph, steps = self.rewrite(captured.graph, check=check)
-        self._check_demands(graph, steps)
+        self.check_demands(graph, steps)
         return Variant(captured, graph, steps, attach(self.shell, graph), unverified=args is None)
 
-    def _check_demands(self, graph: Graph, steps: list[Step]) -> None:
+    def check_demands(self, graph: Graph, steps: list[Step]) -> None:
         """Raises :class:`PlanError` where the plan freezes a table or updates it in the backward, and the graph does neither."""
         done = {(t.name, t.grad) for node in graph.nodes if node.target is OP for t in decode(node.args[5]).tables}
         for name in tables_read(graph, self.shell):
@@ -211,8 +214,7 @@ class Compiler:
         passes = self.plan.make_passes()
         return run_passes(graph, self.shell, passes, self.choices, budget=budget, numeric_check=check)
 
-    def _decide(self, graph, optimizer: Optimizer | None) -> None:
-        read = tables_read(graph, self.shell)
+    def _decide(self, read: dict[str, Tensor], optimizer: Optimizer | None) -> None:
         modules = dict(self.shell.named_modules())
         every = {
             name: p for name, p in self.shell.named_parameters()
@@ -247,12 +249,12 @@ class Compiler:
 
     def report(self, variant: Variant, seconds: float, copied: bool, huge: int) -> Report:
         """What was done in ``variant``."""
-        fused = [n for n in variant.graph.nodes if n.target is OP]
+        fused = [n for graph in variant.graphs for n in graph.nodes if n.target is OP]
         table_bytes = sum(t.numel() * t.element_size() for t in self.tables.values())
         copied_bytes = table_bytes if copied else 0
         return Report(
             records=tuple(r for step in variant.steps for r in step.records),
-            door=variant.captured.door, notes=tuple(variant.captured.notes), launches=len(fused), table_bytes=table_bytes,
+            door=variant.captured.door, pieces=variant.pieces, notes=tuple(variant.captured.notes), launches=len(fused), table_bytes=table_bytes,
             copied_bytes=copied_bytes, huge_page_bytes=huge, kernels=f"CPU kernels: {cpu.describe()}", seconds=seconds,
             passes=tuple(step.name for step in variant.steps),
         )  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx import Graph, Interpreter, Node
 
 from ..passes.graph import fetch, stored_tensor
@@ -32,7 +32,11 @@ class _ShapePropagation(Interpreter):
 
     def get_attr(self, target, args, kwargs):
         value = fetch(self.module._shell, target)
-        return self.mode.from_tensor(value.detach(), static_shapes=True) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        with unset_fake_temporarily():
+            plain = value.detach()
+        return self.mode.from_tensor(plain, static_shapes=True)
 
     def run_node(self, n: Node):
         value = super().run_node(n)

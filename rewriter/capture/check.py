@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from ..errors import CaptureError, explain
 from .cleanup import is_mutable
+from .fx_tracer import CONSTANT
 from .recording import raised_at
 
 _SMALL = 1 << 26  # buffers up to this many bytes are always saved; larger ones, and tables, only where the graph changes them
@@ -49,7 +50,7 @@ def mismatch(shell: nn.Module, captured, args: tuple, kwargs: dict, *, required:
     rows = next((leaf.shape[0] for leaf in pytree.tree_leaves((args, kwargs))
                  if isinstance(leaf, torch.Tensor) and leaf.dim()), None)
     both = modes and not captured.guards.modes and captured.guards.reads_training
-    with undisturbed(), _modes_kept(shell), torch.no_grad():
+    with undisturbed(), modes_kept(shell), torch.no_grad():
         seen = set()
         for mode in [None, True, False] if both else [None]:
             if mode is not None:
@@ -68,10 +69,10 @@ def mismatch(shell: nn.Module, captured, args: tuple, kwargs: dict, *, required:
 
 def _compare(shell, captured, args, kwargs, required: bool) -> str | None:
     start = torch.get_rng_state()
-    with _state_kept(shell, captured.graph) as buffers:
+    with state_kept(shell, captured.graph) as buffers:
         plain_args, plain_kwargs = _fresh((args, kwargs))
         try:
-            result = shell.forward(*plain_args, **plain_kwargs)
+            result = getattr(shell, captured.entry)(*plain_args, **plain_kwargs)
         except Exception as error:
             if not required:
                 return None
@@ -83,7 +84,7 @@ def _compare(shell, captured, args, kwargs, required: bool) -> str | None:
         wanted_buffers = {name: buffer.clone() for name, buffer in buffers().items()}
         end = torch.get_rng_state()
     torch.set_rng_state(start)
-    with _state_kept(shell, captured.graph) as buffers:
+    with state_kept(shell, captured.graph) as buffers:
         mine_args, mine_kwargs = _fresh((args, kwargs))
         leaves = captured.guards.flatten(mine_args, mine_kwargs)
         try:
@@ -93,13 +94,13 @@ def _compare(shell, captured, args, kwargs, required: bool) -> str | None:
         if spec != captured.out_spec:
             return "the result has another structure"
         for index, (a, b) in enumerate(zip(wanted, found)):
-            if (reason := _difference(a, b)) is not None:
+            if (reason := difference(a, b)) is not None:
                 return f"result {index} {reason}"
         for a, b in zip(pytree.tree_leaves((plain_args, plain_kwargs)), pytree.tree_leaves((mine_args, mine_kwargs))):
-            if (reason := _difference(a, b)) is not None:
+            if (reason := difference(a, b)) is not None:
                 return f"an input that forward() changes in place {reason}"
         for name, buffer in buffers().items():
-            if (reason := _difference(wanted_buffers[name], buffer)) is not None:
+            if (reason := difference(wanted_buffers[name], buffer)) is not None:
                 return f"buffer '{name}' afterwards {reason}"
         if not torch.equal(end, torch.get_rng_state()):
             return "another number of random draws is made"
@@ -114,7 +115,8 @@ def _fresh(batch):
                            if isinstance(leaf, torch.Tensor) else leaf, batch)
 
 
-def _difference(wanted, found) -> str | None:
+def difference(wanted, found, loose: bool = False) -> str | None:
+    """What is different about ``found``, or None; ``loose``: relative to the largest value, as sums in another order are."""
     if not isinstance(wanted, torch.Tensor) or not isinstance(found, torch.Tensor):
         return None if type(wanted) is type(found) and wanted == found else f"is {found!r} instead of {wanted!r}"
     if wanted.shape != found.shape or wanted.dtype != found.dtype or wanted.device != found.device:
@@ -124,6 +126,8 @@ def _difference(wanted, found) -> str | None:
         return None
     if not wanted.dtype.is_floating_point and not wanted.dtype.is_complex:
         return f"differs in {int((wanted != found).sum())} of {wanted.numel()} elements"
+    if loose and wanted.numel() and float((wanted - found).abs().max()) <= 1e-4 * float(wanted.abs().max()):
+        return None
     try:
         torch.testing.assert_close(found, wanted, equal_nan=True)
     except AssertionError:
@@ -132,7 +136,8 @@ def _difference(wanted, found) -> str | None:
 
 
 @contextmanager
-def _modes_kept(shell: nn.Module):
+def modes_kept(shell: nn.Module):
+    """Puts back every training flag."""
     modes = [(module.__dict__, module.__dict__["training"]) for module in shell.modules()]
     try:
         yield
@@ -142,7 +147,7 @@ def _modes_kept(shell: nn.Module):
 
 
 @contextmanager
-def _state_kept(shell: nn.Module, graph: fx.Graph):
+def state_kept(shell: nn.Module, graph: fx.Graph):
     """Yields a function that gives the watched buffers; puts back buffers, parameters that the graph changes, and lists."""
     changed = _changed_state(graph)
     held = [(module._buffers, name, buffer) for module in shell.modules() for name, buffer in module._buffers.items()
@@ -168,7 +173,8 @@ def _state_kept(shell: nn.Module, graph: fx.Graph):
     finally:
         for namespace, before in attributes:
             for name in set(namespace) - set(before):
-                del namespace[name]
+                if not name.startswith(CONSTANT):  # what a capture keeps there stays
+                    del namespace[name]
             namespace.update(before)
         for namespace, name, buffer, copy in saved:
             namespace[name] = buffer

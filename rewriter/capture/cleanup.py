@@ -16,6 +16,9 @@ _MAYBE_VIEWS = {aten.reshape.default, aten.contiguous.default, aten.to.dtype, at
                 aten.tensordot.default, aten.constant_pad_nd.default, aten.view_as.default, aten.diff.default}
 
 
+_WHOLE = (0, (1 << 63) - 1)
+
+
 def is_mutable(node: fx.Node) -> bool:
     return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
@@ -112,3 +115,26 @@ def _same_dtype(node: fx.Node, plain) -> bool:
         if not isinstance(other, torch.Tensor) or other.dtype != value.dtype or other.dim() > value.dim():
             return False
     return True
+
+
+def simplify(graph: fx.Graph) -> None:
+    """Removes what export adds and the FX door does not: full slices, copies of constants that nobody changes."""
+    changed = {node.args[0] for node in graph.nodes if is_mutable(node) and node.target is not aten.detach_.default}
+    for node in list(graph.nodes):
+        if node.target is aten.slice.Tensor and tuple(node.args[2:4]) == _WHOLE and len(node.args) < 5:
+            if node not in changed and not any(user.op == "output" for user in node.users):
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+        elif node.target is aten.detach_.default and node.args[0].target is aten.lift_fresh_copy.default:
+            node.replace_all_uses_with(node.args[0])
+            if node in changed:
+                changed.add(node.args[0])
+            graph.erase_node(node)
+    for node in list(graph.nodes):
+        if node.target is aten.lift_fresh_copy.default:
+            safe = {aten.index.Tensor, aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor}
+            if node not in changed and all(user.target in safe for user in node.users):
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+            else:
+                node.target = aten.clone.default

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from ...passes.origin import KEY, Origin
 from ..errors import CaptureError, explain
-from .cleanup import is_mutable, make_functional, remove_dead
+from .cleanup import make_functional, remove_dead, simplify
 from .fx_frontend import register_outputs, sample_inputs
 from .fx_tracer import CONSTANT
 from .inputs import Inputs
@@ -29,7 +29,6 @@ _FLAG_ARGUMENT = {aten.dropout.default: 2, aten.dropout_.default: 2, aten.featur
                   aten.feature_alpha_dropout.default: 2, aten.batch_norm.default: 5}
 _FLAGGED = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 _DROPPED = {aten._assert_tensor_metadata.default, aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default}
-_WHOLE = (0, (1 << 63) - 1)
 
 
 class _ExportLog(ReadLog):
@@ -57,9 +56,10 @@ class _Seen:
 class _Flat(nn.Module):
     """The shell as a function of its tensor leaves, so that every input has a place in one flat list."""
 
-    def __init__(self, shell: nn.Module, inputs: Inputs, leaves: list, log: ReadLog):
+    def __init__(self, shell: nn.Module, inputs: Inputs, leaves: list, log: ReadLog, entry: str):
         super().__init__()
         self.m = shell
+        self._entry = entry
         self.training = shell.training
         self._inputs, self._constants, self.seen = inputs, leaves, _Seen(log)
 
@@ -68,36 +68,36 @@ class _Flat(nn.Module):
         for position, tensor in zip(self._inputs.tensors, tensors):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._inputs.spec)
-        result = self.m(*args, **kwargs)
+        result = self.m(*args, **kwargs) if self._entry == "forward" else getattr(self.m, self._entry)(*args, **kwargs)
         self.seen.log.check_containers()  # here, since export puts lists back
         register_outputs(result)
         results, self.seen.out_spec = pytree.tree_flatten(result)
         return tuple(results)
 
 
-def export(shell: nn.Module, args: tuple, kwargs: dict, exact: bool = False):
+def export(shell: nn.Module, args: tuple, kwargs: dict, entry: str = "forward", exact: bool = False):
     """(graph, inputs, out_spec, log, conditions) of the shell in its current mode; the shell is left as it was.
 
     ``conditions`` are Python expressions over ``S`` (the shapes of the tensor leaves) that the graph takes for granted.
     ``exact``: keep a batch of one as it is, though the graph then serves batches of one only.
     Raises CaptureError with the cause and the user's line.
     """
-    inputs, leaves = sample_inputs(shell, args, kwargs)
+    inputs, leaves = sample_inputs(shell, args, kwargs, entry)
     tensors = [leaves[i] for i in inputs.tensors]
     if not exact:
         tensors = _at_least_two(tensors)
     constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-    program, wrapper, log = _run(shell, inputs, constants, tensors, flip=True)
+    program, wrapper, log = _run(shell, entry, inputs, constants, tensors, flip=True)
     if log.flags_flipped & log.modes:  # the model itself looks at a dropout's mode: it must see the true one
-        program, wrapper, log = _run(shell, inputs, constants, tensors, flip=False)
+        program, wrapper, log = _run(shell, entry, inputs, constants, tensors, flip=False)
     graph = _normal_form(program, shell, inputs, log)
     inputs.examples = None
     return graph, inputs, wrapper.seen.out_spec, log, _conditions(program)
 
 
-def _run(shell, inputs, constants, tensors, flip: bool):
+def _run(shell, entry, inputs, constants, tensors, flip: bool):
     log = _ExportLog(shell)
-    wrapper = _Flat(shell, inputs, constants, log)
+    wrapper = _Flat(shell, inputs, constants, log, entry)
     flagged = {path: module for path, module in shell.named_modules() if isinstance(module, _FLAGGED)} if flip else {}
     log.flags_flipped = {path for path, module in flagged.items() if not module.training}
     log.flagged = set(flagged)
@@ -220,7 +220,7 @@ def _normal_form(program, shell, inputs: Inputs, log) -> fx.Graph:
             copies[node].meta = dict(node.meta)
             _stamp(copies[node])
     _open_flags(graph, shell, log)
-    _simplify(graph)
+    simplify(graph)
     make_functional(graph)
     remove_dead(graph)
     return graph
@@ -328,26 +328,3 @@ def _open_flags(graph: fx.Graph, shell: nn.Module, log) -> None:
 
 def _path_of_origin(node: fx.Node) -> str:
     return node.meta[KEY].module_path if KEY in node.meta else ""
-
-
-def _simplify(graph: fx.Graph) -> None:
-    """Removes what export adds and the FX door does not: full slices, copies of constants that nobody changes."""
-    changed = {node.args[0] for node in graph.nodes if is_mutable(node) and node.target is not aten.detach_.default}
-    for node in list(graph.nodes):
-        if node.target is aten.slice.Tensor and tuple(node.args[2:4]) == _WHOLE and len(node.args) < 5:
-            if node not in changed and not any(user.op == "output" for user in node.users):
-                node.replace_all_uses_with(node.args[0])
-                graph.erase_node(node)
-        elif node.target is aten.detach_.default and node.args[0].target is aten.lift_fresh_copy.default:
-            node.replace_all_uses_with(node.args[0])
-            if node in changed:
-                changed.add(node.args[0])
-            graph.erase_node(node)
-    for node in list(graph.nodes):
-        if node.target is aten.lift_fresh_copy.default:
-            safe = {aten.index.Tensor, aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor}
-            if node not in changed and all(user.target in safe for user in node.users):
-                node.replace_all_uses_with(node.args[0])
-                graph.erase_node(node)
-            else:
-                node.target = aten.clone.default

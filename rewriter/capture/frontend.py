@@ -1,4 +1,7 @@
-"""The order of the doors: FX tracing first, export where it fails and example inputs exist, each checked against the model."""
+"""The order of the doors: FX tracing, export, dynamo in one graph, dynamo in pieces; each is checked against the model.
+
+What none of them captures runs plainly, with the reason. All but the first need example inputs.
+"""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -7,7 +10,8 @@ import torch
 from torch import fx, nn
 
 from ..errors import CaptureError, explain
-from . import check, export_frontend, fx_frontend
+from . import check, dynamo_frontend, export_frontend, fx_frontend, program_check
+from .dynamo_frontend import Dynamo, Plain
 from .guards import Guards
 from .shell import refuse_hooks
 
@@ -20,8 +24,10 @@ class Captured:
 
     ``graph``: flat placeholders (one per tensor or number leaf of ``(args, kwargs)``, in pytree order), ATen training IR,
     ``get_attr`` nodes under the plain model's names, and an output node that is a flat tuple of the result's leaves.
-    ``in_spec``/``out_spec``: TreeSpecs of ``(args, kwargs)`` and of the result. ``door``: "fx" or "export".
-    ``notes``: sentences for the report.
+    ``in_spec``/``out_spec``: TreeSpecs of ``(args, kwargs)`` and of the result. ``door``: "fx", "export", "dynamo",
+    "dynamo, in pieces" or "none". ``notes``: sentences for the report. ``program``: for the last three, what runs by itself
+    (``graph`` is then empty, the programs' pieces have graphs of their own); ``entry``: the method that was captured;
+    ``tables_outside``: names of tables read where nothing was captured.
     """
 
     graph: fx.Graph
@@ -30,34 +36,48 @@ class Captured:
     door: str
     guards: Guards
     notes: list[str] = field(default_factory=list)
+    entry: str = "forward"
+    program: Dynamo | Plain | None = None
+    tables_outside: tuple[str, ...] = ()
 
 
 def capture(shell: nn.Module, args: tuple | list | None, kwargs: dict | None = None, *,
-            originals: dict[str, nn.Module] | None = None) -> Captured:
-    """Captures ``shell(*args, **kwargs)`` in the shell's current mode.
+            originals: dict[str, nn.Module] | None = None, entry: str = "forward") -> Captured:
+    """Captures ``shell(*args, **kwargs)``, or the method named by ``entry``, in the shell's current mode.
 
     ``args`` may be a list of ``(args, kwargs)`` batches, or None to trace without inputs. ``originals`` maps module
     paths to the user's own modules, whose attributes are then guarded too. Nothing that belongs to the user changes.
-    Raises CaptureError naming the user's line, the cause and the way out.
+    Raises CaptureError naming the user's line, the cause and the way out: without inputs, and where the model itself fails.
     """
-    refuse_hooks(shell)
     with check.undisturbed(), export_frontend.quiet():
-        return _captured(shell, args, kwargs, originals)
-
-
-def _captured(shell, args, kwargs, originals) -> Captured:
-    if args is None:
+        if args is None:
+            return _without_inputs(shell, originals, entry)
+        batches = [(tuple(a), dict(k or {})) for a, k in args] if isinstance(args, list) else [(tuple(args), dict(kwargs or {}))]
+        if not batches:
+            raise CaptureError(explain("sample_inputs is an empty list", fix="pass a batch, or a list of two (args, kwargs) batches"))
         try:
-            captured = _by_tracing(shell, None, None, originals)
+            return _one_graph(shell, batches, originals, entry)
+        except check.PlainModelFails:
+            raise
         except CaptureError as error:
-            raise CaptureError(explain("the model cannot be captured without inputs", why=str(error), fix=_NO_INPUTS)) from error
-        captured.notes.append("captured without sample inputs, so not compared with the plain model")
-        return captured
-    batches = [(tuple(a), dict(k or {})) for a, k in args] if isinstance(args, list) else [(tuple(args), dict(kwargs or {}))]
-    if not batches:
-        raise CaptureError(explain("sample_inputs is an empty list", fix="pass a batch, or a list of two (args, kwargs) batches"))
+            return _program(shell, batches, originals, entry, str(error))
+
+
+def _without_inputs(shell, originals, entry) -> Captured:
     try:
-        captured = _by_tracing(shell, *batches[0], originals)
+        refuse_hooks(shell)
+        captured = _by_tracing(shell, None, None, originals, entry)
+    except CaptureError as error:
+        raise CaptureError(explain("the model cannot be captured without inputs", why=str(error), fix=_NO_INPUTS)) from error
+    captured.notes.append("captured without sample inputs, so not compared with the plain model")
+    return captured
+
+
+def _one_graph(shell, batches, originals, entry) -> Captured:
+    """By the first two doors: one graph under guards of ours."""
+    refuse_hooks(shell)
+    try:
+        captured = _by_tracing(shell, *batches[0], originals, entry)
         why = _checked(shell, captured, batches)
         if why is None:
             return captured
@@ -66,9 +86,9 @@ def _captured(shell, args, kwargs, originals) -> Captured:
         raise
     except CaptureError as error:
         why = f"tracing stopped: {error}"
-    captured = _by_export(shell, *batches[0], originals)
+    captured = _by_export(shell, *batches[0], originals, entry)
     if captured.guards.failure(*batches[0]) is not None:  # a batch of one, exported as two: export it as it is
-        captured = _by_export(shell, *batches[0], originals, exact=True)
+        captured = _by_export(shell, *batches[0], originals, entry, exact=True)
     captured.notes.append(f"captured by torch.export, because {why}")
     different = _checked(shell, captured, batches)
     if different is not None:
@@ -78,18 +98,67 @@ def _captured(shell, args, kwargs, originals) -> Captured:
     return captured
 
 
-def _by_tracing(shell, args, kwargs, originals) -> Captured:
-    graph, inputs, out_spec, log = fx_frontend.trace(shell, args, kwargs)
-    return _finished("fx", graph, inputs, out_spec, Guards(shell, originals, inputs, log))
+def _program(shell, batches, originals, entry, why: str) -> Captured:
+    """By the third door, and where that does not compute the same either, the model as it is."""
+    with program_check.kept(shell), check.undisturbed():
+        try:
+            log = dynamo_frontend.reads_of(shell, entry, *program_check.copied(batches[0]))
+        except Exception as error:
+            raise program_check.plain_fails(error) from error
+    notes = []
+    for whole in (True, False):
+        program = Dynamo(shell, entry, whole=whole)
+        try:
+            failed = program_check.program_mismatch(shell, program, batches)
+        except check.PlainModelFails:
+            raise
+        except Exception as error:  # dynamo's own limits, or ours: the plain model has just run on this batch
+            failed = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+        if failed is None:
+            break
+        notes.append(f"dynamo{'' if whole else ' in pieces'} was not used: {failed}")
+    else:
+        program = Plain(shell, entry, why)
+    read = {name for name, tensor in shell.named_parameters() if id(tensor) in log.tensors and _is_table(shell, name)}
+    for form in [form for piece in program.pieces for form in piece.forms]:
+        read -= {name for name in form.names if name is not None}
+    captured = Captured(_empty(), None, None, program.door, dynamo_frontend.Watch(shell, originals, log), entry=entry,
+                        program=program, tables_outside=tuple(sorted(read)))
+    captured.notes += _program_notes(program, why, notes)
+    return captured
 
 
-def _by_export(shell, args, kwargs, originals, exact: bool = False) -> Captured:
-    graph, inputs, out_spec, log, conditions = export_frontend.export(shell, args, kwargs, exact)
-    return _finished("export", graph, inputs, out_spec,
+def _program_notes(program, why: str, notes: list[str]) -> list[str]:
+    if isinstance(program, Plain):
+        return [f"NOT captured, it runs plainly: {why}", *notes]
+    if program.whole:
+        return [f"captured by dynamo in one graph, because {why}", *notes]
+    said = [f"captured in {len(program.pieces)} pieces; what lies between them runs plainly: {each}" for each in program.breaks]
+    return [*said, f"not one graph by the other doors, because {why}", *notes]
+
+
+def _is_table(shell: nn.Module, name: str) -> bool:
+    return isinstance(shell.get_submodule(name.rpartition(".")[0]), (nn.Embedding, nn.EmbeddingBag))
+
+
+def _empty() -> fx.Graph:
+    graph = fx.Graph()
+    graph.output(())
+    return graph
+
+
+def _by_tracing(shell, args, kwargs, originals, entry) -> Captured:
+    graph, inputs, out_spec, log = fx_frontend.trace(shell, args, kwargs, entry)
+    return _finished("fx", entry, graph, inputs, out_spec, Guards(shell, originals, inputs, log))
+
+
+def _by_export(shell, args, kwargs, originals, entry, exact: bool = False) -> Captured:
+    graph, inputs, out_spec, log, conditions = export_frontend.export(shell, args, kwargs, entry, exact)
+    return _finished("export", entry, graph, inputs, out_spec,
                      Guards(shell, originals, inputs, log, conditions=conditions, baked_dtypes=True))
 
 
-def _finished(door, graph, inputs, out_spec, guards) -> Captured:
+def _finished(door, entry, graph, inputs, out_spec, guards) -> Captured:
     notes = []
     if guards.modes:
         names = ", ".join(f"'{path or 'the model'}'" for path in guards.modes)
@@ -97,7 +166,7 @@ def _finished(door, graph, inputs, out_spec, guards) -> Captured:
     if torch.nn.modules.module._has_any_global_hook():
         notes.append("global module hooks are installed; the graph does not run them for its submodules")
     graph.lint()
-    return Captured(graph, inputs.spec, out_spec, door, guards, notes)
+    return Captured(graph, inputs.spec, out_spec, door, guards, notes, entry)
 
 
 def _checked(shell, captured: Captured, batches) -> str | None:

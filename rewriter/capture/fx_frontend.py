@@ -58,13 +58,13 @@ def _makers():
             setattr(torch, name, plain[name])
 
 
-def abstract_inputs(shell: nn.Module) -> Inputs:
+def abstract_inputs(shell: nn.Module, entry: str) -> Inputs:
     """Inputs for a trace without examples: one tensor for each required argument, defaults left to forward() itself."""
-    signature = signature_of(shell)
+    signature = signature_of(shell, entry)
     if signature is None:
         raise CaptureError(explain("forward() has no readable signature", fix="pass sample_inputs="))
     required = []
-    for name, parameter in list(signature.parameters.items())["forward" not in shell.__dict__:]:
+    for name, parameter in list(signature.parameters.items())[entry not in shell.__dict__:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         if parameter.default is parameter.empty:
@@ -72,30 +72,32 @@ def abstract_inputs(shell: nn.Module) -> Inputs:
                 raise CaptureError(explain(f"the keyword argument '{name}' is required", why="nothing says what it holds",
                                            fix="pass sample_inputs="))
             required.append(torch.empty(0, device="meta"))
-    return Inputs(tuple(required), {}, _without_self(signature, shell), abstract=True)
+    return Inputs(tuple(required), {}, _without_self(signature, shell, entry), abstract=True)
 
 
-def sample_inputs(shell: nn.Module, args: tuple, kwargs: dict) -> tuple[Inputs, list]:
+def sample_inputs(shell: nn.Module, args: tuple, kwargs: dict, entry: str) -> tuple[Inputs, list]:
     """The structure of a call, and its leaves."""
-    inputs = Inputs(args, kwargs, _without_self(signature_of(shell), shell))
+    inputs = Inputs(args, kwargs, _without_self(signature_of(shell, entry), shell, entry))
     return inputs, inputs.examples
 
 
-def _without_self(signature, shell):
-    if signature is None or "forward" in shell.__dict__:
+def _without_self(signature, shell, entry):
+    if signature is None or entry in shell.__dict__:
         return signature
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
-def trace(shell: nn.Module, args: tuple | None, kwargs: dict | None) -> tuple[fx.Graph, Inputs, object, Tracer]:
-    """(graph, inputs, out_spec, log) of ``shell.forward(*args, **kwargs)``; with ``args=None``, without examples.
+def trace(
+    shell: nn.Module, args: tuple | None, kwargs: dict | None, entry: str = "forward"
+) -> tuple[fx.Graph, Inputs, object, Tracer]:
+    """(graph, inputs, out_spec, log) of ``shell.forward(*args, **kwargs)`` (or of another method); with ``args=None``, without examples.
 
     Raises CaptureError with the reason and the user's line for whatever is not on the documented table.
     """
     if args is None:
-        inputs, fake_mode = abstract_inputs(shell), None
+        inputs, fake_mode = abstract_inputs(shell, entry), None
     else:
-        inputs, _ = sample_inputs(shell, args, kwargs or {})
+        inputs, _ = sample_inputs(shell, args, kwargs or {}, entry)
         fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.enable_grad():
         tracer = Tracer(shell, fake_mode)
@@ -118,7 +120,7 @@ def trace(shell: nn.Module, args: tuple | None, kwargs: dict | None) -> tuple[fx
         result, failure = None, None
         try:
             with _Mode(tracer):
-                result = shell.forward(*call_args, **call_kwargs)
+                result = getattr(shell, entry)(*call_args, **call_kwargs)
         except GiveUp as stop:
             tracer.give_up(stop)
         except CaptureError:

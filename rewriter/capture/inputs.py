@@ -176,8 +176,8 @@ def _flattener(args: tuple, kwargs: dict, spec):
     return constants["flatten"]
 
 
-def signature_of(shell: nn.Module) -> inspect.Signature | None:
+def signature_of(shell: nn.Module, entry: str = "forward") -> inspect.Signature | None:
     try:
-        return inspect.signature(type(shell).forward if "forward" not in shell.__dict__ else shell.forward)
+        return inspect.signature(getattr(shell if entry in shell.__dict__ else type(shell), entry))
     except (TypeError, ValueError):
         return None

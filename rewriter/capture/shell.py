@@ -124,6 +124,27 @@ def refuse_hooks(shell: nn.Module) -> None:
                     fix="remove the hook, write its work into forward(), or register it on the whole model"))
 
 
+def deep_copy(shell: nn.Module, memo: dict | None = None) -> nn.Module:
+    """``copy.deepcopy``, also where forward() has left results with a history in attributes: those are copied without it."""
+    memo = {} if memo is None else memo
+    kept: list = []  # the memo goes by id: nothing may be freed meanwhile
+
+    def search(value, depth: int) -> None:
+        if isinstance(value, torch.Tensor):
+            if not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+                kept.append(value)
+        elif depth and isinstance(value, dict):
+            search(list(value.values()), depth - 1)
+        elif depth and isinstance(value, (list, tuple)):
+            for item in value:
+                search(item, depth - 1)
+
+    for module in shell.modules():
+        search([value for key, value in module.__dict__.items() if key not in ("_modules", "_parameters")], 4)
+    return copy.deepcopy(shell, memo)
+
+
 class ShellGraph(fx.GraphModule):
     """A GraphModule whose generated forward runs on the shell: every ``self.a.b`` in it reads the shell's ``a.b``."""
 
