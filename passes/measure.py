@@ -49,15 +49,17 @@ class Measured(Pass):
 
     measure: bool = True
 
-    def no_gain(self, context: Context, nodes: Sequence[Node], rewrite: Rewrite) -> Skip | None:
+    def no_gain(self, context: Context, nodes: Sequence[Node], rewrite: Rewrite, rows: int = 0) -> Skip | None:
         """``None`` where replacing ``nodes`` pays (or need not be measured); else a :class:`Skip` that says why not.
 
         ``rewrite(editor, copy_of)`` edits a copy of the subgraph just as the pass would edit the graph itself: ``copy_of`` maps
-        each of ``nodes`` and everything they read to its copy. It must not touch any other node.
+        each of ``nodes`` and everything they read to its copy. It must not touch any other node. ``rows``: measure at least at
+        this batch size, where the nodes read activations whose first dimension is the batch: a batch made for capture may be
+        tiny.
         """
         if not self.measure:
             return None
-        timing = time_both(context, nodes, rewrite, self.name)
+        timing = time_both(context, nodes, rewrite, self.name, rows)
         if timing is None:
             return skip("whether it pays is measured on the shapes of sample_inputs, and they are not known here", at=nodes[-1])
         if timing.gain >= _LEAST_GAIN:
@@ -68,12 +70,12 @@ class Measured(Pass):
         )  # fmt: skip
 
 
-def time_both(context: Context, nodes: Sequence[Node], rewrite: Rewrite, name: str) -> Timing | None:
+def time_both(context: Context, nodes: Sequence[Node], rewrite: Rewrite, name: str, rows: int = 0) -> Timing | None:
     """Time ``nodes`` as they are and as ``rewrite`` leaves them; ``None`` where the shape of an input is not known."""
     plain, copies = _extract(nodes)
     inputs = [n for n in copies if n not in set(nodes) and n.op != "get_attr"]
     with torch.random.fork_rng(), torch.enable_grad():
-        made = [_example(n, context.root) for n in inputs]
+        made = [_example(n, context.root, rows) for n in inputs]
         if any(m is None for m in made):
             return None
         key = (name, _signature(plain, made, context.root), torch.get_num_threads())
@@ -106,7 +108,7 @@ def _extract(nodes: Sequence[Node]) -> tuple[Graph, dict[Node, Node]]:
     return graph, copies
 
 
-def _example(node: Node, root: nn.Module) -> Any:
+def _example(node: Node, root: nn.Module, rows: int) -> Any:
     """A random input like the sample's: tensors by their fake value, sizes by their hint; ``None`` if neither is known."""
     value = node.meta.get("val")
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
@@ -116,6 +118,8 @@ def _example(node: Node, root: nn.Module) -> Any:
     shape = [s.node.hint if isinstance(s, torch.SymInt) else s for s in value.shape]
     if any(s is None for s in shape):
         return None
+    if rows and shape and any(n.op == "placeholder" for n in ancestors([node])):
+        shape[0] = max(shape[0], rows)
     if value.dtype.is_floating_point:
         made = torch.randn(shape, dtype=value.dtype, device=value.device)
         return made.requires_grad_(_needs_grad(node, root))
