@@ -1,6 +1,6 @@
 """Builds the package: the repository root is the Python package ``tablewright``, and optional C++ libraries lie in it.
 
-The libraries use no Python or PyTorch headers, so torch is not needed to build. Where there is no working C++ compiler the build
+The libraries use no PyTorch headers, so torch is not needed to build, and Python's only where they are there. Where there is no working C++ compiler the build
 goes on without it, and the pure PyTorch kernels do the work (``tablewright.kernels.embedding.cpu.describe()`` says so).
 """
 
@@ -27,10 +27,9 @@ def packages() -> list[str]:
 def native(name: str) -> Extension:
     """The CPU kernels of kernels/``name``, compiled once per instruction set inside one library that picks at run time."""
     threads = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has no OpenMP: one thread there
-    sources = ["driver.cpp", "kernels_baseline.cpp", "kernels_avx2.cpp", "kernels_avx512.cpp"]
     return Extension(
         f"tablewright.kernels.{name}._native",
-        sources=[f"kernels/{name}/native/{s}" for s in sources],
+        sources=sorted(glob.glob(f"kernels/{name}/native/*.cpp")),
         depends=sorted(glob.glob(f"kernels/{name}/native/*.h") + glob.glob(f"kernels/{name}/native/*.inc")),
         # Square roots need no errno and nothing traps. GCC warns about its own AVX-512 header.
         extra_compile_args=[

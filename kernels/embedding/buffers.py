@@ -33,7 +33,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     count = math.prod(shape)
     size = count * dtype.itemsize
     if size < SMALLEST:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")  # whatever the default device is
     # Rounded up by at most an eighth, so that sizes that vary a little from step to step share their maps.
     step = 1 << max(size.bit_length() - 4, 12)
     size = -(-size // step) * step

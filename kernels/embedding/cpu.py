@@ -8,10 +8,12 @@ offset: where it refuses, ``reference.check_inputs`` finds the words, and nothin
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.machinery
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +62,22 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 _lib, _why_not = _load()
 
 
+def _connect() -> Any:
+    """The library as a Python module, which packs regular calls itself (native/python.cpp); None where that cannot be."""
+    if _lib is None:
+        return None
+    try:
+        module = importlib.import_module("._native", __package__)
+        exchange = torch.Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]
+    except (ImportError, AttributeError):  # built without Python's headers; a torch that does not publish its tensors
+        return None
+    makers = torch.empty, torch.zeros, buffers.empty, buffers.SMALLEST
+    return module if module.connect(exchange, torch.Tensor, torch.nn.Parameter, *makers, torch.int64) else None
+
+
+_direct = _connect()
+
+
 def available() -> bool:
     """Whether the C++ kernels are there."""
     return _lib is not None
@@ -99,6 +117,12 @@ def forward(
 ) -> list[Tensor]:
     """See :func:`reference.forward`."""
     plan = plan_of(spec)
+    if _direct is not None:
+        slots = _direct.forward(
+            plan.reading, torch.get_num_threads(), tables, indices, offsets, sample_weights, extras, spec.slots
+        )
+        if slots is not None:
+            return slots
     call = describe_call(plan, tables, indices, offsets, sample_weights)
     if call is None or _lib is None:
         return reference.forward(spec, tables, indices, offsets, sample_weights, extras)
@@ -120,7 +144,7 @@ def forward(
     out = []
     for whole, leading, width in zip(plan.whole, call.leading, spec.slots):
         shape = (0, width) if leading is None else (*leading, width)
-        slot = buffers.empty(shape, dtype) if whole else torch.zeros(shape, dtype=dtype)
+        slot = buffers.empty(shape, dtype) if whole else torch.zeros(shape, dtype=dtype, device="cpu")
         out.append(slot)
         words += (slot.data_ptr(), width)
     result = _lib.tw_forward(plan.reading, plan.pack(*words, *extra_words))
@@ -139,6 +163,13 @@ def sparse_gradients(
     wanted: Sequence[bool],
 ) -> list[tuple[Tensor, Tensor] | None]:
     """See :func:`reference.sparse_gradients`. The result is the same bits for any number of threads."""
+    if _direct is not None:
+        plan, threads = plan_of(spec), torch.get_num_threads()
+        gradients = _direct.sparse_gradients(
+            plan.pointer, threads, slot_grads, tables, indices, offsets, sample_weights, spec.slots, wanted
+        )
+        if gradients is not None:
+            return gradients
     gradients = _gradients(spec, slot_grads, tables, indices, offsets, sample_weights, wanted, dense=False)
     if gradients is None:
         return reference.sparse_gradients(spec, slot_grads, tables, indices, offsets, sample_weights, wanted)
@@ -190,9 +221,9 @@ def _gradients(
             if not want:
                 gradients.append(None)
                 continue
-            rows = torch.empty(0 if dense else count, dtype=torch.int64)
+            rows = torch.empty(0 if dense else count, dtype=torch.int64, device="cpu")
             if dense:
-                values = torch.zeros((table.rows, table.dim), dtype=call.dtype)
+                values = torch.zeros((table.rows, table.dim), dtype=call.dtype, device="cpu")
             else:
                 values = buffers.empty((count, table.dim), call.dtype)
             gradients.append((rows, values))
@@ -243,8 +274,12 @@ def update(
 ) -> None:
     """See :func:`reference.update`. No gradient is ever stored; the result is the same bits for any number of threads."""
     plan = plan_of(spec)
-    call = describe_call(plan, tables, indices, offsets, sample_weights)
     rules = rules_of(tables, updates)
+    if _direct is not None and rules is not None:
+        threads, wanted = torch.get_num_threads(), [u is not None for u in updates]
+        if _direct.update(plan.pointer, threads, slot_grads, tables, indices, offsets, sample_weights, spec.slots, wanted, rules):
+            return
+    call = describe_call(plan, tables, indices, offsets, sample_weights)
     if call is None or rules is None or _lib is None:
         return reference.update(spec, slot_grads, tables, indices, offsets, sample_weights, updates)
     words = with_gradients(plan, call, slot_grads)

@@ -17,6 +17,8 @@ that are not integers; each names the lookup, the table and the first bad positi
 """
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -54,7 +56,7 @@ def implementation(device: torch.device):
 def _forward(tables, indices, offsets, sample_weights, extras, text: str) -> list[Tensor]:
     spec = decode(text)
     dtype = tables[0].dtype
-    same = all(e.dtype == dtype for e in extras)
+    same = not extras or all([e.dtype == dtype for e in extras])
     given = extras if same else [e.to(dtype) for e in extras]
     slots = implementation(tables[0].device).forward(spec, tables, indices, offsets, sample_weights, given)
     return slots if same else _promote(spec, slots, extras)
@@ -149,19 +151,29 @@ def _fake_defer(slot_grads, indices, offsets, sample_weights, spec, owner, ticke
 
 
 class _Lookup(torch.autograd.Function):
-    """The autograd formula. Positions after the first six: tables, indices, offsets, sample_weights, extras."""
+    """The autograd formula. Tensors that can have a gradient are arguments of their own, in the order tables, sample weights
+    (those that are there), extras: each argument costs time. Ids and offsets are only saved, as autograd saves them, so
+    that changing them before the backward is an error, a checkpoint can drop them and a second backward is refused."""
 
     @staticmethod
-    def forward(ctx, text, owner, ticket, n_tables, n_lookups, n_extras, *tensors):
+    def forward(ctx, text, owner, ticket, indices, offsets, weighted, *tensors):
         ctx.set_materialize_grads(False)
-        ctx.text, ctx.owner, ctx.ticket = text, owner, ticket
-        ctx.n_tables, ctx.n_lookups, ctx.n_extras = n_tables, n_lookups, n_extras
-        tables, indices, offsets, weights, extras = _split(tensors, n_tables, n_lookups)
+        spec = decode(text)
+        n_tables, n_weights = len(spec.tables), len(weighted)
+        tables, extras = list(tensors[:n_tables]), tensors[n_tables + n_weights :]
+        weights: list[Tensor | None] = [None] * len(indices)
+        for place, tensor in zip(weighted, tensors[n_tables:]):
+            weights[place] = tensor
+        has_offsets = [o is not None for o in offsets]
+        if True not in has_offsets:
+            has_offsets = None
+        ctx.call = text, owner, ticket, weighted, has_offsets
         # The rows themselves are needed for gradients of sample weights only: else tables may change before the backward, as
         # they may in nn.Embedding.
-        reads_rows = any(ctx.needs_input_grad[6 + n_tables + 2 * n_lookups : 6 + n_tables + 3 * n_lookups])
+        reads_rows = any(ctx.needs_input_grad[6 + n_tables : 6 + n_tables + n_weights])
         ctx.tables = None if reads_rows else tables
-        ctx.save_for_backward(*tensors[0 if reads_rows else n_tables : n_tables + 3 * n_lookups])
+        present = indices if has_offsets is None else [*indices, *(o for o in offsets if o is not None)]
+        ctx.save_for_backward(*present, *tensors[0 if reads_rows else n_tables : n_tables + n_weights])
         ctx.extra_dtypes = [e.dtype for e in extras]
         if tracing():
             with torch._C._AutoDispatchBelowAutograd():
@@ -171,50 +183,74 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *slot_grads):
-        n_tables, n_lookups = ctx.n_tables, ctx.n_lookups
-        saved = ctx.saved_tensors if ctx.tables is None else (*ctx.tables, *ctx.saved_tensors)
-        tables, indices, offsets, weights, _ = _split(saved, n_tables, n_lookups)
-        spec = decode(ctx.text)
+        text, owner, ticket, weighted, has_offsets = ctx.call
+        spec = decode(text)
+        n_tables, n_lookups = len(spec.tables), len(spec.lookups)
+        saved = list(ctx.saved_tensors)
+        indices, saved = saved[:n_lookups], saved[n_lookups:]
+        offsets: list[Tensor | None] = [None] * n_lookups
+        if has_offsets is not None:
+            given = sum(has_offsets)
+            offsets = _spread(has_offsets, saved[:given])
+            saved = saved[given:]
+        tables = ctx.tables
+        if tables is None:
+            tables, saved = saved[:n_tables], saved[n_tables:]
+        weights: list[Tensor | None] = [None] * n_lookups
+        for place, tensor in zip(weighted, saved):
+            weights[place] = tensor
+
         needs = ctx.needs_input_grad[6:]
-        touched = [False] * n_tables  # a table none of whose slots got a gradient has none either, as in plain autograd
-        for lookup in spec.lookups:
-            touched[lookup.table] |= slot_grads[lookup.slot] is not None
-        wanted = [
-            bool(n and t and place.grad in ("sparse", "dense")) for n, t, place in zip(needs[:n_tables], touched, spec.tables)
-        ]
-        weight_needs = needs[n_tables + 2 * n_lookups : n_tables + 3 * n_lookups]
-        wanted_weights = [bool(n and slot_grads[lk.slot] is not None) for n, lk in zip(weight_needs, spec.lookups)]
-        due = [i for i, place in enumerate(spec.tables) if touched[i] and needs[i] and place.grad == "in_backward"]
+        kinds, due = _due(text, needs[:n_tables], tuple([g is not None for g in slot_grads]))
+        wanted = [kind is not None for kind in kinds]
+        wanted_weights = [False] * n_lookups
+        for place, need in zip(weighted, needs[n_tables:]):
+            wanted_weights[place] = need and slot_grads[spec.lookups[place].slot] is not None
 
         made: list[Tensor] = []
         if any(wanted) or any(wanted_weights):
             call = torch.ops.tablewright.embedding_bags_backward if tracing() else _backward
-            made = call(list(slot_grads), tables, indices, offsets, weights, ctx.text, wanted, wanted_weights)
+            made = call(list(slot_grads), tables, indices, offsets, weights, text, wanted, wanted_weights)
         if due:
             if tracing():
-                torch.ops.tablewright.embedding_bags_defer_update(
-                    list(slot_grads), indices, offsets, weights, ctx.text, ctx.owner, ctx.ticket
-                )
+                torch.ops.tablewright.embedding_bags_defer_update(list(slot_grads), indices, offsets, weights, text, owner, ticket)
             elif _accumulates(tables[due[0]]):
-                given = {spec.tables[i].name: tables[i] for i in due}
-                in_backward.defer(ctx.owner, ctx.text, list(slot_grads), indices, offsets, weights, given)
+                looked_up = {spec.tables[i].name: tables[i] for i in due}
+                in_backward.defer(owner, text, list(slot_grads), indices, offsets, weights, looked_up)
         parts = iter(made)
         table_grads: list[Tensor | None] = []
-        for table, place, want in zip(tables, spec.tables, wanted):
-            if not want:
+        for table, kind in zip(tables, kinds):
+            if kind is None:
                 table_grads.append(None)
-            elif place.grad == "sparse":
+            elif kind == "sparse":
                 table_grads.append(_coalesced(next(parts), next(parts), table))
             else:
                 table_grads.append(next(parts))
-        if not tracing():
+        if made and not tracing():
             _keep_coalesced(tables, table_grads)
-        weight_grads = [next(parts) if want else None for want in wanted_weights]
+        weight_grads = [next(parts) if wanted_weights[place] else None for place in weighted]
         extra_grads = [
             None if slot_grads[e.slot] is None else slot_grads[e.slot].narrow(-1, e.column, e.width).to(dtype)
             for e, dtype in zip(spec.extras, ctx.extra_dtypes)
         ]
-        return (None,) * 6 + (*table_grads, *[None] * (2 * n_lookups), *weight_grads, *extra_grads)
+        return (None,) * 6 + (*table_grads, *weight_grads, *extra_grads)
+
+
+@functools.lru_cache(maxsize=4096)
+def _due(text: str, needs: tuple[bool, ...], reached: tuple[bool, ...]) -> tuple[tuple[str | None, ...], tuple[int, ...]]:
+    """For each table the kind of gradient to make ("sparse", "dense" or None); and the tables to update in the backward.
+
+    A table none of whose slots got a gradient has none either, as in plain autograd."""
+    spec = decode(text)
+    touched = {lookup.table for lookup in spec.lookups if reached[lookup.slot]}
+    grads = [t.grad if needs[i] and i in touched else None for i, t in enumerate(spec.tables)]
+    kinds = tuple(g if g in ("sparse", "dense") else None for g in grads)
+    return kinds, tuple(i for i, g in enumerate(grads) if g == "in_backward")
+
+
+def _spread(present: list[bool], tensors: list[Tensor]) -> list[Tensor | None]:
+    left = iter(tensors)
+    return [next(left) if here else None for here in present]
 
 
 def _accumulates(table: Tensor) -> bool:
@@ -241,18 +277,26 @@ def _keep_coalesced(tables: list[Tensor], grads: list[Tensor | None]) -> None:
         torch.autograd.Variable._execution_engine.queue_callback(restore)
 
 
-def _split(tensors, n_tables: int, n_lookups: int):
-    cuts = [0, n_tables, n_tables + n_lookups, n_tables + 2 * n_lookups, n_tables + 3 * n_lookups]
-    parts = [list(tensors[a:b]) for a, b in zip(cuts, cuts[1:])]
-    return (*parts, list(tensors[cuts[-1] :]))
-
-
 def _autograd(tables, indices, offsets, sample_weights, extras, spec, ticket=None, owner=-1):
-    if not torch.is_grad_enabled() and not tracing():
+    traced = tracing()
+    if not torch.is_grad_enabled() and not traced:
         return _forward(tables, indices, offsets, sample_weights, extras, spec)
-    tables = [t.detach() if place.grad == "none" else t for t, place in zip(tables, decode(spec).tables)]
-    tensors = (*tables, *indices, *offsets, *sample_weights, *extras)
-    return list(_Lookup.apply(spec, owner, ticket, len(tables), len(indices), len(extras), *tensors))
+    if has_frozen(spec):
+        tables = [t.detach() if place.grad == "none" else t for t, place in zip(tables, decode(spec).tables)]
+    weighted = [i for i, w in enumerate(sample_weights) if w is not None]
+    tensors = (*tables, *[sample_weights[i] for i in weighted], *extras)
+    apply = _Lookup.apply if traced else _APPLY
+    return list(apply(spec, owner, ticket, indices, offsets, weighted, *tensors))
+
+
+# Without the look through all arguments for wrappers that torch.func left behind: reading such a one raises.
+_APPLY = super(torch.autograd.Function, _Lookup).apply
+
+
+@functools.lru_cache(maxsize=4096)
+def has_frozen(text: str) -> bool:
+    """Whether the spec has a table without gradient."""
+    return any(t.grad == "none" for t in decode(text).tables)
 
 
 for _device in ("CPU", "CUDA"):
