@@ -19,7 +19,8 @@ from ..kernels.embedding.op import OP
 from ..kernels.embedding.optimizers import RowUpdates
 from ..kernels.library import DIRECT
 from ..passes.records import Record
-from .capture import Captured, attach, verify
+from .capture import Captured, attach, deep_copy, verify
+from .capture.program_check import leaves_of
 from .capture.shell import RefusingHooks
 from .errors import CaptureError, PlanError, nearest
 from .in_backward_guard import InBackwardGuard, drop_placeholders
@@ -46,13 +47,27 @@ class Variant:
     steps: list[Step]
     module: torch.fx.GraphModule
     unverified: bool = False  # captured without inputs: compared with the plain model at the first call
+    graphs: list[Graph] = field(default_factory=list)  # the rewritten graphs of a program's pieces; else the one graph
     run: Callable[..., tuple] = field(init=False, repr=False)  # what eager calls: the same graph, ops called directly
 
     def __post_init__(self) -> None:
-        direct = copy_graph(self.graph)
-        for node in direct.nodes:
-            node.target = DIRECT.get(node.target, node.target)
-        self.run = attach(self.module._shell, direct).forward
+        if self.captured.program is None:
+            self.graphs = [self.graph]
+        self.run = runnable(self.module._shell, self.graph)
+
+    @property
+    def pieces(self) -> int:
+        """In how many graphs the model runs; 0 where it runs plainly."""
+        program = self.captured.program
+        return 1 if program is None else len(program.pieces)
+
+
+def runnable(shell: nn.Module, graph: Graph) -> Callable[..., tuple]:
+    """What eager mode calls for ``graph``: a copy of it whose ops are called directly, on the shell."""
+    direct = copy_graph(graph)
+    for node in direct.nodes:
+        node.target = DIRECT.get(node.target, node.target)
+    return attach(shell, direct).forward
 
 
 class OptimizedModel(nn.Module):
@@ -85,6 +100,8 @@ class OptimizedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the plain model's ``forward`` computes."""
         variant = self._variant_for(args, kwargs)
+        if variant.captured.program is not None:
+            return self._run_program(variant.captured.program, args, kwargs)
         run = variant.module.forward if torch.compiler.is_compiling() else variant.run
         guard = self._guard
         watched = guard is not None and torch.is_grad_enabled()
@@ -95,6 +112,18 @@ class OptimizedModel(nn.Module):
             guard.watch(leaves)
         spec = variant.captured.out_spec
         return leaves[0] if spec.is_leaf() else pytree.tree_unflatten(list(leaves), spec)
+
+    def _run_program(self, program: Any, args: tuple, kwargs: dict) -> Any:
+        if torch.compiler.is_compiling():
+            return getattr(self._shell, program.entry)(*args, **kwargs)  # the compiler at work captures the plain model itself
+        guard = self._guard
+        watched = guard is not None and torch.is_grad_enabled()
+        if watched:
+            guard.before_forward()
+        result = program(args, kwargs)
+        if watched:
+            guard.watch([leaf for _, leaf in leaves_of(result)])
+        return result
 
     def _variant_for(self, args: tuple, kwargs: dict) -> Variant:
         if torch.compiler.is_compiling():
@@ -242,7 +271,9 @@ class OptimizedModel(nn.Module):
     # --- copies --------------------------------------------------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict) -> OptimizedModel:
-        shell = copy.deepcopy(self._shell, memo)
+        shell = deep_copy(self._shell, memo)
+        from .programs import on_copy
+
         result = type(self)(shell, self._compiler.for_copy(shell), self._plan)
         memo[id(self)] = result
         owner = -1
@@ -258,7 +289,9 @@ class OptimizedModel(nn.Module):
             graph = copy_graph(variant.graph)
             _set_owner(graph, owner)
             captured = replace(variant.captured, guards=copy.deepcopy(variant.captured.guards, memo))
-            result._variants.append(Variant(captured, graph, variant.steps, attach(shell, graph), variant.unverified))
+            if captured.program is not None:
+                captured.program = on_copy(result._compiler, captured.program)
+            result._variants.append(Variant(captured, graph, variant.steps, attach(shell, graph), variant.unverified, variant.graphs))
         return result
 
     def __reduce_ex__(self, protocol: int):
@@ -296,7 +329,7 @@ def plain_copy(shell: nn.Module, share: bool = False) -> nn.Module:
     memo: dict = {}
     if share:
         memo.update({id(t): t for t in [*shell.parameters(), *shell.buffers()]})
-    result = copy.deepcopy(shell, memo)
+    result = deep_copy(shell, memo)
     result.__dict__.pop(TICKET, None)
     for module in result.modules():
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
