@@ -6,6 +6,7 @@ Half precision is widened to float32 first and rounded once at the end.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -44,8 +45,17 @@ def describe() -> str:
     return f"pure PyTorch: {_why_not}" if _lib is None else f"native {_LEVELS[_lib.twi_level(-1)]}"
 
 
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device = _CPU) -> Tensor:
+    """An uninitialised tensor, from memory that is used again where it is large."""
+    return buffers.empty(shape, dtype)
+
+
 def _plain(x: Tensor) -> bool:
-    return _lib is None or x.dtype not in (torch.float32, torch.float64) or x.dim() != 3
+    return _lib is None or x.dtype not in (torch.float32, torch.float64)
+
+
+def _half(x: Tensor) -> bool:
+    return _lib is not None and x.dtype in (torch.float16, torch.bfloat16)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -70,46 +80,44 @@ def _run(kind: int, x: Tensor, y: Tensor, pairs: str = "", dx: Tensor | None = N
         raise RuntimeError("the C++ interaction kernels refused pairs that the reference accepts")
 
 
-def _widened(function, x: Tensor, *rest):
-    return function(x.float(), *rest).to(x.dtype) if x.dtype in (torch.float16, torch.bfloat16) else function(x, *rest)
-
-
 def dots(x: Tensor, pairs: str, out: Tensor | None = None) -> Tensor:
-    """See :func:`reference.dots`. ``out``: where to write, ``[batch, pairs]`` of x's dtype with any strides.
-
-    Forward and backward on 2 x AVX-512 (ms), against bmm, ``[:, li, lj]`` and cat: see benchmarks/results."""
-    if _plain(x):
-        made = _widened(dots, x, pairs) if x.dtype in (torch.float16, torch.bfloat16) and _lib else reference.dots(x, pairs)
+    """See :func:`reference.dots`. ``out``: where to write, ``[batch, pairs]`` of x's dtype with any strides."""
+    if _half(x) or _plain(x):
+        made = dots(x.float(), pairs).to(x.dtype) if _half(x) else reference.dots(x, pairs)
         return made if out is None else out.copy_(made)
-    y = buffers.empty((x.shape[0], len(decode(pairs))), x.dtype) if out is None else out
+    y = empty((x.shape[0], len(decode(pairs))), x.dtype) if out is None else out
     _run(_DOTS, _rows(x), y, pairs)
     return y
 
 
 def _grads_of(kind: int, grad: Tensor, x: Tensor, pairs: str = "", **options) -> Tensor:
-    dx = buffers.empty(x.shape, x.dtype)
+    dx = empty(x.shape, x.dtype)
     _run(kind, _rows(x), grad, pairs, dx, **options)
     return dx
 
 
 def dots_backward(grad: Tensor, x: Tensor, pairs: str) -> Tensor:
     """See :func:`reference.dots_backward`."""
-    if _lib is not None and x.dtype in (torch.float16, torch.bfloat16):
+    if _half(x):
         return dots_backward(grad.float(), x.float(), pairs).to(x.dtype)
-    return reference.dots_backward(grad, x, pairs) if _plain(x) else _grads_of(_DOTS, grad, x, pairs)
+    if _plain(x):
+        return reference.dots_backward(grad, x, pairs)
+    return _grads_of(_DOTS, grad, x, pairs)
 
 
 def products(x: Tensor, pairs: str) -> Tensor:
     """See :func:`reference.products`."""
     if _plain(x):
         return reference.products(x, pairs)
-    y = buffers.empty((x.shape[0], len(decode(pairs)), x.shape[2]), x.dtype)
+    y = empty((x.shape[0], len(decode(pairs)), x.shape[2]), x.dtype)
     _run(_PRODUCTS, _rows(x), y, pairs)
     return y
 
 
 def products_backward(grad: Tensor, x: Tensor, pairs: str) -> Tensor:
     """See :func:`reference.products_backward`."""
+    if _half(x):
+        return products_backward(grad.float(), x.float(), pairs).to(x.dtype)
     if _plain(x):
         return reference.products_backward(grad, x, pairs)
     return _grads_of(_PRODUCTS, _rows(grad), x, pairs)
@@ -117,15 +125,19 @@ def products_backward(grad: Tensor, x: Tensor, pairs: str) -> Tensor:
 
 def fm(x: Tensor, scale: float, reduce: bool) -> Tensor:
     """See :func:`reference.fm`."""
+    if _half(x):
+        return fm(x.float(), scale, reduce).to(x.dtype)
     if _plain(x):
         return reference.fm(x, scale, reduce)
-    y = buffers.empty((x.shape[0],) if reduce else (x.shape[0], x.shape[2]), x.dtype)
+    y = empty((x.shape[0],) if reduce else (x.shape[0], x.shape[2]), x.dtype)
     _run(_FM, _rows(x), y, reduce=reduce, scale=scale)
     return y
 
 
 def fm_backward(grad: Tensor, x: Tensor, scale: float, reduce: bool) -> Tensor:
     """See :func:`reference.fm_backward`."""
+    if _half(x):
+        return fm_backward(grad.float(), x.float(), scale, reduce).to(x.dtype)
     if _plain(x):
         return reference.fm_backward(grad, x, scale, reduce)
     return _grads_of(_FM, grad, x, reduce=reduce, scale=scale)
