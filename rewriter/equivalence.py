@@ -19,7 +19,7 @@ from ..kernels.embedding import reference
 from ..kernels.embedding.op import OP
 from ..kernels.embedding.optimizers import RowUpdates, _touched_rows, row_wise
 from ..kernels.embedding.spec import decode
-from .capture import Captured, Guards, attach, deep_copy
+from .capture import Captured, attach, deep_copy
 from .edge_batches import copies, edge_batches
 from .errors import VerifyError
 from .verify import copy_graph
@@ -99,7 +99,7 @@ def run(call: Callable[[], Any], module: nn.Module) -> tuple[list[Any], dict[str
         torch.manual_seed(0)
         outputs = pytree.tree_leaves(call())
         torch.manual_seed(1)
-        total = sum((o * torch.randn_like(o)).sum() for o in outputs if isinstance(o, Tensor) and o.requires_grad)
+        total = sum((o * torch.randn_like(o, memory_format=torch.contiguous_format)).sum() for o in outputs if isinstance(o, Tensor) and o.requires_grad)
         if isinstance(total, Tensor):
             total.backward()
     return outputs, {name: p.grad for name, p in module.named_parameters()}
@@ -190,7 +190,7 @@ def numeric_check(shell: nn.Module, captured: Captured, args: tuple, kwargs: dic
         twins = [deep_copy(shell) for _ in range(2)]
         for twin in twins:
             _freeze(twin, after)
-        expected, actual = (_side(twin, graph, captured.guards) for twin, graph in zip(twins, (before, after)))
+        expected, actual = (_side(twin, graph, captured) for twin, graph in zip(twins, (before, after)))
         Equivalence(tuple(_compare_all(expected, actual, args, kwargs, edges))).raise_if_failed()
 
     return check
@@ -200,9 +200,9 @@ def _plain(twin: nn.Module) -> Side:
     return Side(twin, lambda args, kwargs: twin(*args, **kwargs))
 
 
-def _side(twin: nn.Module, graph: Graph, guards: Guards) -> Side:
+def _side(twin: nn.Module, graph: Graph, captured: Captured) -> Side:
     module = attach(twin, without_in_backward(graph))
-    return Side(twin, lambda args, kwargs: module(*guards.flatten(args, kwargs)))
+    return Side(twin, lambda args, kwargs: captured.result(twin, module(*captured.guards.flatten(args, kwargs))))
 
 
 def check_model(model, args: tuple, kwargs: dict) -> Equivalence:
@@ -210,11 +210,10 @@ def check_model(model, args: tuple, kwargs: dict) -> Equivalence:
     from .programs import on_copy
 
     variant = model._variant_for(args, kwargs)
-    guards = variant.captured.guards
     plain, twin = deep_copy(model._shell), deep_copy(model._shell)
     for module in (plain, twin):
         _freeze(module, variant.graph)
-    expected, actual = _plain(plain), _side(twin, variant.graph, guards)
+    expected, actual = _plain(plain), _side(twin, variant.graph, variant.captured)
     edges = [] if variant.captured.program is not None else _edges(expected, variant.captured, args, kwargs)
     if variant.captured.program is not None:
         program = on_copy(model._compiler.for_copy(twin), variant.captured.program, trained_inside=False)
