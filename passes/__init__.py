@@ -1,11 +1,13 @@
 """The rewrites, in the order in which they run."""
 from __future__ import annotations
 
+from .dense_chains import DenseChains
 from .dense_layers import FindDenseLayers
+from .fuse_cross import FuseCross
 from .group_tables import GroupTables
 from .pool_sequences import PoolSequences
 from .remove_zero_dropout import RemoveZeroDropout
 from .rule import Pass
 from .table_gradients import TableGradients
 
-DEFAULT: tuple[type[Pass], ...] = (RemoveZeroDropout, PoolSequences, GroupTables, TableGradients, FindDenseLayers)
+DEFAULT: tuple[type[Pass], ...] = (RemoveZeroDropout, PoolSequences, GroupTables, TableGradients, FindDenseLayers, FuseCross, DenseChains)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..kernels.dense import op as dense
+from ..kernels.dense.gemm import LEAST_WORK
 from .graph import Editor, arguments, aten, is_op, value_of
 from .measure import _LEAST_GAIN, Measured, Timing
 from .records import APPLIED, DISABLED, SKIPPED, Record, record
@@ -74,10 +75,14 @@ class DenseChains(Measured):
         def row(status: str, reason: str = "", detail: str = "") -> Record:
             return record(self.name, self.kind, status, chain[-1], reason, detail, subject)
 
-        layers, refusals = [], []
+        layers: list[Layer] = []
+        refusals: list[str] = []
         for node in chain:
             layer = _layer(node)
-            (refusals if isinstance(layer, str) else layers).append(layer)
+            if isinstance(layer, str):
+                refusals.append(layer)
+            else:
+                layers.append(layer)
         if not layers:
             return row(SKIPPED, refusals[0])
         timings = {layer: self._time(layer, context) for layer in layers} if self.measure else {}
@@ -96,8 +101,7 @@ class DenseChains(Measured):
     def _time(self, layer: Layer, context: Context) -> Timing:
         a = arguments(layer.linear)
         value = value_of(a["input"])
-        rows = max(_ROWS, _count(value.shape[:-1]))
-        facts = (rows, *layer.sizes, a["bias"] is not None, layer.function, value.dtype, value.device)
+        facts = (_rows(layer.linear), *layer.sizes, a["bias"] is not None, layer.function, value.dtype, value.device)
         key = (self.name, facts, torch.get_num_threads())
         if key not in context.timings:
             context.timings[key] = _time(*facts)
@@ -129,8 +133,12 @@ def _layer(node: Node) -> Layer | str:
         return f"the layer runs on {value.device.type}, where PyTorch's own kernels are used; the fused layer gains on cpu only"
     if value.dtype != torch.float32 or weight.dtype != torch.float32:
         return f"the layer is {str(value.dtype).removeprefix('torch.')}; the fused layer gains for float32 only"
+    sizes = tuple(weight.shape)
     if weight.dim() != 2 or not all(isinstance(s, int) for s in weight.shape):
         return f"the weight has {weight.dim()} dimensions or a size that varies; a fixed [out, in] was needed"
+    rows = _rows(node)
+    if rows * prod(sizes) < LEAST_WORK:
+        return f"at {rows} rows the layer is {rows * prod(sizes) / 1e6:.2g} million multiply-adds; the fused layer gains from {LEAST_WORK / 1e6} on"
     users = list(node.users)
     activation = users[0] if len(users) == 1 and is_op(users[0], *_ACTIVATIONS) else None
     return Layer(node, activation, (weight.shape[1], weight.shape[0]))
@@ -148,10 +156,10 @@ def _replace(editor: Editor, layer: Layer) -> None:
         editor.graph.erase_node(layer.linear)
 
 
-def _count(shape) -> int:
-    """How many rows the sample has; 1 where that is not known."""
-    sizes = [s.node.hint if isinstance(s, torch.SymInt) else s for s in shape]
-    return prod(s or 1 for s in sizes)
+def _rows(node: Node) -> int:
+    """How many rows the layer is timed with: the sample's, but not fewer than ``_ROWS``."""
+    sizes = [s.node.hint if isinstance(s, torch.SymInt) else s for s in value_of(node).shape[:-1]]
+    return max(_ROWS, prod(s or 1 for s in sizes))
 
 
 def _timed(timings: list[Timing]) -> str:

@@ -64,8 +64,9 @@ class Measured(Pass):
             return skip("whether it pays is measured on the shapes of sample_inputs, and they are not known here", at=nodes[-1])
         if timing.gain >= _LEAST_GAIN:
             return None
+        where = f"at batch {rows} or the sample's, if larger" if rows else "on the sample's shapes"
         return skip(
-            f"measured on the sample's shapes: the rewrite takes {timing.rewritten * 1e6:.0f} us and the plain ops "
+            f"measured {where}: the rewrite takes {timing.rewritten * 1e6:.0f} us and the plain ops "
             f"{timing.plain * 1e6:.0f} us; it must be {_LEAST_GAIN}x faster to be made", at=nodes[-1],
         )  # fmt: skip
 

@@ -10,6 +10,7 @@ import tablewright as tw
 import torch
 import torch.nn.functional as F
 from small_models import Dot, Tied, dot_batch, tied_batch
+from tablewright import passes as registry
 from tablewright.passes.records import APPLIED, SKIPPED, Record
 from torch import nn
 
@@ -112,7 +113,7 @@ def test_json_holds_everything():
     assert len(raw["records"]) == len(found.records) and raw["coverage"]["lookups"] == [2, 3]
     assert {"kind", "status", "subject", "rule", "reason", "location"} <= set(raw["records"][0])
     assert raw["launches"] == 1 and raw["seconds"] > 0 and raw["door"] in ("fx", "export")
-    assert raw["passes"] == ["remove_zero_dropout", "group_tables", "table_gradients", "find_dense_layers"]
+    assert raw["passes"] == [p.name for p in registry.DEFAULT]
 
 
 def test_the_report_names_the_kernels_and_the_door():
