@@ -72,7 +72,7 @@ class PoolSequences(Pass):
                 detail = _take(editor, lookup, ids, pool)
                 records.append(record(self.name, self.kind, APPLIED, pool.end, detail=detail, subject=_path(node)))
                 editor.graph.erase_node(pool.end)
-            _take_sizes(editor, readers.sizes, ids)
+            _take_sizes(editor, readers.sizes, lookup, ids)
         editor.remove_dead()
         return records
 
@@ -111,7 +111,7 @@ def _refusal(lookup: LookupNode | Skip | None, readers: Readers, writes: Writes)
             return skip(f"{packet_name(written)} is written to in place", at=written)
     dead = _dying({n for pool in readers.pools for n in pool.passed})
     for size in readers.sizes:
-        if size not in dead and not is_op(size, aten.sym_size.int):
+        if size not in dead and not is_op(size, aten.sym_size.int, getattr):
             return skip(f"{packet_name(size)} needs the shape of its rows for more than a mask", at=size)
     return None
 
@@ -170,12 +170,12 @@ def _matrix(value: Any, kept: list[int], over: tuple[int, ...]) -> Any:
 
 
 def _size(ids: Ids, axis: int) -> Any:
-    size = ids.shape[axis]
-    return size if isinstance(size, int) else Lazy(aten.sym_size.int, (ids.node, axis))
+    # Never the sample's number: a graph that was traced serves batches and sequences of any size.
+    return Lazy(aten.sym_size.int, (ids.node, axis))
 
 
 def _times(a: Any, b: Any) -> Any:
-    return a * b if isinstance(a, int) and isinstance(b, int) else Lazy(operator.mul, (a, b))
+    return Lazy(operator.mul, (a, b))
 
 
 def _arranged(value: Any, labels: list[int], axes: tuple[int, ...], ids: Ids) -> Any:
@@ -204,7 +204,9 @@ def _take_row_sums(editor: Editor, lookup: LookupNode, ids: Ids, total: Node, ax
     editor.replace(total, make(sums, editor, total, [lookup.node, total]))
 
 
-def _take_sizes(editor: Editor, sizes: list[Node], ids: Ids) -> None:
+def _take_sizes(editor: Editor, sizes: list[Node], lookup: LookupNode, ids: Ids) -> None:
     for node in sizes:
-        if is_op(node, aten.sym_size.int) and node.args[1] < ids.rank:  # type: ignore[operator]
+        if is_op(node, getattr):
+            editor.set_argument(node, 0, lookup.table)  # its dtype and device are the rows'
+        elif is_op(node, aten.sym_size.int) and node.args[1] < ids.rank:  # type: ignore[operator]
             editor.replace(node, make(Lazy(aten.sym_size.int, (ids.node, node.args[1])), editor, node, [node]))

@@ -41,6 +41,11 @@ class Ids:
     def rank(self) -> int:
         return len(self.shape)
 
+    @property
+    def static(self) -> bool:
+        """Sizes are the sample's (the graph was traced, not exported): another batch may have others, also where it has 1."""
+        return all(isinstance(size, int) for size in self.shape)
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -53,7 +58,7 @@ class Weight:
     def by_position(self, ids: Ids) -> Any:
         """The weight with exactly the shape of the ids, in the table's dtype."""
         value = _aligned(self.value, self.labels, ids)
-        if any(label not in self.labels for label in range(ids.rank)):
+        if 1 in ids.shape or any(label not in self.labels for label in range(ids.rank)):
             value = Lazy(aten.expand_as.default, (value, ids.node))
         known = value_of(value)
         return value if known is not None and known.dtype == ids.dtype else Lazy(aten.to.dtype, (value, ids.dtype))
@@ -77,7 +82,10 @@ def _peel(node: Any, labels: tuple[int, ...], ids: Ids) -> tuple[Any, tuple[int,
     value = value_of(node)
     if value is None or value.dim() != len(labels):
         return None
-    labels = tuple(NONE if _is_one(size) else label for size, label in zip(value.shape, labels))
+    labels = tuple(
+        NONE if _is_one(size) and not (label < ids.rank and _is_one(ids.shape[label])) else label
+        for size, label in zip(value.shape, labels)
+    )  # a sequence of length 1 keeps its axis
     if not isinstance(node, Node) or node.op != "call_function" or not node.args:
         return node, labels
     source, rank = node.args[0], len(labels)
@@ -87,7 +95,7 @@ def _peel(node: Any, labels: tuple[int, ...], ids: Ids) -> tuple[Any, tuple[int,
     if is_op(node, *_CASTS) and _keeps_values(value_of(source), value, ids):
         return _peel(source, labels, ids)
     pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags and is_pure(node)
-    if ids.rank in labels and pointwise:
+    if pointwise and (ids.rank in labels or is_op(node, *_NOT)):
         parts = [_peel(a, labels[rank - _rank(a) :], ids) if isinstance(a, Node) else (a, ()) for a in node.args]
         if any(p is None or ids.rank in p[1] for p in parts) or node.kwargs:
             return None
@@ -157,16 +165,16 @@ def _kept_but(mask: Any, ids: Node, inverted: bool) -> int | None:
     while isinstance(mask, (Node, Lazy)):
         if isinstance(mask, Node) and is_op(mask, *_CASTS):
             source = value_of(mask.args[0])
-            if source is None or (source.dtype != torch.bool and not (inverted is False and _is_zero_one(mask.args[0]))):
+            if source is None or not _is_zero_one(mask.args[0]):
                 break
             mask = mask.args[0]
-        elif mask.target in _NOT and _is_bool(mask):
+        elif mask.target in _NOT and _is_bool(mask.args[0]):
             mask, inverted = mask.args[0], not inverted
         elif mask.target is aten.rsub.Scalar and mask.args[1] == 1 and _is_zero_one(mask.args[0]):
             mask, inverted = mask.args[0], not inverted
         else:
             break
-    if not isinstance(mask, Node) or len(mask.args) < 2 or not _same_ids(mask.args[0], ids):
+    if not isinstance(mask, Node) or mask.op != "call_function" or len(mask.args) < 2 or not _same_ids(mask.args[0], ids):
         return None
     number = mask.args[1]
     if not isinstance(number, (int, float)) or number != int(number):

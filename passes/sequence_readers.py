@@ -77,6 +77,9 @@ def read_readers(result: Node, ids: Ids) -> Readers:
 def _step(user: Node, rows: _Rows, ids: Ids, found: Readers) -> _Rows | None:
     """The rows after ``user``, or ``None`` where the walk ends and ``found`` says how."""
     step: _Rows | None = None
+    if user.target is getattr and user.args[1] in ("dtype", "device"):
+        found.sizes.append(user)
+        return None
     if is_op(user, *_SHAPE_ONLY) and user.args[0] is not rows.node or is_op(user, aten.sym_size.int, *_FILLED):
         found.sizes.append(user)
         return None
@@ -135,6 +138,12 @@ def _same_rows(user: Node, rows: _Rows, ids: Ids, shape: tuple) -> _Rows | None:
     return None if weight is None else rows.at(user, rows.axes, weight)
 
 
+def _width(rows: _Rows, ids: Ids) -> Any:
+    """D, or ``None`` where its axis is gone."""
+    value = value_of(rows.node)
+    return value.shape[rows.axes.index(ids.rank)] if value is not None and ids.rank in rows.axes else None
+
+
 def _viewed(user: Node, rows: _Rows, ids: Ids, shape: tuple) -> tuple[int, ...] | None:
     """The axes after a view that adds or removes axes of size 1, and does nothing else."""
     before = value_of(rows.node)
@@ -143,6 +152,9 @@ def _viewed(user: Node, rows: _Rows, ids: Ids, shape: tuple) -> tuple[int, ...] 
         at = user.args[1] % len(shape)  # type: ignore[operator]
         return rows.axes[:at] + (NONE,) + rows.axes[at:]
     sizes = [str(size) for size in before.shape]
+    reshapes = is_op(user, aten.view.default, aten.reshape.default)
+    if ids.static and reshapes and not _says_sizes(user, shape, _width(rows, ids)):
+        return None
     if sizes == list(map(str, shape)):
         return rows.axes
     # Where D is 1, its axis is as good as none.
@@ -151,6 +163,12 @@ def _viewed(user: Node, rows: _Rows, ids: Ids, shape: tuple) -> tuple[int, ...] 
         return None
     labels = iter(label for label, _ in old)
     return tuple(NONE if str(size) == "1" else next(labels) for size in shape)
+
+
+def _says_sizes(user: Node, shape: tuple, dim: Any) -> bool:
+    """Would ``user`` do the same on a batch of other sizes? A 1 must be written as 1, and others be asked for, or -1."""
+    asked: list[Any] = list(user.args[1])  # type: ignore[arg-type]
+    return all(a == 1 if size == 1 else not isinstance(a, int) or a in (-1, dim) for a, size in zip(asked, shape))
 
 
 def _is_zero(node: Any) -> bool:
@@ -166,7 +184,7 @@ def _reduced(user: Node, rows: _Rows, ids: Ids, found: Readers) -> _Rows | None:
     gone = [rows.axes[d] for d in sorted(dims)]
     axes = tuple(NONE if i in dims else label for i, label in enumerate(rows.axes) if a["keepdim"] or i not in dims)
     over = tuple(sorted(label for label in gone if label not in (NONE, ids.rank)))
-    width = made is not None and ids.rank in gone and value_of(rows.node).shape[rows.axes.index(ids.rank)]  # type: ignore[union-attr]
+    width = _width(rows, ids) if ids.rank in gone else 1
     if not over:
         if ids.rank not in gone or width == 1:
             return rows.at(user, axes)  # sums of one number each
