@@ -1,0 +1,113 @@
+"""``tablewright::dense`` against plain PyTorch: values, gradients, edges, the dispatcher's checks."""
+from __future__ import annotations
+
+import pytest
+import torch
+from tablewright.kernels.dense import gemm
+from tablewright.kernels.dense.op import ACTIVATIONS, OP, call, reference
+
+
+def both(x, weight, bias, activation, run=OP):
+    """(out, gradients...) of the op and of the reference, the latter in float64."""
+    results = []
+    for function, dtype in ((run, x.dtype), (reference, torch.float64)):
+        given = [None if t is None else t.detach().to(dtype).requires_grad_(t.requires_grad) for t in (x, weight, bias)]
+        out = function(*given, activation)
+        seed = torch.linspace(-1, 1, out.numel(), dtype=dtype).view(out.shape)
+        wanted = [t for t in given if t is not None and t.requires_grad]
+        results.append([out, *torch.autograd.grad(out, wanted, seed)])
+    return results
+
+
+def assert_equal(results, **tolerance):
+    for ours, plain in zip(*results):
+        assert ours.shape == plain.shape and ours.is_contiguous()
+        torch.testing.assert_close(ours.double(), plain, **tolerance)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("shape", [(0, 9), (1, 9), (5, 9), (2, 3, 9), (9,)])
+def test_small_products_and_edges(shape, biased, activation):
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape, dtype=torch.float64, requires_grad=True), torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, dtype=torch.float64, requires_grad=True) if biased else None
+    assert_equal(both(x, weight, bias, activation), rtol=1e-12, atol=1e-12)
+    assert_equal(both(x, weight, bias, activation, call), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "every other", "expanded"])
+@pytest.mark.parametrize(("fan_in", "fan_out"), [(300, 128), (13, 512), (512, 13)])
+def test_large_products_of_any_layout(fan_in, fan_out, layout):
+    """Large enough for oneDNN, wherever PyTorch has it."""
+    torch.manual_seed(0)
+    rows = 1 + gemm.LEAST_WORK // (fan_in * fan_out)
+    given = {
+        "rows": torch.randn(rows, fan_in), "columns": torch.randn(fan_in, rows).t(),
+        "every other": torch.randn(rows, 2 * fan_in)[:, ::2], "expanded": torch.randn(1, fan_in).expand(rows, fan_in),
+    }[layout]  # fmt: skip
+    weight = torch.randn(fan_out, fan_in, requires_grad=True)
+    assert gemm.onednn_serves(given, weight) == (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
+    results = both(given.requires_grad_(), weight, torch.randn(fan_out, requires_grad=True), "tanh")
+    assert_equal(results, rtol=1e-4, atol=2e-4)
+
+
+def test_nan_and_zero_as_in_torch():
+    """oneDNN's own relu would make 0 of NaN."""
+    x = torch.randn(2000, 40)
+    x[3] = float("nan")
+    x[5] = 0
+    weight = torch.randn(40, 40, requires_grad=True)
+    out = OP(x, weight, None, "relu")
+    assert out[3].isnan().all() and not out[4].isnan().any()
+    (grad,) = torch.autograd.grad(OP(torch.zeros(2000, 40), weight, None, "relu").sum(), weight)
+    assert (grad == 0).all()
+    bias = torch.zeros(40, requires_grad=True)
+    (grad,) = torch.autograd.grad(OP(torch.zeros(2000, 40), weight, bias, "relu").sum(), bias)
+    assert (grad == 0).all(), "the derivative of relu at 0 is 0"
+
+
+def test_only_wanted_gradients():
+    x, weight, bias = torch.randn(4, 6), torch.randn(3, 6, requires_grad=True), torch.randn(3)
+    out = OP(x, weight, bias, "relu")
+    out.sum().backward()
+    assert weight.grad is not None and x.grad is None and bias.grad is None
+    assert not OP(x, weight.detach(), bias, "none").requires_grad
+    with torch.no_grad():
+        assert not OP(x, weight, bias, "relu").requires_grad
+
+
+def test_a_changed_weight_is_seen():
+    """Nothing of a weight may be kept between calls."""
+    x, weight = torch.randn(600, 64), torch.randn(64, 64)
+    first = OP(x, weight, None, "none")
+    weight.mul_(2)
+    torch.testing.assert_close(OP(x, weight, None, "none"), 2 * first, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_casts_as_in_plain_pytorch():
+    x, weight = torch.randn(4, 6), torch.randn(3, 6, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert call(x, weight, None, "relu").dtype == OP(x, weight, None, "relu").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    x, weight = torch.randn(8, 6, dtype=dtype, requires_grad=True), torch.randn(3, 6, dtype=dtype, requires_grad=True)
+    assert_equal(both(x, weight, None, "relu"), rtol=2e-2, atol=2e-2)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="activation is 'gelu'; it must be one of"):
+        OP(torch.ones(2, 3), torch.ones(4, 3), None, "gelu")
+    with pytest.raises(ValueError, match="weight has shape"):
+        OP(torch.ones(2, 3), torch.ones(3), None, "none")
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        OP(torch.ones(2, 3), torch.ones(4, 5), None, "none")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_opcheck(activation):
+    x, weight, bias = torch.randn(300, 80, requires_grad=True), torch.randn(128, 80, requires_grad=True), torch.randn(128)
+    torch.library.opcheck(OP, (x, weight, bias.requires_grad_(), activation))
+    torch.library.opcheck(OP, (x[:2].detach(), weight, None, activation))
