@@ -43,6 +43,8 @@ class FuseCross(Measured):
                 records.append(self._row(SKIPPED, found.node or node, found.reason))
             elif found is not None:
                 layers.append(found)
+        parts = {n for layer in layers for n in layer.inside if n is not layer.out}
+        layers = [layer for layer in layers if layer.out not in parts]  # (product + x) + c is one layer, not two
         now: dict[Node, Node] = {}  # what stands for a layer's value that has been replaced
         for group in _groups(layers):
             records += self._fuse(group, context, now)
