@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph
-from torch.utils import _pytree as pytree
 
 from ..kernels.embedding import in_backward
 from ..kernels.embedding.op import OP
@@ -110,8 +109,7 @@ class OptimizedModel(nn.Module):
         leaves = run(*variant.captured.guards.flatten(args, kwargs))
         if watched and not torch.compiler.is_compiling():
             guard.watch(leaves)
-        spec = variant.captured.out_spec
-        return leaves[0] if spec.is_leaf() else pytree.tree_unflatten(list(leaves), spec)
+        return variant.captured.result(self._shell, leaves)
 
     def _run_program(self, program: Any, args: tuple, kwargs: dict) -> Any:
         if torch.compiler.is_compiling():

@@ -80,7 +80,8 @@ def _compare(shell, captured, args, kwargs, required: bool) -> str | None:
                                           why=f"{type(error).__name__}: {error}",
                                           fix="pass inputs that the plain model takes")) from error
         wanted, spec = pytree.tree_flatten(result)
-        wanted = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in wanted]
+        set_there = [pytree.tree_leaves(attrgetter(f"{each.path}.{each.name}".lstrip("."))(shell)) for each in captured.effects]
+        wanted = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in [*wanted, *sum(set_there, [])]]
         wanted_buffers = {name: buffer.clone() for name, buffer in buffers().items()}
         end = torch.get_rng_state()
     torch.set_rng_state(start)
@@ -93,6 +94,8 @@ def _compare(shell, captured, args, kwargs, required: bool) -> str | None:
             return f"the graph stops with {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
         if spec != captured.out_spec:
             return "the result has another structure"
+        if len(wanted) != len(found):
+            return "an attribute that forward() sets has another structure"
         for index, (a, b) in enumerate(zip(wanted, found)):
             if (reason := difference(a, b)) is not None:
                 return f"result {index} {reason}"

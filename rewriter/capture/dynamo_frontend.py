@@ -29,6 +29,7 @@ _WHOLE = {**_CONFIG, "capture_scalar_outputs": True, "capture_dynamic_output_sha
 # graphs per function: modes, gradients on and off, batches of 0, 1 and more, dtypes
 _OWN_CACHE = {key: value for key, value in {"recompile_limit": 64, "isolate_recompiles": True}.items()
               if key in inspect.signature(torch.compile).parameters}
+_MANY = 32  # more graphs than that: something that Python reads changes at every call
 
 
 class Plain:
@@ -60,7 +61,7 @@ class Dynamo:
         self.breaks: list[str] = []
         self.pieces: list[Piece] = []
         self.only_whole = False  # the plan asks for what pieces cannot give
-        self._rewrite = rewrite
+        self._rewrite, self._warned = rewrite, False
         self._every: list[Piece] = []
         self._called: list[Piece] = []
         self._compile()
@@ -80,6 +81,8 @@ class Dynamo:
 
     def __call__(self, args: tuple, kwargs: dict) -> Any:
         self._called.clear()
+        if len(self._every) > _MANY and not self.only_whole:
+            return self._plainly(args, kwargs)
         if self.whole:
             try:
                 with _configured(_WHOLE):
@@ -92,6 +95,13 @@ class Dynamo:
                 self.in_pieces(_said(error))
         with _configured(_CONFIG):
             return self._run(*args, **kwargs)
+
+    def _plainly(self, args: tuple, kwargs: dict) -> Any:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"{type(self.shell).__name__}.{self.entry} has been captured {_MANY} times, because something that Python "
+                          "reads changes at every call; from now on it runs plainly", stacklevel=4)
+        return getattr(self.shell, self.entry)(*args, **kwargs)
 
     def in_pieces(self, why: str) -> None:
         """From now on what cannot be captured runs as it is, between graphs."""
@@ -185,6 +195,9 @@ class _ReadsOnly(ReadLog):
     def tensor(self, module, name, value):
         self.tensors.add(id(value))
         return value
+
+    def absent(self, module, name) -> None:
+        """Nothing is refused for it."""
 
     def write(self, module, name, value) -> bool:
         return True

@@ -50,7 +50,7 @@ class _Seen:
     """Outlives an export, which puts back every attribute of the wrapper that is a plain container."""
 
     def __init__(self, log: ReadLog):
-        self.log, self.out_spec = log, None
+        self.log, self.out_spec, self.effects = log, None, []
 
 
 class _Flat(nn.Module):
@@ -68,15 +68,18 @@ class _Flat(nn.Module):
         for position, tensor in zip(self._inputs.tensors, tensors):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._inputs.spec)
+        self.seen.log.written.clear()
         result = self.m(*args, **kwargs) if self._entry == "forward" else getattr(self.m, self._entry)(*args, **kwargs)
         self.seen.log.check_containers()  # here, since export puts lists back
         register_outputs(result)
         results, self.seen.out_spec = pytree.tree_flatten(result)
-        return tuple(results)
+        self.seen.effects, extra = self.seen.log.effects()
+        self.seen.log.written.clear()
+        return tuple([*results, *extra])
 
 
 def export(shell: nn.Module, args: tuple, kwargs: dict, entry: str = "forward", exact: bool = False):
-    """(graph, inputs, out_spec, log, conditions) of the shell in its current mode; the shell is left as it was.
+    """(graph, inputs, out_spec, effects, log, conditions) of the shell in its current mode; the shell is left as it was.
 
     ``conditions`` are Python expressions over ``S`` (the shapes of the tensor leaves) that the graph takes for granted.
     ``exact``: keep a batch of one as it is, though the graph then serves batches of one only.
@@ -92,7 +95,7 @@ def export(shell: nn.Module, args: tuple, kwargs: dict, entry: str = "forward", 
         program, wrapper, log = _run(shell, entry, inputs, constants, tensors, flip=False)
     graph = _normal_form(program, shell, inputs, log)
     inputs.examples = None
-    return graph, inputs, wrapper.seen.out_spec, log, _conditions(program)
+    return graph, inputs, wrapper.seen.out_spec, wrapper.seen.effects, log, _conditions(program)
 
 
 def _run(shell, entry, inputs, constants, tensors, flip: bool):

@@ -7,12 +7,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from ..errors import CaptureError, explain
 from . import check, dynamo_frontend, export_frontend, fx_frontend, program_check
 from .dynamo_frontend import Dynamo, Plain
 from .guards import Guards
+from .recording import Effect
 from .shell import refuse_hooks
 
 _NO_INPUTS = "pass sample_inputs=, so that torch.export can capture what tracing without inputs cannot"
@@ -27,6 +29,7 @@ class Captured:
     ``in_spec``/``out_spec``: TreeSpecs of ``(args, kwargs)`` and of the result. ``door``: "fx", "export", "dynamo",
     "dynamo, in pieces" or "none". ``notes``: sentences for the report. ``program``: for the last three, what runs by itself
     (``graph`` is then empty, the programs' pieces have graphs of their own); ``entry``: the method that was captured;
+    ``effects``: plain attributes that it sets, whose values are further outputs of the graph, after the result's leaves;
     ``tables_outside``: names of tables read where nothing was captured.
     """
 
@@ -37,8 +40,22 @@ class Captured:
     guards: Guards
     notes: list[str] = field(default_factory=list)
     entry: str = "forward"
+    effects: list[Effect] = field(default_factory=list)
     program: Dynamo | Plain | None = None
     tables_outside: tuple[str, ...] = ()
+
+    def result(self, shell: nn.Module, leaves: tuple | list) -> object:
+        """What the captured method returns, from the graph's outputs; the attributes that it sets are set on ``shell``."""
+        spec = self.out_spec
+        if self.effects:
+            count = spec.num_leaves
+            for effect in self.effects:
+                owner = shell.get_submodule(effect.path) if effect.path else shell
+                mine = leaves[count : count + effect.spec.num_leaves]
+                setattr(owner, effect.name, pytree.tree_unflatten(list(mine), effect.spec))
+                count += effect.spec.num_leaves
+            leaves = leaves[: spec.num_leaves]
+        return leaves[0] if spec.is_leaf() else pytree.tree_unflatten(list(leaves), spec)
 
 
 def capture(shell: nn.Module, args: tuple | list | None, kwargs: dict | None = None, *,
@@ -148,17 +165,17 @@ def _empty() -> fx.Graph:
 
 
 def _by_tracing(shell, args, kwargs, originals, entry) -> Captured:
-    graph, inputs, out_spec, log = fx_frontend.trace(shell, args, kwargs, entry)
-    return _finished("fx", entry, graph, inputs, out_spec, Guards(shell, originals, inputs, log))
+    graph, inputs, out_spec, effects, log = fx_frontend.trace(shell, args, kwargs, entry)
+    return _finished("fx", entry, graph, inputs, out_spec, effects, Guards(shell, originals, inputs, log))
 
 
 def _by_export(shell, args, kwargs, originals, entry, exact: bool = False) -> Captured:
-    graph, inputs, out_spec, log, conditions = export_frontend.export(shell, args, kwargs, entry, exact)
-    return _finished("export", entry, graph, inputs, out_spec,
+    graph, inputs, out_spec, effects, log, conditions = export_frontend.export(shell, args, kwargs, entry, exact)
+    return _finished("export", entry, graph, inputs, out_spec, effects,
                      Guards(shell, originals, inputs, log, conditions=conditions, baked_dtypes=True))
 
 
-def _finished(door, entry, graph, inputs, out_spec, guards) -> Captured:
+def _finished(door, entry, graph, inputs, out_spec, effects, guards) -> Captured:
     notes = []
     if guards.modes:
         names = ", ".join(f"'{path or 'the model'}'" for path in guards.modes)
@@ -166,7 +183,7 @@ def _finished(door, entry, graph, inputs, out_spec, guards) -> Captured:
     if torch.nn.modules.module._has_any_global_hook():
         notes.append("global module hooks are installed; the graph does not run them for its submodules")
     graph.lint()
-    return Captured(graph, inputs.spec, out_spec, door, guards, notes, entry)
+    return Captured(graph, inputs.spec, out_spec, door, guards, notes, entry, effects)
 
 
 def _checked(shell, captured: Captured, batches) -> str | None:

@@ -15,7 +15,7 @@ from ..errors import CaptureError, explain
 from .cleanup import make_functional, remove_dead
 from .fx_tracer import Tracer
 from .inputs import Inputs, signature_of
-from .recording import raised_at, recording
+from .recording import Effect, raised_at, recording
 from .value import GiveUp, NumberValue
 
 
@@ -87,10 +87,23 @@ def _without_self(signature, shell, entry):
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
+@contextmanager
+def _undone(tracer: Tracer):
+    """An abandoned trace leaves nothing in the shell."""
+    before = set(tracer.shell.__dict__)
+    try:
+        yield
+    except CaptureError:
+        for name in set(tracer.shell.__dict__) - before:
+            del tracer.shell.__dict__[name]  # constants of the trace
+        tracer.restore_containers()
+        raise
+
+
 def trace(
     shell: nn.Module, args: tuple | None, kwargs: dict | None, entry: str = "forward"
-) -> tuple[fx.Graph, Inputs, object, Tracer]:
-    """(graph, inputs, out_spec, log) of ``shell.forward(*args, **kwargs)`` (or of another method); with ``args=None``, without examples.
+) -> tuple[fx.Graph, Inputs, object, list[Effect], Tracer]:
+    """(graph, inputs, out_spec, effects, log) of ``shell.forward(*args, **kwargs)`` (or of another method); with ``args=None``, without examples.
 
     Raises CaptureError with the reason and the user's line for whatever is not on the documented table.
     """
@@ -101,7 +114,7 @@ def trace(
         fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.enable_grad():
         tracer = Tracer(shell, fake_mode)
-    with torch.enable_grad(), recording(tracer), _makers():
+    with _undone(tracer), torch.enable_grad(), recording(tracer), _makers():
         leaves = []
         for position, leaf in enumerate(inputs.examples):
             if position not in inputs.placeholders:
@@ -115,7 +128,6 @@ def trace(
                     leaf, torch.Tensor) else leaf
                 node.meta["rank_is_sure"] = True
         inputs.examples = None
-        before = set(shell.__dict__)
         call_args, call_kwargs = pytree.tree_unflatten(leaves, inputs.spec)
         result, failure = None, None
         try:
@@ -127,9 +139,6 @@ def trace(
             raise
         except Exception as error:  # a stand-in met code that needs the real thing, or the model itself is wrong
             failure = error
-        if tracer.reason is not None or failure is not None:
-            for name in set(shell.__dict__) - before:
-                del shell.__dict__[name]  # constants of the abandoned trace
         if tracer.reason is not None:
             raise CaptureError(f"{tracer.reason}{f' at {tracer.where}' if tracer.where else ''}")
         if failure is not None:
@@ -138,8 +147,9 @@ def trace(
         tracer.check_containers()
         register_outputs(result)
         results, out_spec = pytree.tree_flatten(result)
+        effects, extra = tracer.effects()
         try:
-            nodes = tuple(tracer.result(leaf) for leaf in results)
+            nodes = tuple(tracer.result(leaf) for leaf in [*results, *extra])
         except GiveUp as stop:
             raise CaptureError(f"the result of forward() cannot be captured: {stop.reason}") from stop
         output = tracer.graph.output(nodes)
@@ -148,7 +158,8 @@ def trace(
         output.meta[KEY] = Origin((output.name,), "capture")
     for node, rank in tracer.ranks.items():
         inputs.ranks[inputs.names.index(node.target)] = rank
-    return tracer.graph, inputs, out_spec, tracer
+    tracer.written.clear()
+    return tracer.graph, inputs, out_spec, effects, tracer
 
 
 def register_outputs(result) -> None:

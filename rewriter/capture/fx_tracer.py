@@ -251,6 +251,7 @@ class Tracer(ReadLog):
         path = self.paths.get(id(module))
         if path is None or isinstance(value, TensorValue):
             return value
+        super().tensor(module, name, value)
         if name in module.__dict__:
             super().read(module, name, value)  # a plain tensor attribute: live in the graph, and guarded by identity
         return self.state(f"{path}.{name}" if path else name, value)

@@ -10,8 +10,10 @@ import functools
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 
 from ..errors import CaptureError, explain
@@ -58,6 +60,14 @@ def raised_at(error: BaseException) -> str:
     return where
 
 
+class Effect(NamedTuple):
+    """A plain attribute that forward() sets: of the module at ``path``, to a value of structure ``spec``."""
+
+    path: str
+    name: str
+    spec: pytree.TreeSpec
+
+
 class ReadLog:
     """What Python read: plain attributes by module path, and which modules' ``training`` was branched on.
 
@@ -72,6 +82,8 @@ class ReadLog:
         self.class_attributes: dict[str, dict[str, object]] = {}
         self.flags: set[str] = set()
         self.modes: set[str] = set()
+        self.written: dict[tuple[int, str], object] = {}  # what forward() has set: (id of the module, name) -> value
+        self._seen: set[tuple[int, str]] = set()  # tensors and missing attributes that were looked at before that
         self._before: list[tuple[str, str, object, object]] = []  # containers as they were at the first read
 
     # What the recording classes call. A subclass may replace values (the FX door gives proxies).
@@ -102,29 +114,55 @@ class ReadLog:
         return value
 
     def tensor(self, module, name, value):
+        self._seen.add((id(module), name))
         return value
+
+    def absent(self, module, name) -> None:
+        """Python asked for an attribute that is not there (hasattr, getattr with a default)."""
+        self._seen.add((id(module), name))
 
     def call(self, module, forward, args, kwargs):
         return forward(*args, **kwargs)
 
     def write(self, module, name, value) -> bool:
-        """True where the write may happen; raises where the graph would lose it."""
+        """True where the write may happen. One to a plain attribute is kept in ``written`` instead, and becomes a result of the
+        graph that is put back at each call. Raises where the graph would lose it: where forward() also reads what an earlier
+        call has left there, or registers a parameter or a module."""
         if name in module.__dict__.get("_buffers", ()):
             return True
         path = self.paths.get(id(module))
         if path is None or name[:2] == "__":
             return True  # a module made on the way, or a copy
-        old = module.__dict__.get(name, _MISSING)
-        if old is value or (type(old) is type(value) and isinstance(value, (int, float, str, bool)) and old == value):
-            return False
-        raise self.lost_write(path, name)
+        key = (id(module), name)
+        if key not in self.written:
+            old = module.__dict__.get(name, _MISSING)
+            if old is value or (type(old) is type(value) and isinstance(value, (int, float, str, bool)) and old == value):
+                return False
+            # None that was read is the form of a cache that is filled once: the guard on it holds until then
+            read = key in self._seen or self.attributes.get(path, {}).get(name) is not None
+            if read or isinstance(value, (nn.Parameter, nn.Module)) or name in module._parameters or name in module._modules:
+                raise self.lost_write(path, name)
+        self.written[key] = value
+        return False
+
+    def effects(self) -> tuple[list[Effect], list]:
+        """What forward() set, and the leaves of all these values, in one list. Raises CaptureError for a value that is no tensor,
+        number, text or plain container of them."""
+        found, leaves = [], []
+        for (number, name), value in self.written.items():
+            mine, spec = pytree.tree_flatten(value)
+            if not all(isinstance(leaf, (torch.Tensor, bool, int, float, str, type(None))) for leaf in mine):
+                raise self.lost_write(self.paths[number], name)
+            found.append(Effect(self.paths[number], name, spec))
+            leaves += mine
+        return found, leaves
 
     def lost_write(self, path: str, name: str) -> CaptureError:
         file, line, _ = user_location(3)
         return CaptureError(explain(
             f"forward() sets attribute '{name}' of '{path or 'the model'}'", where=f"{file}:{line}" if file else "",
-            why="a graph has no Python state, so the attribute would be set at capture only",
-            fix="return the value, or keep it in a buffer that forward() changes in place"))
+            why="it also reads what an earlier call left there, or the value is more than tensors and numbers; a graph has no "
+            "Python state", fix="return the value, or keep it in a buffer that forward() changes in place"))
 
     def check_containers(self) -> None:
         """Raises CaptureError where forward() changed a list, dict or set that belongs to a module."""
@@ -138,6 +176,13 @@ class ReadLog:
                     why="a graph has no Python state, so the change would happen at capture only", fix="return the value instead"))
 
 
+    def restore_containers(self) -> None:
+        """After a capture that was abandoned: lists, dicts and sets of modules hold again what they held before."""
+        for _, _, value, before in self._before:
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(before)
+
+
 _MISSING = object()
 
 
@@ -145,6 +190,8 @@ def _recording_class(cls: type, log: ReadLog) -> type:
     get, find, put = cls.__getattribute__, getattr(cls, "__getattr__", None), cls.__setattr__
 
     def __getattribute__(self, name):
+        if log.written and (id(self), name) in log.written:
+            return log.written[id(self), name]
         value = get(self, name)
         if name in _PRIVATE or name[:2] == "__":
             return value
@@ -164,7 +211,11 @@ def _recording_class(cls: type, log: ReadLog) -> type:
 
     def __getattr__(self, name):
         assert find is not None
-        value = find(self, name)
+        try:
+            value = find(self, name)
+        except AttributeError:
+            log.absent(self, name)
+            raise
         return log.tensor(self, name, value) if isinstance(value, torch.Tensor) else value
 
     def __setattr__(self, name, value):

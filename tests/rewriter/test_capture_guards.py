@@ -1,6 +1,7 @@
 """A captured graph never serves a call, or a model, that it does not hold for; and it sees what is live."""
 import copy
 import gc
+import random
 import time
 import types
 import weakref
@@ -242,7 +243,9 @@ def test_hooks_are_refused_where_they_would_never_run(live):
     handle.remove()
     model.head.linear.register_forward_pre_hook(lambda *_: None)
     with pytest.raises(CaptureError, match=r"'head.linear' \(Linear\) has a forward pre hook.*remove the hook"):
-        capture(clone_shell(model), (ids(),), {})
+        capture(clone_shell(model), None)
+    result = capture(clone_shell(model), (ids(),), {})  # dynamo runs hooks
+    assert result.door == "dynamo" and "has a forward pre hook" in result.notes[0]
 
 
 def test_the_users_model_is_untouched():
@@ -279,7 +282,7 @@ class Dropping(nn.Module):
 
 
 # what is refused -----------------------------------------------------------------------------------------------------------
-def refused(forward, args, setup=lambda self: None, **kwargs):
+def with_forward(forward, setup=lambda self: None):
     class Refused(nn.Module):
         def __init__(self):
             super().__init__()
@@ -287,9 +290,26 @@ def refused(forward, args, setup=lambda self: None, **kwargs):
             setup(self)
 
     Refused.forward = forward
+    return Refused()
+
+
+def refused(forward, args, setup=lambda self: None, **kwargs):
     with pytest.raises(CaptureError) as caught:
-        capture(clone_shell(Refused()), args, kwargs)
+        capture(clone_shell(with_forward(forward, setup)), args, kwargs)
     return str(caught.value)
+
+
+def by_program(forward, args, setup=lambda self: None):
+    """(notes, door) of a model that the first two doors do not take; it runs as the plain model does."""
+    model = with_forward(forward, setup)
+    shell = clone_shell(model)
+    result = capture(shell, args, {})
+    for _ in range(2):
+        random.seed(1)
+        mine = result.program(args, {})
+        random.seed(1)
+        torch.testing.assert_close(mine, model(*args))
+    return " ".join(result.notes), result.door
 
 
 def test_without_inputs_the_error_names_the_line_and_the_way_out():
@@ -311,7 +331,8 @@ def test_data_dependent_branch():
             return x
         return -x
 
-    text = refused(forward, (ids(),))
+    text, door = by_program(forward, (ids(),))
+    assert door == "dynamo, in pieces"
     assert f"test_capture_guards.py:{forward.__code__.co_firstlineno + 2}" in text and "torch.where" in text
 
 
@@ -332,23 +353,22 @@ def test_python_state():
         self.steps = self.steps + 1
         return self.table(rows)
 
-    text = refused(forward, (ids(),), lambda self: setattr(self, "steps", 0))
-    assert "sets attribute 'steps' of 'the model'" in text and "buffer" in text
+    text, door = by_program(forward, (ids(),), lambda self: setattr(self, "steps", 0))
+    assert "sets attribute 'steps' of 'the model'" in text and "buffer" in text and door == "dynamo"
 
     def appending(self, rows):
         self.history.append(rows)
         return self.table(rows)
 
-    assert "changes attribute 'history'" in refused(appending, (ids(),), lambda self: setattr(self, "history", []))
+    text, _ = by_program(appending, (ids(),), lambda self: setattr(self, "history", []))
+    assert "changes attribute 'history'" in text
 
 
 def test_python_randomness():
-    import random
-
     def forward(self, rows):
         return self.table(rows) * random.random()
 
-    assert "the captured graph is not the model" in refused(forward, (ids(),))
+    assert "the captured graph is not the model" in by_program(forward, (ids(),))[0]
 
 
 def test_unregistered_parameters():
@@ -358,14 +378,18 @@ def test_unregistered_parameters():
     def forward(self, rows):
         return self.hidden[0](self.table(rows))
 
-    assert "not registered" in refused(forward, (ids(),), setup)
+    assert "not registered" in refused(forward, None, setup)
+    assert by_program(forward, (ids(),), setup)[1] == "dynamo"
 
 
 def test_inputs_that_are_no_tensors():
     class Thing:
         pass
 
-    assert "input 'rows' is a" in refused(lambda self, rows: self.table(rows), (Thing(),))
+    thing = Thing()
+    thing.rows = ids()
+    text, door = by_program(lambda self, rows: self.table(rows.rows), (thing,))
+    assert "input 'rows' is a" in text and door == "dynamo"
 
 
 def test_wrapped_models():
