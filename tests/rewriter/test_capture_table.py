@@ -99,7 +99,7 @@ def test_table(expression, inputs):
     shell = clone_shell(model)
     args = batch()
     try:
-        graph, _, out_spec, _ = trace(shell, args if inputs == "with inputs" else None, {})
+        graph, _, out_spec, _, _ = trace(shell, args if inputs == "with inputs" else None, {})
     except CaptureError as error:
         if expression in NOT_TRACED or (inputs == "without inputs" and expression in NEEDS_INPUTS):
             return
