@@ -237,7 +237,7 @@ def rules_of(tables: Sequence[Tensor], updates: Sequence[TableUpdate | None]) ->
         for s in state:
             if s.dtype is not state_dtype or not s.is_cpu or not s.is_contiguous() or s.numel() != size:
                 return None
-        if state_dtype is not full and state_dtype not in (table.dtype, torch.float32):
+        if state_dtype is not full and state_dtype is not table.dtype:
             return None
         if kind == "adam":
             lr *= math.sqrt(1 - rule.beta2**rule.step) / (1 - rule.beta1**rule.step)

@@ -126,7 +126,7 @@ struct Kernels {
 };
 
 enum : int64_t {
-    SCRATCH_ROWS = 4,  // rows of sums (8 bytes a number) in a job's scratch: the gradient, and an update's weights and state
+    SCRATCH_ROWS = 2,  // rows of sums (8 bytes a number) in a job's scratch
     WINDOW = 512,      // ids or keys turned into addresses at a time
     MOST_AHEAD = 32,   // rows asked for before their use
 };

@@ -98,7 +98,8 @@ int sort_table(const Call& c, int64_t t, bool wanted, TableRuns& r, uint64_t* sp
     r.count = 0;
     for (int64_t p = 0; p < n; ++p)
         if (p == 0 || (r.keys[p] >> shift) != (r.keys[p - 1] >> shift)) r.starts[r.count++] = uint32_t(p);
-    r.starts[r.count] = uint32_t(n);
+    for (int64_t k = 0; k <= MOST_AHEAD; ++k) r.starts[r.count + k] = uint32_t(n);
+    for (int64_t k = 0; n && k < MOST_AHEAD; ++k) r.keys[n + k] = r.keys[n - 1];
     r.runs = Runs{r.keys, r.starts, r.source, r.scale, r.count, shift};
     return OK;
 }
@@ -129,8 +130,8 @@ void lay_out(const Call& c, const int64_t* wanted, Carver& carver, Sorted& s, ui
             scaled |= a.weights || c.lookups[l].pooling == POOL_MEAN;
         }
         if (r.ids > spare_size) spare_size = r.ids;
-        r.keys = carver.take<uint64_t>(r.ids);
-        r.starts = carver.take<uint32_t>(r.ids + 1);
+        r.keys = carver.take<uint64_t>(r.ids + MOST_AHEAD);
+        r.starts = carver.take<uint32_t>(r.ids + 1 + MOST_AHEAD);
         r.source = carver.take<const char*>(r.sources);
         r.scale = scaled ? carver.take<double>(r.sources) : nullptr;
         if (s.workspace) s.tables[t] = r;
