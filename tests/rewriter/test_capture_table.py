@@ -158,7 +158,7 @@ def test_modules(module, mode):
 
     model = Holder()
     shell = clone_shell(model)
-    graph, _, _, log = trace(shell, None, {})
+    graph, _, _, _, log = trace(shell, None, {})
     assert not log.modes
     x, y = torch.randn(4, 6), torch.randn(4, 6)
     plain = copy.deepcopy(model).train(mode)
