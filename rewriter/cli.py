@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     coverage.add_argument("targets", nargs="+", metavar="MODULE:FACTORY")
     coverage.add_argument("--json", action="store_true", help="one JSON object a line for each model, as it is measured")
     coverage.add_argument("--speed", action="store_true", help="time a training step against plain (dense, and sparse=True)")
+    coverage.add_argument("--no-check", dest="check", action="store_false", help="do not compare numbers (with --speed)")
     coverage.add_argument("--seconds", type=float, default=4.0, help="time for each comparison of speeds (default 4)")
     coverage.add_argument("--plan", default="auto", help='"auto" or the path of a plan (.yaml, .json)')
     coverage.add_argument("--threads", type=int, help="threads of PyTorch")
@@ -69,7 +70,7 @@ def _coverage(args: argparse.Namespace) -> int:
             with warnings.catch_warnings():
                 if not args.verbose:
                     warnings.simplefilter("ignore")
-                row = measure(name, case, plan=args.plan, speed=args.speed, seconds=args.seconds)
+                row = measure(name, case, plan=args.plan, speed=args.speed, seconds=args.seconds, check=args.check)
         except TargetError as error:
             row, unusable = Coverage(name, state="does not run", why=str(error)), True
         found.append(row)

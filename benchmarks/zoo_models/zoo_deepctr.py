@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import torch
-from zoo_schema import BAG, DENSE, DIM, FIELDS, HISTORY, dense, ids, lengths_of, padded, zoo
 from torch import nn
+from zoo_schema import BAG, DENSE, DIM, FIELDS, HISTORY, dense, ids, lengths_of, padded, zoo
 
 KEYS = dict(init_std=0.1)
 SEQUENCE = ("DIN", "DIN_softmax", "DIEN_GRU", "DIEN_AIGRU", "DIEN_AGRU", "DIEN_AUGRU", "DIEN_negsample")
@@ -12,6 +12,7 @@ NAMES = (
     "FiBiNET_all", "FiBiNET_each", "IFM", "MLR", "NFM", "ONN", "PNN_inner", "PNN_outer", "WDL", "xDeepFM",
     "ESMM", "MMOE", "PLE", "SharedBottom", *SEQUENCE,
 )  # fmt: skip
+NEEDS = ("deepctr_torch",)
 
 
 def columns(name: str, rows: int) -> list:

@@ -17,6 +17,7 @@ MATCH = (
 GENERATE = ("HSTU", "HSTU_untied", "HLLM", "RQVAE")
 NAMES = (*RANK, *TASKS, *MATCH, *GENERATE)
 NEGATIVES = 3
+NEEDS = ("torch_rechub",)
 
 
 def mlp(*dims: int, output: bool | None = None) -> dict:
@@ -46,7 +47,6 @@ def make(name: str, rows: int) -> nn.Module:
     one = [SequenceFeature("hist_item", rows, DIM, "concat", shared_with="item")]
     others = [SequenceFeature("neg_items", rows, DIM, "concat", shared_with="item")]
     wide_fields = [SparseFeature(f"c{k}", rows * FIELDS, 4) for k in range(FIELDS)]
-    item_features = [target[0], fixed[7]]
     tower = mlp(32, DIM)
     towers = [mlp(16), mlp(16)]
     both = ["classification", "classification"]

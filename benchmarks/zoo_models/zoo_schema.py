@@ -63,7 +63,7 @@ def prepared(model: nn.Module) -> nn.Module:
             if table.padding_idx is not None:
                 table.weight[table.padding_idx].zero_()
         for weight in model.parameters():
-            if id(weight) not in tables and weight.dim() > 1 and weight.abs().max() < 0.02:
+            if id(weight) not in tables and weight.dim() > 1 and weight.is_floating_point() and weight.abs().max() < 0.02:
                 weight.copy_(torch.randn(weight.shape, generator=g) * 0.1)
     return model
 

@@ -3,14 +3,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from zoo_schema import DIM, FIELDS, ids, zoo
 from torch import nn
+from zoo_schema import DIM, FIELDS, ids, zoo
 
 if not hasattr(np, "long"):  # gone from numpy 1.24 to 1.26
     np.long = np.int64  # type: ignore[attr-defined]
 
 MLP, P = (32, 16), 0.2
 NAMES = ("LR", "FM", "HOFM", "FFM", "FNN", "WD", "IPNN", "OPNN", "DCN", "FNFM", "DFM", "XDFM", "AFM", "AFI", "NFM", "NCF", "AFN")
+NEEDS = ("torchfm",)
 
 
 def make(name: str, rows: int) -> nn.Module:
