@@ -63,7 +63,8 @@ def prepared(model: nn.Module) -> nn.Module:
             if table.padding_idx is not None:
                 table.weight[table.padding_idx].zero_()
         for weight in model.parameters():
-            if id(weight) not in tables and weight.dim() > 1 and weight.is_floating_point() and weight.abs().max() < 0.02:
+            dense = id(weight) not in tables and weight.dim() > 1 and weight.is_floating_point() and weight.numel()
+            if dense and weight.abs().max() < 0.02:
                 weight.copy_(torch.randn(weight.shape, generator=g) * 0.1)
     return model
 
@@ -102,13 +103,19 @@ class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
+class _Anything(type):
+    def __getattr__(cls, name: str) -> Any:
+        return _stand_in(name)
+
+
 def _stand_in(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)
-    return type(name, (), {"__getattr__": lambda self, n: _stand_in(n)})
+    return _Anything(name, (), {"__init__": lambda self, *a, **k: None, "__getattr__": lambda self, n: _stand_in(n)})
 
 
 def stand_in_for(*names: str) -> None:
-    """Let ``import name`` succeed where the package is not installed. Its contents are empty classes."""
+    """Let ``import name`` succeed where the package is not installed. Its contents are empty classes
+    that take any argument."""
     missing = [n for n in names if importlib.machinery.PathFinder.find_spec(n) is None]
     sys.meta_path.append(_StandIns(missing))
