@@ -111,9 +111,17 @@ def is_pure(node: Node) -> bool:
         return False
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
+        if is_detach_of_ids(node):
+            return True
         seeded = torch.Tag.nondeterministic_seeded in target.tags
         return not (target._schema.is_mutable or seeded)
     return target in (operator.getitem, getattr) or getattr(target, "__module__", "") in ("_operator", "math", "torch")
+
+
+def is_detach_of_ids(node: Node) -> bool:
+    """``x.detach_()`` on numbers that never had a gradient, as ``x.new_tensor(offsets)`` becomes under torch.export."""
+    value = value_of(node)
+    return node.target is aten.detach_.default and value is not None and not value.dtype.is_floating_point
 
 
 def fetch(root: nn.Module, name: str) -> Any:
@@ -181,6 +189,8 @@ class Writes:
         self._found: dict[Any, Node] = {}
         for node in graph.nodes:
             if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+                continue
+            if is_detach_of_ids(node):
                 continue
             for name, value in arguments(node).items():
                 written = next(a for a in node.target._schema.arguments if a.name == name).alias_info

@@ -124,7 +124,7 @@ def _before(node: Node, labels: tuple[int, ...]) -> tuple[int, ...] | None:
     if is_op(node, aten.expand.default, aten.expand_as.default):
         return labels[rank - source.dim() :]
     if is_op(node, aten.repeat_interleave.self_int) and len(node.args) > 2 and isinstance(node.args[2], int):
-        at = node.args[2] % rank
+        at = int(node.args[2]) % rank
         return labels[:at] + (NONE,) + labels[at + 1 :] if _is_one(source.shape[at]) else None
     if is_op(node, *_REPEATS):
         repeats = list(node.args[1])  # type: ignore[arg-type]
