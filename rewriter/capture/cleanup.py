@@ -4,7 +4,7 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 aten = torch.ops.aten
 # ops whose result may share storage with their input without their schema saying so
@@ -117,24 +117,45 @@ def _same_dtype(node: fx.Node, plain) -> bool:
     return True
 
 
-def simplify(graph: fx.Graph) -> None:
-    """Removes what export adds and the FX door does not: full slices, copies of constants that nobody changes."""
+def simplify(graph: fx.Graph, shell: nn.Module) -> None:
+    """Removes what export adds and the FX door does not: full slices, copies and conversions of constants nobody changes."""
     changed = {node.args[0] for node in graph.nodes if is_mutable(node) and node.target is not aten.detach_.default}
     for node in list(graph.nodes):
         if node.target is aten.slice.Tensor and tuple(node.args[2:4]) == _WHOLE and len(node.args) < 5:
             if node not in changed and not any(user.op == "output" for user in node.users):
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
-        elif node.target is aten.detach_.default and node.args[0].target is aten.lift_fresh_copy.default:
+        elif node.target in (aten.detach_.default, *_CONVERSIONS) and _is_copied_constant(node.args[0]):
+            if not _same_tensor(node, shell):
+                continue
             node.replace_all_uses_with(node.args[0])
             if node in changed:
                 changed.add(node.args[0])
             graph.erase_node(node)
     for node in list(graph.nodes):
         if node.target is aten.lift_fresh_copy.default:
+            readers = [*node.users]
+            for view in [user for user in readers if user.target is aten.unsqueeze.default]:
+                readers.remove(view)
+                readers += view.users
             safe = {aten.index.Tensor, aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor}
-            if node not in changed and all(user.target in safe for user in node.users):
+            if node not in changed and all(user.target in safe for user in readers):
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
             else:
                 node.target = aten.clone.default
+
+
+_CONVERSIONS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout)
+
+
+def _is_copied_constant(node) -> bool:
+    return isinstance(node, fx.Node) and node.target is aten.lift_fresh_copy.default and node.args[0].op == "get_attr"
+
+
+def _same_tensor(node: fx.Node, shell: nn.Module) -> bool:
+    """Whether a conversion of a constant converts nothing."""
+    value = shell.__dict__.get(node.args[0].args[0].target)
+    mine = node.meta.get("val")
+    return node.target is aten.detach_.default or (
+        isinstance(value, torch.Tensor) and isinstance(mine, torch.Tensor) and value.dtype == mine.dtype and value.device == mine.device)

@@ -223,7 +223,7 @@ def _normal_form(program, shell, inputs: Inputs, log) -> fx.Graph:
             copies[node].meta = dict(node.meta)
             _stamp(copies[node])
     _open_flags(graph, shell, log)
-    simplify(graph)
+    simplify(graph, shell)
     make_functional(graph)
     remove_dead(graph)
     return graph

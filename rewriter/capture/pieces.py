@@ -167,7 +167,7 @@ def _plain_form(traced: fx.GraphModule, names: tuple, shell: nn.Module) -> fx.Gr
             copies[node].meta[KEY] = _origin(copies[node], paths)
         else:
             raise CannotLower(f"it holds a {node.op}")
-    simplify(graph)
+    simplify(graph, shell)
     make_functional(graph)
     remove_dead(graph)
     graph.lint()
