@@ -28,7 +28,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 BUILDERS = HERE / "zoo_models"
-ZOOS = ("torchfm", "deepctr", "rechub", "recbole", "fuxictr", "widedeep", "dlrm", "misc")
+ZOOS = ("torchfm", "deepctr", "rechub", "recbole", "fuxictr", "widedeep", "dlrm", "misc", "repos")
 CHUNK = 12  # models in one process
 
 
