@@ -1,6 +1,7 @@
 """Is the rewritten graph still the plain model? Structure after every pass; numbers on request."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx import Graph, Interpreter, Node
 
-from ..passes.graph import fetch, stored_tensor
+from ..passes.graph import ancestors, fetch, stored_tensor
 from ..passes.origin import KEY
 from .capture import attach
 from .errors import VerifyError
@@ -23,12 +24,18 @@ def copy_graph(graph: Graph) -> Graph:
     return result
 
 
-class _ShapePropagation(Interpreter):
-    """Run a graph on fake tensors and leave each value in ``node.meta["val"]``."""
+_UNKNOWN = object()
 
-    def __init__(self, module, mode: FakeTensorMode) -> None:
+
+class _ShapePropagation(Interpreter):
+    """Run a graph on fake tensors and leave each value in ``node.meta["val"]``. An op of the graph before, whose values are
+    ``known``, may be one that does not run on fake tensors (``masked_select``, whose size depends on data): it keeps its
+    value there, and where it has none, nothing is known of it and of what follows from it."""
+
+    def __init__(self, module, mode: FakeTensorMode, known: Mapping[str, Any]) -> None:
         super().__init__(module, garbage_collect_values=False)
         self.mode = mode
+        self.known = known
 
     def get_attr(self, target, args, kwargs):
         value = fetch(self.module._shell, target)
@@ -39,19 +46,31 @@ class _ShapePropagation(Interpreter):
         return self.mode.from_tensor(plain, static_shapes=True)
 
     def run_node(self, n: Node):
-        value = super().run_node(n)
-        n.meta["val"] = value
+        if any(self.env[i] is _UNKNOWN for i in n.all_input_nodes) and n.op != "output":
+            value = _UNKNOWN
+        else:
+            try:
+                value = super().run_node(n)
+            except Exception:
+                if n.name not in self.known:
+                    raise
+                value = self.known[n.name]
+        n.meta.pop("val", None)
+        if value is not _UNKNOWN:
+            n.meta["val"] = value
         return value
 
 
-def propagate(graph: Graph, shell: nn.Module) -> bool:
-    """Fill ``meta["val"]`` of every node from its inputs' values. False where capture knows no shapes (no sample inputs)."""
+def propagate(graph: Graph, shell: nn.Module, before: Graph | None = None) -> bool:
+    """Fill ``meta["val"]`` of every node from its inputs' values. False where capture knows no shapes (no sample inputs).
+    ``before``: the graph that this one was made from, whose values stand in where an op cannot be run on fake tensors."""
     inputs = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
     mode = next((v.fake_mode for v in inputs if isinstance(v, FakeTensor)), None)
     if mode is None or any(v is None for v in inputs):
         return False
+    known = {n.name: n.meta.get("val", _UNKNOWN) for n in before.nodes} if before is not None else {}
     with mode, torch.no_grad():
-        _ShapePropagation(attach(shell, graph), mode).run(*inputs)
+        _ShapePropagation(attach(shell, graph), mode, known).run(*inputs)
     return True
 
 
@@ -72,12 +91,12 @@ def check_structure(before: Graph, after: Graph, shell: nn.Module) -> None:
         raise VerifyError(f"the graph no longer reads {', '.join(sorted(map(str, _names(shell, lost))))}")
     old_values = _outputs(before)
     try:
-        known = propagate(after, shell)
+        known = propagate(after, shell, before)
     except Exception as error:  # whatever an op's fake implementation says of a wrong graph
         raise VerifyError(f"the graph does not run on its own shapes: {type(error).__name__}: {error}") from error
     if known:
         for i, (old, new) in enumerate(zip(old_values, _outputs(after), strict=True)):
-            if isinstance(old, Tensor) and (old.dtype != new.dtype or not _same_shape(old, new)):
+            if isinstance(old, Tensor) and isinstance(new, Tensor) and (old.dtype != new.dtype or not _same_shape(old, new)):
                 raise VerifyError(
                     f"output {i} was {tuple(old.shape)} {old.dtype} and is now {tuple(new.shape)} {new.dtype}"
                 )  # fmt: skip
@@ -89,7 +108,9 @@ def _same_shape(a: Tensor, b: Tensor) -> bool:
 
 
 def _stored(graph: Graph, shell: nn.Module) -> set[int]:
-    tensors = (stored_tensor(n, shell) for n in graph.nodes if n.users)
+    """The tensors on which the outputs, or what the graph writes, depend."""
+    ends = [n for n in graph.nodes if n.op == "output" or getattr(getattr(n.target, "_schema", None), "is_mutable", False)]
+    tensors = (stored_tensor(n, shell) for n in ancestors(ends))
     return {id(t) for t in tensors if t is not None}
 
 
