@@ -162,11 +162,14 @@ bool offsets_fit(const LookupInfo& l, const LookupArg& a, int64_t first, int64_t
 }
 
 // Does bag b hold id b alone, for all of [first, last)? Then its offsets say nothing, as in a lookup without pooling.
+template <class I> bool counts_up(const void* offsets, int64_t first, int64_t last) {
+    I differ = 0;
+    for (int64_t b = first; b < last; ++b) differ |= static_cast<const I*>(offsets)[b] ^ I(b);
+    return differ == 0;
+}
 bool one_id_each(const LookupInfo& l, const LookupArg& a, int64_t first, int64_t last) {
-    if (!a.offsets) return false;
-    for (int64_t b = first; b <= last; ++b)
-        if (bag_begin(l, a, b) != b) return false;
-    return true;
+    if (!a.offsets || bag_begin(l, a, first) != first || bag_begin(l, a, last) != last) return false;
+    return a.offset_bytes == 4 ? counts_up<int32_t>(a.offsets, first, last) : counts_up<int64_t>(a.offsets, first, last);
 }
 
 }  // namespace

@@ -107,12 +107,9 @@ TW_API int64_t tw_forward(const int64_t* spec, const int64_t* call) {
         const LookupArg& a = c.lookup_args[l];
         if (first >= a.bags) return int(OK);
         const int64_t last = first + BAGS_PER_TASK < a.bags ? first + BAGS_PER_TASK : a.bags;
-        if (!offsets_fit(info, a, first, last)) return int(BAD_INPUT);
         LookupArg arg = a;
-        if (one_id_each(info, a, first, last)) {
-            arg.offsets = nullptr;
-            arg.length = 1;
-        }
+        if (one_id_each(info, a, first, last)) arg.offsets = nullptr, arg.length = 1;
+        else if (!offsets_fit(info, a, first, last)) return int(BAD_INPUT);
         const SlotArg& slot = c.slot_args[info.slot];
         const ForwardJob job = {&c.tables[info.table], &info, &arg, c.table_args[info.table], slot.data + info.column * c.element,
                                 slot.stride, first, last, out_bytes >= STREAM_FROM, w->data + thread * c.scratch_bytes()};

@@ -18,19 +18,33 @@ inline RadixPlan plan_radix(int64_t keys, int field_bits) {
 }
 
 // Sorts by the bits from `shift` up. The result lies in `keys` after an even number of passes, else in `spare`.
+// The two halves of the keys have counters of their own and take turns: where ids are skewed the same counter comes up again and
+// again, and each time the core would wait for its last change.
 inline void radix_sort(uint64_t* keys, uint64_t* spare, int64_t n, int shift, RadixPlan plan) {
     const uint64_t mask = (uint64_t(1) << plan.digit_bits) - 1;
+    const int64_t half = n / 2;
     for (int pass = 0; pass < plan.passes; ++pass, shift += plan.digit_bits) {
-        uint32_t place[2048];
-        memset(place, 0, sizeof(uint32_t) << plan.digit_bits);
-        for (int64_t i = 0; i < n; ++i) ++place[(keys[i] >> shift) & mask];
+        uint32_t low[2048], high[2048];
+        memset(low, 0, sizeof(uint32_t) << plan.digit_bits);
+        memset(high, 0, sizeof(uint32_t) << plan.digit_bits);
+        const uint64_t* upper = keys + half;
+        for (int64_t i = 0; i < half; ++i) {
+            ++low[(keys[i] >> shift) & mask];
+            ++high[(upper[i] >> shift) & mask];
+        }
+        if (n & 1) ++high[(upper[half] >> shift) & mask];
         uint32_t sum = 0;
         for (uint64_t d = 0; d <= mask; ++d) {
-            uint32_t count = place[d];
-            place[d] = sum;
-            sum += count;
+            const uint32_t here = low[d], next = high[d];
+            low[d] = sum;
+            high[d] = sum += here;
+            sum += next;
         }
-        for (int64_t i = 0; i < n; ++i) spare[place[(keys[i] >> shift) & mask]++] = keys[i];
+        for (int64_t i = 0; i < half; ++i) {
+            spare[low[(keys[i] >> shift) & mask]++] = keys[i];
+            spare[high[(upper[i] >> shift) & mask]++] = upper[i];
+        }
+        if (n & 1) spare[high[(upper[half] >> shift) & mask]++] = upper[half];
         uint64_t* t = keys;
         keys = spare;
         spare = t;

@@ -47,8 +47,23 @@ bool collect(const LookupInfo& l, const LookupArg& a, int64_t rows, const char* 
     const int64_t padding = l.padding, wrap = l.wrap;
     uint64_t* key = keys;
     bool bad = false;
+    if (padding < 0 && !scale && (l.pooling == POOL_NONE || (!a.offsets && a.length == 1))) {
+        for (int64_t b = 0; b < a.bags; ++b, grad += grad_stride) {
+            int64_t row = ids[b];
+            row += (row >> 63) & wrap;
+            bad |= uint64_t(row) >= uint64_t(rows);
+            key[b] = (uint64_t(row) << shift) | (next_source + uint64_t(b));
+            source[b] = grad;
+        }
+        keys += a.bags;
+        source += a.bags;
+        next_source += uint64_t(a.bags);
+        return !bad;
+    }
+    int64_t end = bag_begin(l, a, 0);
     for (int64_t b = 0; b < a.bags; ++b, grad += grad_stride) {
-        int64_t begin = bag_begin(l, a, b), end = l.pooling == POOL_NONE ? begin + 1 : bag_begin(l, a, b + 1);
+        const int64_t begin = end;
+        end = l.pooling == POOL_NONE ? begin + 1 : bag_begin(l, a, b + 1);
         const uint64_t* first_key = key;
         for (int64_t p = begin; p < end; ++p) {
             int64_t row = ids[p];
@@ -84,10 +99,11 @@ int sort_table(const Call& c, int64_t t, bool wanted, TableRuns& r, uint64_t* sp
     uint64_t next_source = 0;
     for (int64_t l = c.tables[t].first_lookup; l >= 0; l = c.lookups[l].next) {
         const LookupInfo& info = c.lookups[l];
-        const LookupArg& a = c.lookup_args[l];
+        LookupArg a = c.lookup_args[l];
         const SlotArg& slot = c.slot_args[info.slot];
         if (!slot.data) continue;
-        if (!offsets_fit(info, a, 0, a.bags)) return BAD_INPUT;
+        if (one_id_each(info, a, 0, a.bags)) a.offsets = nullptr, a.length = 1;
+        else if (!offsets_fit(info, a, 0, a.bags)) return BAD_INPUT;
         const char* grad = slot.data + info.column * c.element;
         const int64_t stride = slot.stride * c.element;
         auto collect_ids = a.id_bytes == 4 ? collect<int32_t> : collect<int64_t>;
@@ -95,10 +111,16 @@ int sort_table(const Call& c, int64_t t, bool wanted, TableRuns& r, uint64_t* sp
     }
     const int64_t n = end - begin;
     radix_sort(begin, begin == spare ? r.keys : spare, n, shift, plan);
-    r.count = 0;
-    for (int64_t p = 0; p < n; ++p)
-        if (p == 0 || (r.keys[p] >> shift) != (r.keys[p - 1] >> shift)) r.starts[r.count++] = uint32_t(p);
-    for (int64_t k = 0; k <= MOST_AHEAD; ++k) r.starts[r.count + k] = uint32_t(n);
+    // Each run's end is where its last key puts it; without branches, since where a run ends is anyone's guess.
+    int64_t count = 0;
+    r.starts[0] = 0;
+    if (n) r.keys[n] = ~r.keys[n - 1];
+    for (int64_t p = 0; p < n; ++p) {
+        r.starts[count + 1] = uint32_t(p + 1);
+        count += (r.keys[p] >> shift) != (r.keys[p + 1] >> shift);
+    }
+    r.count = count;
+    for (int64_t k = 1; k <= MOST_AHEAD; ++k) r.starts[count + k] = uint32_t(n);
     for (int64_t k = 0; n && k < MOST_AHEAD; ++k) r.keys[n + k] = r.keys[n - 1];
     r.runs = Runs{r.keys, r.starts, r.source, r.scale, r.count, shift};
     return OK;
