@@ -11,7 +11,7 @@ import sys
 
 from setuptools import Extension, setup
 
-NATIVE = ("embedding", "interaction")  # folders of kernels/ with C++ sources in native/
+NATIVE = ("dropout", "embedding", "interaction")  # folders of kernels/ with C++ sources in native/
 
 
 def packages() -> list[str]:

@@ -1,8 +1,10 @@
 """The rewrites, in the order in which they run."""
 from __future__ import annotations
 
+from .concatenated_lookups import ConcatenatedLookups
 from .dense_chains import DenseChains
 from .dense_layers import FindDenseLayers
+from .fast_dropout import FastDropout
 from .fuse_cross import FuseCross
 from .group_tables import GroupTables
 from .pool_sequences import PoolSequences
@@ -10,4 +12,4 @@ from .remove_zero_dropout import RemoveZeroDropout
 from .rule import Pass
 from .table_gradients import TableGradients
 
-DEFAULT: tuple[type[Pass], ...] = (RemoveZeroDropout, PoolSequences, GroupTables, TableGradients, FindDenseLayers, FuseCross, DenseChains)
+DEFAULT: tuple[type[Pass], ...] = (RemoveZeroDropout, PoolSequences, ConcatenatedLookups, GroupTables, TableGradients, FindDenseLayers, FuseCross, DenseChains, FastDropout)
