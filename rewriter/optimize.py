@@ -4,7 +4,7 @@ from __future__ import annotations
 import copy
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,16 @@ from ..passes.lookups import tables_read
 from ..passes.records import APPLIED
 from ..passes.table_gradients import Choice
 from .bisect import first_difference
-from .capture import attach, capture, clone_shell
+from .capture import Captured, attach, capture, clone_shell
 from .embedding_optimizer import decide
 from .equivalence import numeric_check
 from .errors import CaptureError, PlanError, TablewrightError
 from .in_backward_guard import InBackwardGuard, drop_placeholders
+from .methods import FORWARD, samples_of
 from .optimized_model import TICKET, OptimizedModel, Variant, refuse_optimized, with_signature_of
 from .pipeline import Check, Step, run_passes
 from .plan import Plan
-from .programs import program_variant, tables_of
+from .programs import merged, program_variant, tables_of
 from .report import Report
 from .samples import Samples
 
@@ -41,7 +42,7 @@ VERIFY = ("structure", "numerics")
 def optimize(
     model: nn.Module, plan: Plan | str | Path | Mapping[str, Any] = "auto", *, optimizer: Optimizer | None = None,
     sample_inputs: Any = None, sample_kwargs: Mapping[str, Any] | None = None, verify: str = "structure",
-    copy: bool = False, on_skip: str = "report",
+    copy: bool = False, on_skip: str = "report", methods: Sequence[str] = (),
 ) -> Any:  # fmt: skip
     """A drop-in for ``model`` whose lookups are table-batched and whose tables are updated row by row.
 
@@ -51,7 +52,14 @@ def optimize(
     or a list of two such batches of different size; needed where the model cannot be traced without them.
     ``sample_kwargs``: keyword arguments of the same batch. ``verify="numerics"``: also compare outputs and gradients after each
     pass (makes copies of the weights). ``copy``: leave ``model`` its own parameters. ``on_skip="error"``: raise where a lookup
-    was found and not fused.
+    was found and not fused, or where the model cannot be captured.
+
+    ``methods``: names of methods besides ``forward`` that are captured and rewritten too ("predict", "calculate_loss"), over the
+    same tables; the others run plainly on the shared weights. Then ``sample_inputs`` may map names to the inputs of each:
+    ``{"forward": (ids,), "calculate_loss": (batch,)}``. A method without any is tried with those of ``forward``, and else
+    captured at its first call.
+
+    What cannot be captured as one graph runs in pieces, or plainly, with the reason at the top of the report.
 
     Returns the :class:`OptimizedModel`, or ``(model, optimizer)`` if an ``optimizer`` was given. ``model`` is not changed;
     its parameters are shared. Raises :class:`CaptureError`, :class:`PlanError`, :class:`PassError`.
@@ -65,7 +73,7 @@ def optimize(
     if optimizer is not None and copy:
         raise PlanError("copy=True gives the result parameters of its own, which the given optimizer would not step: "
                         "build the optimizer on the result instead")  # fmt: skip
-    samples = Samples.read(sample_inputs, sample_kwargs)
+    samples = samples_of(model, methods, sample_inputs, sample_kwargs)
     return optimize_with_samples(
         model, _plan(plan, model, sample_inputs), samples, optimizer, verify=verify, duplicate=copy, on_skip=on_skip,
         started=started,
@@ -73,7 +81,7 @@ def optimize(
 
 
 def optimize_with_samples(
-    model: nn.Module, plan: Plan, samples: Samples, optimizer: Optimizer | None = None, *, verify: str = "structure",
+    model: nn.Module, plan: Plan, samples: dict[str, Samples], optimizer: Optimizer | None = None, *, verify: str = "structure",
     duplicate: bool = False, on_skip: str = "report", started: float | None = None,
 ) -> Any:  # fmt: skip
     """:func:`optimize` after its arguments have been read."""
@@ -83,9 +91,9 @@ def optimize_with_samples(
     drop_placeholders(model)
     shell = clone_shell(model)
     compiler = Compiler(shell, {} if duplicate else dict(model.named_modules()), plan, samples, verify)
-    variant = compiler.compile(samples.args, samples.kwargs, more=samples.more, optimizer=optimizer)
-    result = with_signature_of(model)(shell, compiler, plan)
-    result._variants.append(variant)
+    variants = compiler.compile_all(optimizer)
+    result = with_signature_of(model, [name for name in samples if name != FORWARD])(shell, compiler, plan)
+    result._variants.extend(variants)
     if not duplicate:
         ours = dict(shell.named_modules())
         result._watched.extend(
@@ -95,12 +103,12 @@ def optimize_with_samples(
     result.__dict__["_embedding_optimizer"] = compiler.plan_optimizer
     result.__dict__["_guard"] = InBackwardGuard.of(result)
     huge = use_huge_pages(_big_memory(compiler, optimizer)) if plan.huge_pages else 0
-    result.__dict__["_report"] = compiler.report(variant, time.perf_counter() - started, copied=duplicate, huge=huge)
+    result.__dict__["_report"] = compiler.report(variants, time.perf_counter() - started, copied=duplicate, huge=huge)
     if on_skip == "error":
         _raise_if_skipped(result.report)
     if optimizer is None:
         return result
-    return result, compiler.returned_optimizer(optimizer, variant)
+    return result, compiler.returned_optimizer(optimizer, variants)
 
 
 def _big_memory(compiler: Compiler, optimizer: Optimizer | None) -> list[Tensor]:
@@ -154,7 +162,7 @@ class Compiler:
     """Makes variants of one model: once in ``optimize``, and again when a guard of all present ones fails."""
 
     def __init__(
-        self, shell: nn.Module, originals: Mapping[str, nn.Module], plan: Plan, samples: Samples, verify: str
+        self, shell: nn.Module, originals: Mapping[str, nn.Module], plan: Plan, samples: dict[str, Samples], verify: str
     ) -> None:
         self.shell = shell
         self.originals = {path: weakref.ref(module) for path, module in originals.items()}
@@ -163,7 +171,6 @@ class Compiler:
         self.verify = verify
         self.tables: dict[str, Tensor] = {}
         self.choices: dict[str, Choice] = {}
-        self._decided = False
         self.plan_optimizer: RowUpdates | None = None
         self.user_optimizer: weakref.ref | None = None
         self.row_wise_tables: list[str] = []
@@ -173,17 +180,32 @@ class Compiler:
         result = Compiler(shell, {}, self.plan, self.samples, self.verify)
         named = dict([*shell.named_parameters(remove_duplicate=False), *shell.named_buffers(remove_duplicate=False)])
         result.tables = {name: named[name] for name in self.tables}
-        result.choices, result._decided = self.choices, True
+        result.choices = self.choices
         return result
 
-    def compile(self, args: Any, kwargs: Any, *, more: Any = None, optimizer: Optimizer | None = None) -> Variant:
-        """Capture the model for such inputs and run the plan's passes."""
+    def compile_all(self, optimizer: Optimizer | None) -> list[Variant]:
+        """The first variant of ``forward`` and of each method that has sample inputs. All are captured before it is decided who
+        updates which table."""
+        captured = []
+        for entry, samples in self.samples.items():
+            if samples.args is not None or (entry == FORWARD and all(s.args is None for s in self.samples.values())):
+                captured.append(self._capture(entry, samples.args, samples.kwargs, samples.more))
+        read: dict[str, Tensor] = {}
+        for each in captured:
+            read.update(tables_of(each, self.shell))
+        self._decide(read, optimizer)
+        return [self._rewritten(each, self.samples[each.entry].args, self.samples[each.entry].kwargs) for each in captured]
+
+    def compile(self, entry: str, args: Any, kwargs: Any) -> Variant:
+        """A variant for such inputs: capture, and run the plan's passes."""
+        return self._rewritten(self._capture(entry, args, kwargs), args, kwargs)
+
+    def _capture(self, entry: str, args: Any, kwargs: Any, more: Any = None) -> Captured:
         alive = {path: module for path, ref in self.originals.items() if (module := ref()) is not None}
         batches = args if args is None else [(args, kwargs), *(more or [])]
-        captured = capture(self.shell, batches, originals=alive)
-        if not self._decided:
-            self._decide(tables_of(captured, self.shell), optimizer)
-            self._decided = True
+        return capture(self.shell, batches, originals=alive, entry=entry)
+
+    def _rewritten(self, captured: Captured, args: Any, kwargs: Any) -> Variant:
         self.shell.__dict__.setdefault(TICKET, torch.zeros((), dtype=torch.int64))
         if captured.program is not None:
             return program_variant(self, captured)
@@ -230,38 +252,50 @@ class Compiler:
         updates = decide(read, resolved, optimizer, self.plan)
         self.tables, self.choices, self.plan_optimizer = every, updates.choices, updates.plan_optimizer
 
-    def recapture(self, model: OptimizedModel, args: tuple, kwargs: dict, failure: str) -> Variant:
+    def recapture(self, model: OptimizedModel, args: tuple, kwargs: dict, failure: str, entry: str) -> Variant:
         """A variant for a call that no present one fits. Raises :class:`CaptureError` saying what changed."""
-        if len(model._variants) >= _MAX_VARIANTS:
+        present = [variant for variant in model._variants if variant.captured.entry == entry]
+        if len(present) >= _MAX_VARIANTS:
             raise CaptureError(
                 f"{failure}, and {_MAX_VARIANTS} forms of the model have been captured already: something changes at every call. "
                 "Pass it as a tensor input instead"
             )
-        _refuse_ids(model._variants[0], args, kwargs)
+        if present:
+            _refuse_ids(present[0], args, kwargs)
         for variant in model._variants:
             variant.captured.guards.sync()
         try:
-            variant = self.compile(args, kwargs)
+            variant = self.compile(entry, args, kwargs)
         except TablewrightError as error:
+            if not failure:
+                raise
             raise type(error)(f"{failure}; the model had to be captured again, which failed: {error}") from error
         model._variants.append(variant)
         return variant
 
-    def report(self, variant: Variant, seconds: float, copied: bool, huge: int) -> Report:
-        """What was done in ``variant``."""
-        fused = [n for graph in variant.graphs for n in graph.nodes if n.target is OP]
+    def report(self, variants: list[Variant], seconds: float, copied: bool, huge: int) -> Report:
+        """What was done in ``variants``, the first of each method."""
+        fused = [n for variant in variants for graph in variant.graphs for n in graph.nodes if n.target is OP]
         table_bytes = sum(t.numel() * t.element_size() for t in self.tables.values())
         copied_bytes = table_bytes if copied else 0
+        notes = []
+        for variant in variants:
+            entry = variant.captured.entry
+            notes += variant.captured.notes if entry == FORWARD else [
+                f"{entry}(): captured by {variant.captured.door}", *(f"{entry}(): {note}" for note in variant.captured.notes)]
+        done = {variant.captured.entry for variant in variants}
+        notes += [f"{entry}() has no sample inputs: it is captured at its first call" for entry in self.samples if entry not in done]
         return Report(
-            records=tuple(r for step in variant.steps for r in step.records),
-            door=variant.captured.door, pieces=variant.pieces, notes=tuple(variant.captured.notes), launches=len(fused), table_bytes=table_bytes,
-            copied_bytes=copied_bytes, huge_page_bytes=huge, kernels=f"CPU kernels: {cpu.describe()}", seconds=seconds,
-            passes=tuple(step.name for step in variant.steps),
+            records=merged(r for variant in variants for step in variant.steps for r in step.records),
+            door=variants[0].captured.door, pieces=variants[0].pieces, notes=tuple(notes), launches=len(fused),
+            table_bytes=table_bytes, copied_bytes=copied_bytes, huge_page_bytes=huge, kernels=f"CPU kernels: {cpu.describe()}",
+            seconds=seconds, passes=tuple(dict.fromkeys(step.name for variant in variants for step in variant.steps)),
         )  # fmt: skip
 
-    def returned_optimizer(self, optimizer: Optimizer, variant: Variant) -> Optimizer:
+    def returned_optimizer(self, optimizer: Optimizer, variants: list[Variant]) -> Optimizer:
         """The user's optimizer in the form that steps the tables which now have sparse gradients."""
-        done = [r.subject for s in variant.steps if s.name == "table_gradients" for r in s.records if r.status == APPLIED]
+        steps = [s for variant in variants for s in variant.steps if s.name == "table_gradients"]
+        done = dict.fromkeys(r.subject for s in steps for r in s.records if r.status == APPLIED)
         self.row_wise_tables = [n for n in done if self.choices[n].grad == "sparse" and not self.choices[n].required]
         result = optimizer
         if self.row_wise_tables:

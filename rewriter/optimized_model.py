@@ -5,7 +5,7 @@ import copy
 import inspect
 import types
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from .capture.program_check import leaves_of
 from .capture.shell import RefusingHooks
 from .errors import CaptureError, PlanError, nearest
 from .in_backward_guard import InBackwardGuard, drop_placeholders
+from .methods import bound, plainly
 from .pipeline import Step
 from .plan import Plan
 from .report import Report
@@ -72,8 +73,8 @@ def runnable(shell: nn.Module, graph: Graph) -> Callable[..., tuple]:
 class OptimizedModel(nn.Module):
     """A drop-in for the plain model. Its parameters *are* the plain model's parameters (unless ``copy=True``), under their plain
     names, so ``state_dict``, ``named_parameters`` and an optimizer built on the plain model mean the same here; ``train()`` and
-    ``eval()`` are its own. Attributes and methods of the plain model can be read through it; methods other than ``forward``
-    run plainly on the shared weights.
+    ``eval()`` are its own. Attributes and methods of the plain model can be read through it; methods that ``optimize`` did not
+    name run plainly on the shared weights.
     """
 
     def __init__(self, shell: nn.Module, compiler: Any, plan: Plan) -> None:
@@ -98,7 +99,9 @@ class OptimizedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the plain model's ``forward`` computes."""
-        variant = self._variant_for(args, kwargs)
+        return self._run(self._variant_for(args, kwargs), args, kwargs)
+
+    def _run(self, variant: Variant, args: tuple, kwargs: dict) -> Any:
         if variant.captured.program is not None:
             return self._run_program(variant.captured.program, args, kwargs)
         run = variant.module.forward if torch.compiler.is_compiling() else variant.run
@@ -123,9 +126,9 @@ class OptimizedModel(nn.Module):
             guard.watch([leaf for _, leaf in leaves_of(result)])
         return result
 
-    def _variant_for(self, args: tuple, kwargs: dict) -> Variant:
+    def _variant_for(self, args: tuple, kwargs: dict, entry: str = "forward") -> Variant:
         if torch.compiler.is_compiling():
-            return self._variant_for_mode()
+            return self._variant_for_mode(entry)
         for module_ref, name, param_ref, ours in self._watched:
             module, param = module_ref(), param_ref()
             if module is not None and ours.get(name) is param is not None and module._parameters.get(name) is not param:
@@ -136,6 +139,8 @@ class OptimizedModel(nn.Module):
                 )
         failure = ""
         for variant in self._variants:
+            if variant.captured.entry != entry:
+                continue
             failure = variant.captured.guards.failure(args, kwargs)
             if failure is None and variant.unverified:
                 variant.unverified = False
@@ -145,12 +150,12 @@ class OptimizedModel(nn.Module):
                     break
             if failure is None:
                 return variant
-        return self._compiler.recapture(self, args, kwargs, failure)
+        return self._compiler.recapture(self, args, kwargs, failure, entry)
 
-    def _variant_for_mode(self) -> Variant:
+    def _variant_for_mode(self, entry: str) -> Variant:
         """Under torch.compile, which guards inputs and modules itself: the variant for the present training flags."""
         for variant in self._variants:
-            if all(self.get_submodule(path).training == mode for path, mode in variant.captured.guards.modes.items()):
+            if variant.captured.entry == entry and all(self.get_submodule(path).training == mode for path, mode in variant.captured.guards.modes.items()):
                 return variant
         raise CaptureError("the model has not been captured in this mode: call it once without torch.compile, then compile")
 
@@ -166,7 +171,11 @@ class OptimizedModel(nn.Module):
             shell = self.__dict__.get("_shell")
             if shell is None or name.startswith("__"):
                 raise
-            return getattr(shell, name)
+            value = getattr(shell, name)
+            if self._guard is not None and isinstance(value, types.MethodType):
+                tables = {n for n, choice in self._compiler.choices.items() if choice.grad == "in_backward"}
+                return plainly(value, {id(self.get_parameter(n)) for n in tables})
+            return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         shell = self.__dict__.get("_shell")
@@ -341,8 +350,9 @@ def _sentence(r: Record) -> str:
     return f"{r.status} {r.rule}: {where}: {r.reason or r.detail or 'rewritten'}"
 
 
-def with_signature_of(model: nn.Module) -> type[OptimizedModel]:
-    """A subclass of :class:`OptimizedModel` whose ``forward`` shows the plain model's signature and documentation."""
+def with_signature_of(model: nn.Module, methods: Iterable[str] = ()) -> type[OptimizedModel]:
+    """A subclass of :class:`OptimizedModel` whose ``forward`` shows the plain model's signature and documentation; ``methods``:
+    those that are captured too."""
     plain, base = type(model).forward, OptimizedModel.forward
     forward = types.FunctionType(base.__code__, base.__globals__, "forward", base.__defaults__, base.__closure__)
     try:
@@ -350,7 +360,10 @@ def with_signature_of(model: nn.Module) -> type[OptimizedModel]:
     except (TypeError, ValueError):
         pass
     forward.__doc__ = plain.__doc__
-    return type(f"Optimized{type(model).__name__}", (OptimizedModel,), {"forward": forward, "__module__": __name__})
+    made = type(f"Optimized{type(model).__name__}", (OptimizedModel,), {"forward": forward, "__module__": __name__})
+    for name in methods:
+        setattr(made, name, bound(made, model, name))
+    return made
 
 
 def refuse_optimized(model: nn.Module) -> None:

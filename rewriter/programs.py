@@ -1,7 +1,7 @@
 """Rewriting what the third door captured: pieces that come one by one, each through the plan's passes when it is made."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import Graph
 
 from ..passes.lookups import tables_read
-from ..passes.records import SKIPPED, Record
+from ..passes.records import APPLIED, SKIPPED, Record
 from .capture import Captured, attach
 from .capture.dynamo_frontend import Dynamo
 from .capture.pieces import Rewrite
@@ -106,3 +106,18 @@ def _outside(captured: Captured) -> Step:
         for name in captured.tables_outside
     )
     return Step(_RULE, "ran", records, 0.0, 0.0, captured.graph, captured.graph)
+
+
+def merged(records: Iterable[Record]) -> tuple[Record, ...]:
+    """The rows of several graphs. A table has one row about its updates: what was done in any graph, else the weightiest reason."""
+    rows, updates = [], {}
+    for r in records:
+        if r.kind != "updates":
+            rows.append(r)
+        elif r.subject not in updates or _weight(r) > _weight(updates[r.subject]):
+            updates[r.subject] = r
+    return (*rows, *updates.values())
+
+
+def _weight(r: Record) -> int:
+    return 2 if r.status == APPLIED else int("does not read it" not in r.reason)
