@@ -134,7 +134,7 @@ class GroupTables(GroupRule):
         for found in lookups:
             tensor = stored_tensor(found.table, root)
             assert tensor is not None and found.result is not None
-            name = facts.names[id(tensor)]
+            name = facts.names.get(id(tensor), str(found.table.target))  # a tensor that the model keeps as a plain attribute
             grad = "none" if not isinstance(tensor, torch.nn.Parameter) else "sparse" if found.sparse else "dense"
             if name not in tables:
                 numbers[name] = len(tables)

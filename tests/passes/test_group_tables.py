@@ -259,3 +259,21 @@ def test_without_sample_inputs_the_same_model_is_fused():
     done = rewrite(Dot(), None, GroupTables())
     assert len(done.of("APPLIED")) == 3
     assert_sound(done)
+
+
+class PlainTensors(nn.Module):
+    """Keeps tensors as plain attributes, as some third-party models keep their interaction history."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(20, 4)
+        self.history, self.values = torch.randint(20, (7, 3)), torch.randn(7, 3)
+
+    def forward(self, users):
+        return self.table(self.history[users]) * self.values[users].unsqueeze(-1)
+
+
+def test_a_table_that_is_a_plain_attribute():
+    done = rewrite(PlainTensors(), (torch.tensor([0, 6, 1]),), GroupTables())
+    assert {t.name: t.grad for spec in done.specs for t in spec.tables} == {"table.weight": "dense", "values": "none"}
+    assert_sound(done)
