@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from .concatenated_lookups import ConcatenatedLookups
+from .batch_experts import BatchExperts
 from .dense_chains import DenseChains
 from .dense_layers import FindDenseLayers
 from .fast_dropout import FastDropout
@@ -12,4 +13,4 @@ from .remove_zero_dropout import RemoveZeroDropout
 from .rule import Pass
 from .table_gradients import TableGradients
 
-DEFAULT: tuple[type[Pass], ...] = (RemoveZeroDropout, PoolSequences, ConcatenatedLookups, GroupTables, TableGradients, FindDenseLayers, FuseCross, DenseChains, FastDropout)
+DEFAULT: tuple[type[Pass], ...] = (RemoveZeroDropout, PoolSequences, ConcatenatedLookups, GroupTables, TableGradients, FindDenseLayers, FuseCross, BatchExperts, DenseChains, FastDropout)
