@@ -1,8 +1,8 @@
 """The rewrites, in the order in which they run."""
 from __future__ import annotations
 
-from .concatenated_lookups import ConcatenatedLookups
 from .batch_experts import BatchExperts
+from .concatenated_lookups import ConcatenatedLookups
 from .dense_chains import DenseChains
 from .dense_layers import FindDenseLayers
 from .fast_dropout import FastDropout
