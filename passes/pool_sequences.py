@@ -12,6 +12,7 @@ mask the row of ``padding_idx`` is read (it need not be zero) and gets no gradie
 
 Some models compute the mask from the values, ``E[ids].sum(-1) != 0``: these sums come from ``embedding_row_sums``.
 """
+
 from __future__ import annotations
 
 import operator
@@ -135,7 +136,9 @@ def _take(editor: Editor, lookup: LookupNode, ids: Ids, pool: Pool) -> str:
     kept = [axis for axis in range(ids.rank) if axis not in pool.over]
     matrix = [_matrix(x, kept, pool.over) for x in (ids.node, *weights)]
     scale = reduce(lambda a, b: Lazy(aten.mul.Tensor, (a, b)), matrix[1:]) if weights else None
-    value: Any = Lazy(POOL, (lookup.table, matrix[0], scale, -1 if padding is None else padding, read, lookup.wrap_negative, lookup.sparse))
+    value: Any = Lazy(
+        POOL, (lookup.table, matrix[0], scale, -1 if padding is None else padding, read, lookup.wrap_negative, lookup.sparse)
+    )
     if len(kept) > 1:
         value = Lazy(aten.unflatten.int, (value, 0, [_size(ids, axis) for axis in kept]))
     if pool.mean:

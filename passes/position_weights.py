@@ -4,6 +4,7 @@ Masks come as ``mask.unsqueeze(2)``, expanded or repeated over D, transposed, ca
 those of the ids, the rank of the ids for D, :data:`NONE` for one along which nothing changes. Walking back through views with
 labels leads to the tensor that the user's code began with, and that is the weight.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -3,6 +3,7 @@
 The walk starts at the lookup and follows views and multiplications to sums, means and products with a ``[1, L]`` matrix.
 Axes carry labels as in :mod:`.position_weights`.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,14 @@ from .graph import arguments, aten, is_op, value_of
 from .position_weights import NONE, Ids, Weight, position_weight, transposed
 
 _SAME = (aten.contiguous.default, aten.clone.default, aten.alias.default, aten.to.dtype, aten._to_copy.default)
-_VIEWS = (aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.flatten.using_ints)
+_VIEWS = (
+    aten.view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.default,
+    aten.flatten.using_ints,
+)
 _TRANSPOSES = (aten.transpose.int, aten.permute.default, aten.mT.default)
 _SHAPE_ONLY = (aten.expand_as.default, aten.type_as.default, aten.view_as.default)
 _FILLED = (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)

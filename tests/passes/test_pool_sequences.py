@@ -1,4 +1,5 @@
 """Lookups summed over a sequence: every spelling becomes a bag with the same numbers; whatever is not one is left alone."""
+
 from __future__ import annotations
 
 import copy
@@ -90,13 +91,16 @@ MASKS = {
     "masked_fill, inverted": lambda e, i: e.masked_fill(~mask(i).unsqueeze(-1), 0.0).sum(1),
 }
 WEIGHTS = {  # with a second input
-    "lengths": (lambda e, i, n: (e * (torch.arange(LENGTH) < n.unsqueeze(1)).unsqueeze(2)).sum(1), torch.tensor([0, 1, 5, 2, 3, 4])),
+    "lengths": (
+        lambda e, i, n: (e * (torch.arange(LENGTH) < n.unsqueeze(1)).unsqueeze(2)).sum(1),
+        torch.tensor([0, 1, 5, 2, 3, 4]),
+    ),
     "weights": (lambda e, i, w: (e * w.unsqueeze(2)).sum(1), torch.rand(6, LENGTH)),
     "weights and mask": (lambda e, i, w: (e * w.unsqueeze(2) * mask(i).unsqueeze(2)).sum(1), torch.rand(6, LENGTH)),
     "weights by matrix": (lambda e, i, w: torch.bmm(w.unsqueeze(1), e)[:, 0], torch.rand(6, LENGTH)),
     "double weights": (lambda e, i, w: (e * w.float().unsqueeze(2)).sum(1), torch.rand(6, LENGTH).double()),
     "trained": (lambda e, i, w: (e * w.softmax(0)[None, :, None]).sum(1), None),
-    "trained, by matrix": (lambda e, i, w: (w @ e.permute(1, 0, 2).flatten(1)), None),
+    "trained, by matrix": (lambda e, i, w: w @ e.permute(1, 0, 2).flatten(1), None),
     "another mask": (lambda e, i, m: (e * m.unsqueeze(2)).sum(1), torch.rand(6, LENGTH) < 0.5),
     "mask of two": (lambda e, i, m: (e * (m & mask(i)).unsqueeze(2)).sum(1), torch.rand(6, LENGTH) < 0.5),
     "mask made wide": (lambda e, i, m: (e * ~(m.unsqueeze(2).expand_as(e))).sum(1), torch.rand(6, LENGTH) < 0.5),
