@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +19,9 @@ from torch import nn
 
 from ..errors import CaptureError, explain
 
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH = str(Path(torch.__file__).parent) + os.sep
 _PACKAGE = Path(__file__).parents[2]
-_OURS = tuple(str(_PACKAGE / floor) for floor in ("rewriter", "passes", "kernels"))
+_OURS = tuple(str(_PACKAGE / floor) + os.sep for floor in ("rewriter", "passes", "kernels"))
 _PYTHON = str(Path(copy.__file__).parent)  # the standard library: contextlib, functools, ...
 _SITE = ("site-packages", "dist-packages")
 _PRIVATE = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook", "_forward_hooks",
