@@ -4,13 +4,15 @@ from __future__ import annotations
 from .batch_experts import BatchExperts
 from .concatenated_lookups import ConcatenatedLookups
 from .dense_chains import DenseChains
-from .dense_layers import FindDenseLayers
 from .fast_dropout import FastDropout
 from .fuse_cross import FuseCross
+from .fuse_dot_interaction import FuseDotInteraction
+from .fuse_fm import FuseFm
+from .fuse_pair_products import FusePairProducts
 from .group_tables import GroupTables
 from .pool_sequences import PoolSequences
 from .remove_zero_dropout import RemoveZeroDropout
 from .rule import Pass
 from .table_gradients import TableGradients
 
-DEFAULT: tuple[type[Pass], ...] = (RemoveZeroDropout, PoolSequences, ConcatenatedLookups, GroupTables, TableGradients, FindDenseLayers, FuseCross, BatchExperts, DenseChains, FastDropout)
+DEFAULT: tuple[type[Pass], ...] = (RemoveZeroDropout, FuseFm, FuseDotInteraction, FusePairProducts, PoolSequences, ConcatenatedLookups, GroupTables, TableGradients, FuseCross, BatchExperts, DenseChains, FastDropout)

@@ -4,7 +4,7 @@
 
     dot_interaction(x, extras, pairs, place=0, constants=None, digest="") -> [batch, sum of widths]
     pair_products(x, pairs, constants=None, digest="") -> [batch, pairs, dim]
-    fm(x, scale=1.0, reduce=False) -> [batch, dim], or [batch] if reduce
+    fm(x, scale=1.0, reduce=False, constants=None, digest="") -> [batch, dim], or [batch] if reduce
 
 ``x`` is ``[batch, features, dim]`` (any strides). ``pairs`` is an encoded :class:`~.pairs.Pairs`. ``dot_interaction`` writes
 ``<x[i], x[j]>`` for each pair, ``place`` of the ``extras`` (``[batch, width]``) before them and the others after, in the dtype
@@ -25,14 +25,14 @@ from torch import Tensor
 from ..library import LIBRARY, tracing
 from . import cpu, reference
 from .constants import unchanged
-from .pairs import check, decode
+from .pairs import decode
 
 for _schema in (
     'dot_interaction(Tensor x, Tensor[] extras, str pairs, int place=0, Tensor[]? constants=None, str digest="") -> Tensor',
     "dot_interaction_backward(Tensor grad, Tensor x, str pairs) -> Tensor",
     'pair_products(Tensor x, str pairs, Tensor[]? constants=None, str digest="") -> Tensor',
     "pair_products_backward(Tensor grad, Tensor x, str pairs) -> Tensor",
-    "fm(Tensor x, float scale=1.0, bool reduce=False) -> Tensor",
+    'fm(Tensor x, float scale=1.0, bool reduce=False, Tensor[]? constants=None, str digest="") -> Tensor',
     "fm_backward(Tensor grad, Tensor x, float scale, bool reduce) -> Tensor",
 ):
     LIBRARY.define(_schema)
@@ -156,12 +156,13 @@ def _products_autograd(x, pairs, constants=None, digest=""):
 # --- fm ----------------------------------------------------------------------------------------------------------------------
 
 
-def _fm(x: Tensor, scale: float = 1.0, reduce: bool = False) -> Tensor:
+def _fm(x: Tensor, scale: float = 1.0, reduce: bool = False, constants=None, digest: str = "") -> Tensor:
+    unchanged(constants, digest)
     return implementation(x.device).fm(x, scale, reduce)
 
 
 @torch.library.register_fake("tablewright::fm", lib=LIBRARY)
-def _fake_fm(x, scale=1.0, reduce=False):
+def _fake_fm(x, scale=1.0, reduce=False, constants=None, digest=""):
     return x.new_empty((x.shape[0],) if reduce else (x.shape[0], x.shape[2]))
 
 
@@ -171,18 +172,18 @@ def _fm_backward(grad: Tensor, x: Tensor, scale: float, reduce: bool) -> Tensor:
 
 class _Fm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale, reduce):
+    def forward(ctx, x, scale, reduce, constants, digest):
         ctx.save_for_backward(x)
         ctx.options = scale, reduce
-        return _below(_OPS.fm, _fm)(x, scale, reduce)
+        return _below(_OPS.fm, _fm)(x, scale, reduce, constants, digest)
 
     @staticmethod
     def backward(ctx, grad):
-        return _backward_of("fm")(grad, *ctx.saved_tensors, *ctx.options), None, None
+        return _backward_of("fm")(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
-def _fm_autograd(x, scale=1.0, reduce=False):
-    return _Fm.apply(x, scale, reduce)
+def _fm_autograd(x, scale=1.0, reduce=False, constants=None, digest=""):
+    return _Fm.apply(x, scale, reduce, constants, digest)
 
 
 # --- registration ------------------------------------------------------------------------------------------------------------

@@ -183,7 +183,7 @@ def test_steps_say_what_each_pass_did():
     assert steps["remove_zero_dropout"].op_delta == {"dropout": -1} and steps["remove_zero_dropout"].made == 1
     delta = steps["group_tables"].op_delta
     assert delta["embedding"] == -2 and delta["embedding_bag"] == delta["cat"] == -1 and delta["embedding_bags"] == 1
-    assert steps["find_dense_layers"].op_delta == {}
+    assert steps["fuse_dot_interaction"].op_delta == {}
     for before, after in zip(opt.steps, opt.steps[1:]):
         assert before.after is after.before
 

@@ -32,10 +32,10 @@ const Kernels* kernels_of(int level) {
 int active_level = supported_level();
 const Kernels* active = kernels_of(active_level);
 
-// Threads worth waking: waking one costs as much as some 300,000 multiplications or moving 64 KB.
+// Threads worth waking: waking one costs as much as some 100,000 multiplications.
 int64_t threads_for(const Call& c) {
-    const int64_t numbers = c.kind == FM ? c.features : c.kind == DOTS ? c.features * c.features / 4 : c.pairs;
-    const int64_t most = 1 + c.batch * c.dim * numbers / 32768;
+    const int64_t numbers = c.kind == FM ? c.features : c.kind == PRODUCTS || c.pairs * 8 < c.features * c.features ? c.pairs : c.features * c.features / 4;
+    const int64_t most = 1 + c.batch * c.dim * numbers / 131072;
     return c.threads < most ? c.threads : most;
 }
 
