@@ -159,7 +159,7 @@ def test_a_pass_that_breaks_is_a_named_error(monkeypatch):
         optimize_with(monkeypatch, Breaks)
     text = str(error.value)
     assert "pass 'wrong' broke (KeyError: 'a bug in the pass')" in text
-    assert "passes run before it: remove_zero_dropout, pool_sequences" in text and "passes: {wrong: false}" in text
+    assert "passes run before it: remove_zero_dropout, fuse_fm" in text and "passes: {wrong: false}" in text
     assert isinstance(error.value.__cause__, KeyError)
 
 
