@@ -63,7 +63,7 @@ def read_cross(node: Node, root: nn.Module, writes: Writes) -> CrossLayer | Skip
                 if x is product or (affine := _affine(y, x)) is None:
                     continue
                 rest = [t for t in terms if t is not product and t is not x]
-                if all(_constant(t) for t in rest):
+                if all(is_constant(t) for t in rest):
                     inside = (*affine.inside, *between, product, *sums)
                     found = _layer(node, x0, x, affine, rest[0] if rest else None, y, inside, root)
                     return _unfit(found, writes) or found if isinstance(found, CrossLayer) else found
@@ -115,21 +115,21 @@ def _affine(y: Node, x: Node) -> _Affine | None:
         return None
     if is_op(y, aten.linear.default):
         a = arguments(y)
-        return _Affine(a["weight"], a["bias"], False, False, (y,)) if a["input"] is x and _constant(a["weight"]) else None
+        return _Affine(a["weight"], a["bias"], False, False, (y,)) if a["input"] is x and is_constant(a["weight"]) else None
     if is_op(y, aten.matmul.default, aten.mm.default):
         left, right = y.args
-        if right is x and _constant(left):
+        if right is x and is_constant(left):
             return _Affine(left, None, False, True, (y,))
-        return _Affine(right, None, True, False, (y,)) if left is x and _constant(right) else None
+        return _Affine(right, None, True, False, (y,)) if left is x and is_constant(right) else None
     if is_op(y, aten.tensordot.default):
         a = arguments(y)
-        fits = a["self"] is x and _constant(a["other"]) and list(a["dims_self"]) == [1] and list(a["dims_other"]) == [0]
+        fits = a["self"] is x and is_constant(a["other"]) and list(a["dims_self"]) == [1] and list(a["dims_other"]) == [0]
         value = value_of(x)
         return _Affine(a["other"], None, True, value is not None and value.dim() == 3, (y,)) if fits else None
     if is_op(y, aten.add.Tensor) and len(y.args) == 2 and not y.kwargs:
         for inner, bias in (y.args, y.args[::-1]):
             found = _affine(inner, x)
-            if found is not None and found.bias is None and _constant(bias):
+            if found is not None and found.bias is None and is_constant(bias):
                 return _Affine(found.weight, bias, found.turned, found.column, (*found.inside, y))
     return None
 
@@ -182,7 +182,7 @@ def _is_gated(product: Node, terms: list[Node]) -> bool:
     return len(factors) == 3 and any(x in terms for x in inputs)
 
 
-def _constant(node) -> bool:
+def is_constant(node) -> bool:
     """Is ``node`` computed from stored tensors alone?"""
     return isinstance(node, Node) and all(n.op != "placeholder" and is_pure(n) for n in ancestors([node]))
 

@@ -205,3 +205,57 @@ def test_budget():
     done = rewrite(Layers(*_args("matrix")), (torch.randn(5, DIM),), FUSE, budget=2)
     assert len(done.of("APPLIED")) == 2 and len(done.of("DISABLED")) == 1
     assert_sound(done, idempotent=False)
+
+
+class Experts(nn.Module):
+    """DCN v2's mixture of low-rank experts; ``how`` changes one thing about it."""
+
+    def __init__(self, how="", experts=3, rank=4):
+        super().__init__()
+        torch.manual_seed(0)
+        self.u, self.v = (nn.Parameter(torch.randn(LAYERS, experts, DIM, rank) / 3) for _ in range(2))
+        self.c = nn.Parameter(torch.randn(LAYERS, experts, rank, rank) / 3)
+        self.gates = nn.ModuleList(nn.Linear(DIM, 1, bias=False) for _ in range(experts))
+        self.b = nn.Parameter(torch.randn(LAYERS, DIM, 1))
+        self.how, self.experts = how, experts
+
+    def forward(self, x):
+        x0 = x.unsqueeze(2)
+        x = x0
+        for n in range(LAYERS):
+            outs, scores = [], []
+            for e in range(self.experts):
+                scores.append(self.gates[e](x.squeeze(2)))
+                low = torch.tanh(torch.matmul(self.v[n][e].t(), x))
+                low = torch.matmul(self.c[n][e], low)
+                low = torch.relu(low) if self.how == "two activations" else torch.tanh(low)
+                raised = torch.matmul(self.u[n][e], low) + self.b[(n + e) % LAYERS if self.how == "a bias each" else n]
+                outs.append((x0 * raised).squeeze(2))
+            outs, scores = torch.stack(outs, 2), torch.stack(scores, 1)
+            mixed = torch.matmul(outs, scores if self.how == "no softmax" else scores.softmax(1))
+            x = mixed + x if self.how != "x first" else x + mixed
+        return (x.squeeze(2), outs) if self.how == "read elsewhere" else x.squeeze(2)
+
+
+@pytest.mark.parametrize("rows", [5, 1, 0])
+@pytest.mark.parametrize("how", ["", "x first"])
+def test_low_rank_experts(rows, how):
+    done = rewrite(Experts(how).double(), (torch.randn(rows, DIM, dtype=torch.float64),), FUSE)
+    assert [r.detail for r in done.of("APPLIED")] == ["a low rank layer"] * LAYERS
+    assert len(done.nodes("linear")) == 3 * LAYERS and not done.nodes("matmul")
+    assert_sound(done)
+
+
+OTHERS = {
+    "no softmax": "whose gates are not the softmax", "two activations": None, "a bias each": "that differ in activation, bias or x0",
+    "read elsewhere": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", OTHERS)
+def test_other_mixtures_are_left_alone(how):
+    done = rewrite(Experts(how).double(), (torch.randn(5, DIM, dtype=torch.float64),), FUSE)
+    assert len(done.of("APPLIED")) == (LAYERS - 1 if how == "read elsewhere" else 0)
+    if OTHERS[how]:
+        assert len(done.of("SKIPPED")) == LAYERS and all(OTHERS[how] in r.reason for r in done.records)
+    assert_sound(done)
