@@ -10,9 +10,15 @@ from .fuse_dot_interaction import FuseDotInteraction
 from .fuse_fm import FuseFm
 from .fuse_pair_products import FusePairProducts
 from .group_tables import GroupTables
+from .id_columns import IdColumns
 from .pool_sequences import PoolSequences
 from .remove_zero_dropout import RemoveZeroDropout
 from .rule import Pass
+from .share_repeats import ShareRepeats
 from .table_gradients import TableGradients
 
-DEFAULT: tuple[type[Pass], ...] = (RemoveZeroDropout, FuseFm, FuseDotInteraction, FusePairProducts, PoolSequences, ConcatenatedLookups, GroupTables, TableGradients, FuseCross, BatchExperts, DenseChains, FastDropout)
+DEFAULT: tuple[type[Pass], ...] = (
+    RemoveZeroDropout, FuseFm, FuseDotInteraction, FusePairProducts, PoolSequences, ConcatenatedLookups,
+    ShareRepeats, IdColumns, GroupTables, TableGradients, FuseCross,
+    BatchExperts, DenseChains, FastDropout,
+)  # fmt: skip

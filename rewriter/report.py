@@ -7,7 +7,20 @@ from dataclasses import asdict, dataclass, field
 
 from ..passes.records import APPLIED, DISABLED, REJECTED, SKIPPED, Record
 
-_WORDS = {"lookups": "fused", "updates": "updated row by row", "mlps": "fused", "cross": "layers fused", "experts": "groups of layers batched", "interactions": "fused", "dropouts": "removed", "dropout masks": "drawn faster", "pooled": "sequences fused", "concatenations": "merged"}
+_WORDS = {
+    "lookups": "fused",
+    "updates": "updated row by row",
+    "mlps": "fused",
+    "cross": "layers fused",
+    "experts": "groups of layers batched",
+    "interactions": "fused",
+    "dropouts": "removed",
+    "dropout masks": "drawn faster",
+    "pooled": "sequences fused",
+    "concatenations": "merged",
+    "repeats": "computed once",
+    "id columns": "cut at once",
+}
 _MAX_LINES = 25
 
 
