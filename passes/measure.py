@@ -7,7 +7,6 @@ the reason says by how much. Equal layers are timed once.
 """
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,8 @@ Rewrite = Callable[[Editor, dict[Node, Node]], Any]
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians in seconds of one forward and backward (forward alone where nothing needs a gradient)."""
+    """Seconds of one forward and backward (forward alone where nothing needs a gradient): the least of several rounds, which
+    other work on the machine disturbs least."""
 
     plain: float
     rewritten: float
@@ -173,7 +173,7 @@ def _time(modules: list[GraphModule], inputs: list[Any]) -> Timing:
             times.append(run())
         if time.perf_counter() > until:
             break
-    return Timing(*map(statistics.median, taken))
+    return Timing(*map(min, taken))
 
 
 def _step(module: GraphModule, inputs: list[Any]) -> Callable[[], float]:
