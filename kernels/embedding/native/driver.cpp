@@ -92,6 +92,9 @@ TW_API int64_t tw_forward(const int64_t* spec, const int64_t* call) {
         if (c.extra_args[e].rows > most) most = c.extra_args[e].rows;
     int64_t out_bytes = 0;
     for (int64_t l = 0; l < lookups; ++l) out_bytes += c.lookup_args[l].bags * c.tables[c.lookups[l].table].dim * c.element;
+    int64_t all_bytes = out_bytes;
+    for (int64_t t = 0; t < c.spec->tables; ++t) all_bytes += c.tables[t].rows * c.tables[t].dim * c.element;
+    const bool stream = out_bytes >= STREAM_FROM && all_bytes >= 4 * STREAM_FROM;
     const int64_t threads = c.threads();
     Workspace* w = take_workspace(size_t(c.scratch_bytes() * threads));
     if (!w) return NO_MEMORY;
@@ -112,7 +115,7 @@ TW_API int64_t tw_forward(const int64_t* spec, const int64_t* call) {
         else if (!offsets_fit(info, a, first, last)) return int(BAD_INPUT);
         const SlotArg& slot = c.slot_args[info.slot];
         const ForwardJob job = {&c.tables[info.table], &info, &arg, c.table_args[info.table], slot.data + info.column * c.element,
-                                slot.stride, first, last, out_bytes >= STREAM_FROM, w->data + thread * c.scratch_bytes()};
+                                slot.stride, first, last, stream, w->data + thread * c.scratch_bytes()};
         return kernels->forward[c.head->dtype](&job);
     });
     give_workspace(w);
@@ -233,7 +236,7 @@ TW_API int64_t tw_sample_weight_gradients(const int64_t* spec, const int64_t* ca
 TW_API void tw_probe(int64_t threads, char* rows, const int64_t* index, int64_t count, int64_t row_bytes, int64_t ahead, char* out,
                      int64_t write) {
     const Kernels* kernels = active;
-    const int64_t block = 256;
+    const int64_t block = 2048;
     for_each_task((count + block - 1) / block, threads, [&](int64_t i, int) {
         const ProbeJob job = {rows, index, i * block, (i + 1) * block < count ? (i + 1) * block : count, row_bytes, ahead, out};
         if (write) kernels->probe_rmw(&job);
