@@ -30,9 +30,8 @@ class Lookups(nn.Module):
         return torch.cat([table(i) for table, i in zip(self.tables, ids)], dim=-1)
 
 
-def shapes(quick: bool):
-    tables = [1, 4, 26] if quick else [1, 2, 4, 26, 200, 1000]
-    for count, dim, pooling, batch in itertools.product(tables, [4, 16, 64, 512], [1, 10, 100], [1, 32, 2048, 16384]):
+def shapes(tables: list[int], dims: list[int]):
+    for count, dim, pooling, batch in itertools.product(tables, dims, [1, 10, 100], [1, 32, 2048, 16384]):
         if count * dim * pooling * batch <= 40_000_000 and count * batch * dim <= 8_000_000:
             yield count, dim, pooling, batch
 
@@ -76,7 +75,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each comparison")
-    parser.add_argument("--quick", action="store_true", help="up to 26 tables")
+    parser.add_argument("--tables", type=int, nargs="+", default=[1, 2, 4, 26, 200, 1000])
+    parser.add_argument("--dims", type=int, nargs="+", default=[4, 16, 64, 512])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -84,7 +84,7 @@ def main() -> None:
              "| tables | pooling | batch | forward ms | vs plain | vs plain sparse | step ms | vs plain | vs plain sparse |",
              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     print("\n".join(lines), flush=True)
-    for shape in shapes(args.quick):
+    for shape in shapes(args.tables, args.dims):
         lines.append(measure(*shape, args.seconds))
         print(lines[-1], flush=True)
         if args.out:
