@@ -1,14 +1,14 @@
 """Chains of linear layers: each layer with its activation becomes one ``tablewright.dense``, where that is measured faster.
 
 ``relu(linear(x, W, b))``  ->  ``dense(x, W, b, "relu")``, and the same for sigmoid, tanh and no activation. The gain is in the matrix
-products (``kernels/dense/gemm.py``), so each layer is timed by itself, at the rows of the sample batch but at least at 2048: a
+products (``kernels/dense/gemm.py``), so ``matmul(x, W)`` with a parameter is a layer too, and each layer is timed by itself, at the rows of the sample batch but at least at 2048: a
 batch that was made for capture says little about training, and for small products the op does at run time what PyTorch does.
 Layers of equal shape are timed once. What lies between the layers (batch norm, dropout, other activations) stays.
 """
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar
 
@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from ..kernels.dense import op as dense
 from ..kernels.dense.gemm import LEAST_WORK
+from .cross_layers import is_constant
 from .graph import Editor, arguments, aten, is_op, value_of
 from .measure import _LEAST_GAIN, Measured, Timing
 from .records import APPLIED, DISABLED, SKIPPED, Record, record
@@ -35,15 +36,20 @@ _ROUNDS, _SECONDS = 9, 0.1  # of timing one layer: the most rounds, and the time
 
 @dataclass(frozen=True)
 class Layer:
-    """``linear`` and the activation node that alone reads it, if any. ``sizes``: in, out."""
+    """The node ``product`` computes ``x weight^T + bias`` (``turned``: with ``weight`` itself); ``activation`` alone reads it, if there is
+    one. ``sizes``: in, out."""
 
-    linear: Node
-    activation: Node | None
-    sizes: tuple[int, int]
+    product: Node
+    x: Node
+    weight: Node
+    bias: Node | None
+    turned: bool
+    activation: Node | None = None
+    sizes: tuple[int, int] = (0, 0)
 
     @property
     def last(self) -> Node:
-        return self.activation or self.linear
+        return self.activation or self.product
 
     @property
     def function(self) -> str:
@@ -62,7 +68,7 @@ class DenseChains(Measured):
         seen: set[Node] = set()
         records: list[Record] = []
         for node in list(context.graph.nodes):
-            if is_op(node, aten.linear.default) and node not in seen:
+            if node not in seen and _product(node) is not None:
                 chain = _chain(node)
                 seen.update(chain)
                 records.append(self._rewrite(chain, context))
@@ -98,9 +104,8 @@ class DenseChains(Measured):
         return row(APPLIED, detail=f"{len(chosen)} of {len(chain)} linear layers{gain}")
 
     def _time(self, layer: Layer, context: Context) -> Timing:
-        a = arguments(layer.linear)
-        value = value_of(a["input"])
-        facts = (_rows(layer.linear), *layer.sizes, a["bias"] is not None, layer.function, value.dtype, value.device)
+        value = value_of(layer.x)
+        facts = (_rows(layer.product), *layer.sizes, layer.bias is not None, layer.function, value.dtype, value.device)
         key = (self.name, facts, torch.get_num_threads())
         if key not in context.timings:
             context.timings[key] = _time(*facts)
@@ -115,17 +120,30 @@ def _chain(first: Node) -> list[Node]:
         if user.args[:1] != (node,) or node in user.args[1:]:
             break
         node = user
-        if is_op(node, aten.linear.default):
+        if _product(node) is not None:
             layers.append(node)
         elif not is_op(node, *_BETWEEN):
             break
     return layers
 
 
+def _product(node: Node) -> Layer | None:
+    """The product with a parameter that ``node`` is."""
+    if is_op(node, aten.linear.default):
+        a = arguments(node)
+        return Layer(node, a["input"], a["weight"], a["bias"], False)
+    if is_op(node, aten.matmul.default, aten.mm.default):
+        x, weight = node.args
+        value = value_of(weight)
+        known = value is not None and value.dim() == 2 and is_constant(weight) and not is_constant(x)
+        return Layer(node, x, weight, None, True) if known else None
+    return None
+
+
 def _layer(node: Node) -> Layer | str:
     """The layer that ``node`` is, or why it is not one for the op."""
-    a = arguments(node)
-    value, weight = value_of(a["input"]), value_of(a["weight"])
+    layer = _product(node)
+    value, weight = value_of(layer.x), value_of(layer.weight)
     if value is None or weight is None:
         return "whether it pays depends on the layer's dtype and device, and they are not known without sample_inputs"
     if value.device.type != "cpu":
@@ -140,19 +158,23 @@ def _layer(node: Node) -> Layer | str:
         return f"at {rows} rows the layer is {rows * prod(sizes) / 1e6:.2g} million multiply-adds; the fused layer gains from {LEAST_WORK / 1e6} on"
     users = list(node.users)
     activation = users[0] if len(users) == 1 and is_op(users[0], *_ACTIVATIONS) else None
-    return Layer(node, activation, (weight.shape[1], weight.shape[0]))
+    return replace(layer, activation=activation, sizes=sizes if layer.turned else sizes[::-1])
 
 
 def _replace(editor: Editor, layer: Layer) -> None:
-    a = arguments(layer.linear)
-    sources = [layer.linear] if layer.activation is None else [layer.linear, layer.activation]
+    sources = [layer.product] if layer.activation is None else [layer.product, layer.activation]
+    operands = _product(layer.product)  # read again: the layer before may have been replaced
+    weight = operands.weight
+    if layer.turned and is_op(weight, aten.t.default):
+        weight = weight.args[0]
+    elif layer.turned:
+        weight = editor.call(aten.t.default, weight, before=layer.last, sources=sources)
     made = editor.call(
-        dense.OP, a["input"], a["weight"], a["bias"], layer.function,
-        before=layer.last, sources=sources, value=value_of(layer.last),
-    )  # fmt: skip
+        dense.OP, operands.x, weight, operands.bias, layer.function, before=layer.last, sources=sources, value=value_of(layer.last)
+    )
     editor.replace(layer.last, made)
     if layer.activation is not None:
-        editor.graph.erase_node(layer.linear)
+        editor.graph.erase_node(layer.product)
 
 
 def _rows(node: Node) -> int:

@@ -83,6 +83,10 @@ FORMS = {
     "three dimensions": (lambda m, x: m.b(m.a(x.unsqueeze(1)).tanh()), 1, 2),
     "the relu's result is returned too": (lambda m, x: (lambda y: (m.b(y), y))(m.a(x).relu()), 2, 2),
     "written to afterwards": (lambda m, x: m.a(x).mul_(2), 1, 1),
+    "matmul by a parameter": (lambda m, x: (m.a(x) @ m.b.weight).relu(), 1, 2),
+    "matmul by a transposed parameter": (lambda m, x: (x.unsqueeze(1) @ m.b.weight.t()).relu(), 1, 1),
+    "scores of all rows of a table": (lambda m, x: torch.matmul(x, m.b.weight.transpose(0, 1)), 1, 1),
+    "a product of two activations": (lambda m, x: m.a(x) @ m.b(x).t(), 2, 2),
     "a functional layer": (lambda m, x: nn.functional.linear(x, m.b.weight * 2), 1, 1),
 }
 
