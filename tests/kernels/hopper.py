@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -120,8 +121,32 @@ def embedding_cases():
     yield case("forward bags fp32 D16+D64+D256", triton_forward.forward_kernel, **constants)
 
 
+def interaction_cases():
+    """(name, kernel, arguments, constants, warps) of the interaction kernels, with the constants that ``gpu.py`` would choose."""
+    import torch
+    from tablewright.kernels.interaction import gpu
+    from tablewright.kernels.interaction import triton_kernels as k
+
+    pointers = {"where", "first", "second", "starts", "numbers", "partners"}
+    for (kind, dtype), (features, dim) in itertools.product(DTYPES.items(), ((10, 16), (27, 64), (27, 128), (100, 64))):
+        of = f"{kind} F{features} D{dim}"
+        torch_type = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[kind]
+        square, columns = gpu.square_options(features, dim, torch_type), gpu.column_options(dim)
+        products = {"BP": max(1, 1024 // dim), "BD": dim, "num_warps": 4}
+        for name, kernel, options in (
+            ("dots", k.dots_kernel, square), ("dots backward", k.dots_backward_kernel, square), ("products", k.products_kernel, products),
+            ("products backward", k.products_backward_kernel, columns), ("fm", k.fm_kernel, columns | {"REDUCE": False}),
+            ("fm backward", k.fm_backward_kernel, columns),
+        ):  # fmt: skip
+            constants = {n: v for n, v in options.items() if n != "num_warps"}
+            kinds = {n: f"*{dtype}" if n in ("x", "out", "grad", "dx") else "*i32" if n in pointers else "i32" for n in kernel.arg_names}
+            kinds["scale"] = "fp32"
+            yield f"{name} {of}", kernel, {n: kinds[n] for n in kernel.arg_names if n not in constants}, constants, options["num_warps"]
+
+
 def main() -> None:
-    facts = {name: compile_for_hopper(kernel, arguments, constants) for name, kernel, arguments, constants in embedding_cases()}
+    cases = interaction_cases if "--interactions" in sys.argv else embedding_cases
+    facts = {name: compile_for_hopper(*case) for name, *case in cases()}
     print(json.dumps(facts, indent=1))
 
 

@@ -20,11 +20,11 @@ triton = pytest.importorskip("triton", reason="NOT TESTED: the Triton kernels, b
 CASES = Path(__file__).with_name("embedding_triton_cases.py")
 
 
-def run_cases(**environment: str) -> None:
-    """All cases in a new process; its output is shown if one fails or is skipped."""
+def run_cases(cases: Path = CASES, **environment: str) -> None:
+    """All ``cases`` in a new process; its output is shown if one fails or is skipped."""
     kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
     path = os.pathsep.join(p for p in sys.path if p)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--confcutdir", str(CASES.parent), "-p", "no:cacheprovider", str(CASES)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--confcutdir", str(cases.parent), "-p", "no:cacheprovider", str(cases)]
     done = subprocess.run(command, env=kept | {"PYTHONPATH": path} | environment, capture_output=True, text=True, check=False)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
