@@ -154,9 +154,9 @@ def _compare(result: Coverage, opt: nn.Module, optim, case: Case) -> None:
     limits = (OUTPUTS, GRADIENTS, STEPS)
     if all(e <= limits[k] for k in range(3) for e, _ in found[k]):
         return
-    noise = _sensitivity(case)
+    noise = [_sensitivity(case, seed) for seed in range(4)]  # one change of four may be what tips a maximum or a ReLU
     for k in range(3):
-        allowed = [max(limits[k], 4 * n) for n, _ in noise[k]]
+        allowed = [max(limits[k], *(4 * n for n, _ in each)) for each in zip(*(n[k] for n in noise))]
         if len(allowed) != len(found[k]):
             allowed = [limits[k]] * len(found[k])
         result.wrong += [said for (e, said), most in zip(found[k], allowed) if not e <= most]
@@ -165,10 +165,10 @@ def _compare(result: Coverage, opt: nn.Module, optim, case: Case) -> None:
         result.notes.append("larger differences than usual, all of them rounding (the plain model moves as far when weights change in the last bit)")
 
 
-def _sensitivity(case: Case) -> list[list[tuple[float, str]]]:
+def _sensitivity(case: Case, seed: int = 0) -> list[list[tuple[float, str]]]:
     """How far the plain model comes from itself, comparison by comparison, when its weights change in the last bit."""
     plain, other = copy.deepcopy(case.model), copy.deepcopy(case.model)
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for w in other.parameters():
             if w.is_floating_point():
