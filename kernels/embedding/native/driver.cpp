@@ -99,17 +99,19 @@ TW_API int64_t tw_forward(const int64_t* spec, const int64_t* call) {
     Workspace* w = take_workspace(size_t(c.scratch_bytes() * threads));
     if (!w) return NO_MEMORY;
     // Lookups outermost: the pages of one table at a time fit the TLB and its page table the L2 cache; those of all do not.
-    const int64_t blocks = (most + BAGS_PER_TASK - 1) / BAGS_PER_TASK;
+    int64_t bags = BAGS_PER_TASK;
+    while (bags > 1 && threads > 1 && parts * ((most + bags - 1) / bags) < 4 * threads) bags /= 2;  // few bags, but long ones
+    const int64_t blocks = (most + bags - 1) / bags;
     int result = for_each_task(blocks * parts, threads, [&](int64_t task, int thread) {
-        const int64_t l = task / blocks, first = task % blocks * BAGS_PER_TASK;
+        const int64_t l = task / blocks, first = task % blocks * bags;
         if (l >= lookups) {
-            copy_extra(c, l - lookups, first, first + BAGS_PER_TASK);
+            copy_extra(c, l - lookups, first, first + bags);
             return int(OK);
         }
         const LookupInfo& info = c.lookups[l];
         const LookupArg& a = c.lookup_args[l];
         if (first >= a.bags) return int(OK);
-        const int64_t last = first + BAGS_PER_TASK < a.bags ? first + BAGS_PER_TASK : a.bags;
+        const int64_t last = first + bags < a.bags ? first + bags : a.bags;
         LookupArg arg = a;
         if (one_id_each(info, a, first, last)) arg.offsets = nullptr, arg.length = 1;
         else if (!offsets_fit(info, a, first, last)) return int(BAD_INPUT);
