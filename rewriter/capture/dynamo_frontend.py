@@ -29,7 +29,7 @@ _WHOLE = {**_CONFIG, "capture_scalar_outputs": True, "capture_dynamic_output_sha
 # graphs per function: modes, gradients on and off, batches of 0, 1 and more, dtypes
 _OWN_CACHE = {key: value for key, value in {"recompile_limit": 64, "isolate_recompiles": True}.items()
               if key in inspect.signature(torch.compile).parameters}
-_MANY = 32  # more graphs than that: something that Python reads changes at every call
+_MANY = 16  # more graphs of one function than that: something that Python reads changes at every call
 
 
 class Plain:
@@ -61,7 +61,7 @@ class Dynamo:
         self.breaks: list[str] = []
         self.pieces: list[Piece] = []
         self.only_whole = False  # the plan asks for what pieces cannot give
-        self._rewrite, self._warned = rewrite, False
+        self._rewrite, self._warned, self._compiled = rewrite, False, 0
         self._every: list[Piece] = []
         self._called: list[Piece] = []
         self._compile()
@@ -77,11 +77,13 @@ class Dynamo:
     def _backend(self, module: fx.GraphModule, examples: list) -> Callable[..., Any]:
         piece = Piece(self.shell, module, self._rewrite, self._called)
         self._every.append(piece)
+        this = torch._guards.CompileContext.current_compile_id()
+        self._compiled = max(self._compiled, 0 if this is None else this.frame_compile_id or 0)
         return piece.__call__
 
     def __call__(self, args: tuple, kwargs: dict) -> Any:
         self._called.clear()
-        if len(self._every) > _MANY and not self.only_whole:
+        if self._compiled > _MANY and not self.only_whole:
             return self._plainly(args, kwargs)
         if self.whole:
             try:
@@ -159,6 +161,9 @@ class Watch(Guards):
 
     def __init__(self, shell: nn.Module, originals: dict[str, nn.Module] | None, log: ReadLog):
         log.modes, log.flags = set(), set()
+        for path, seen in log.attributes.items():  # what forward() itself makes is not the user's to change
+            module = shell.get_submodule(path) if path else shell
+            log.attributes[path] = {name: value for name, value in seen.items() if name in module.__dict__}
         super().__init__(shell, originals, _AnyInputs(), log)  # type: ignore[arg-type]
 
     def failure(self, args: tuple, kwargs: dict) -> str | None:

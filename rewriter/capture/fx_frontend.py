@@ -128,10 +128,10 @@ def trace(
                     leaf, torch.Tensor) else leaf
                 node.meta["rank_is_sure"] = True
         inputs.examples = None
-        call_args, call_kwargs = pytree.tree_unflatten(leaves, inputs.spec)
         result, failure = None, None
         try:
             with _Mode(tracer):
+                call_args, call_kwargs = pytree.tree_unflatten(leaves, inputs.spec)  # may run code of the user's containers
                 result = getattr(shell, entry)(*call_args, **call_kwargs)
         except GiveUp as stop:
             tracer.give_up(stop)
