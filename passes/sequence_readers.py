@@ -47,7 +47,7 @@ class Pool:
 
 @dataclass
 class Readers:
-    """``pools``; ``row_sums``: comparisons of each row's sum with a number, as (sum, its axes); ``sizes``: readers of the shape
+    """``pools``; ``row_sums``: comparisons of each row's sum with 0, as (sum, its axes); ``sizes``: readers of the shape
     alone; ``others``: who reads the rows themselves, and why a sum over the sequence did not fit, if one did not."""
 
     pools: list[Pool] = field(default_factory=list)
@@ -196,7 +196,7 @@ def _reduced(user: Node, rows: _Rows, ids: Ids, found: Readers) -> _Rows | None:
     if not over:
         if ids.rank not in gone or width == 1:
             return rows.at(user, axes)  # sums of one number each
-        if is_op(user, aten.sum.dim_IntList) and not rows.weights and all(is_op(u, *_COMPARISONS) for u in user.users):
+        if is_op(user, aten.sum.dim_IntList) and not rows.weights and all(is_op(u, *_COMPARISONS) and u.args[1] == 0 for u in user.users):
             found.row_sums.append((user, axes))
         else:
             found.others.append(user)

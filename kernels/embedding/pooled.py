@@ -6,18 +6,21 @@ such row) gets no gradient; it is summed like any other with ``padding_read`` (`
 without (``nn.EmbeddingBag``). ATen has no call for the first of these. It consists of ``embedding_bags`` with one lookup, and
 GroupTables lets many of them share a launch.
 
-``embedding_row_sums(weight, ids)`` is ``weight[ids].sum(-1)``, of the shape of ``ids`` and not differentiable, made with a few
-rows at a time: the tensor of all looked-up rows never exists. Each row is summed by PyTorch's own kernel, so a sum is zero
-here exactly where it is in the plain model.
+``embedding_row_sums(weight, ids)`` is ``weight[ids].sum(-1)`` as far as comparing with 0 goes: of the shape of ``ids``, zero where
+that sum is zero and else of its sign, not differentiable. The tensor of all looked-up rows never exists. Whether a float sum is
+zero can depend on its order; the C++ kernel (native/row_sums.cpp) knows for which rows, and those are summed by PyTorch, so the
+answer is the plain model's on every table. Raises IndexError for an id outside the table.
 """
 from __future__ import annotations
 
+import ctypes
 import functools
 
 import torch
 from torch import Tensor
 
 from ..library import LIBRARY
+from . import cpu
 from .op import OP
 from .spec import GroupSpec, Lookup, Table
 
@@ -50,12 +53,35 @@ LIBRARY.impl("embedding_pool", _pool, "CompositeImplicitAutograd")
 
 def _row_sums(weight: Tensor, ids: Tensor) -> Tensor:
     weight, flat = weight.detach(), ids.reshape(-1)
-    chunk = max(1, _CHUNK_BYTES.get(weight.device.type, 1 << 26) // max(1, weight.shape[1] * weight.element_size()))
     out = weight.new_empty(flat.shape)
-    for start in range(0, flat.numel(), chunk):
-        part = flat[start : start + chunk]
-        torch.sum(weight.index_select(0, part), -1, out=out[start : start + chunk])
+    doubtful = _native_row_sums(weight, flat, out)
+    if doubtful is None:
+        chunk = max(1, _CHUNK_BYTES.get(weight.device.type, 1 << 26) // max(1, weight.shape[1] * weight.element_size()))
+        for start in range(0, flat.numel(), chunk):
+            torch.sum(weight.index_select(0, flat[start : start + chunk]), -1, out=out[start : start + chunk])
+    elif doubtful:
+        again = out.isnan()
+        out[again] = weight.index_select(0, flat[again]).sum(-1)
     return out.view(ids.shape)
+
+
+def _native_row_sums(weight: Tensor, ids: Tensor, out: Tensor) -> int | None:
+    """How many sums are in doubt (NaN); ``None`` where the C++ kernel does not take the call."""
+    function = None if cpu._lib is None else getattr(cpu._lib, "tw_row_sums", None)
+    is_plain = weight.is_cpu and ids.is_cpu and weight.dtype in (torch.float32, torch.float64) and weight.stride(1) == 1
+    if function is None or not is_plain or ids.dtype not in (torch.int32, torch.int64):
+        return None
+    ids = ids.contiguous()
+    word = function.restype = ctypes.c_int64
+    (rows, dim), threads = weight.shape, torch.get_num_threads() if ids.numel() > 4096 else 1
+    doubtful = function(
+        ctypes.c_void_p(weight.data_ptr()), word(weight.dtype == torch.float64), word(weight.stride(0)), word(rows), word(dim),
+        ctypes.c_void_p(ids.data_ptr()), word(ids.element_size()), word(ids.numel()), ctypes.c_void_p(out.data_ptr()), word(threads),
+    )  # fmt: skip
+    if doubtful < 0:
+        worst = int(ids[(ids < 0) | (ids >= rows)][0])
+        raise IndexError(f"id {worst} is out of range for a table of {rows} rows")
+    return doubtful
 
 
 LIBRARY.impl("embedding_row_sums", _row_sums, "CompositeExplicitAutograd")
