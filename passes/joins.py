@@ -78,7 +78,7 @@ def find_joins(results: dict[Node, Rows], place: Node, order: dict[Node, int], w
         free = {n: r for n, r in results.items() if n not in taken}
         pieces = [None if writes.to(n) is not None else _piece(n, free, results, node, order[place], order) for n in inputs]
         known = [p for p in pieces if p is not None]
-        if len(known) == len(pieces) > 1:
+        if len(known) == len(pieces):
             joins.append(Join(node, 0, known))
         elif is_op(node, aten.cat.default) and len(run := _longest_run(pieces)) > 1:
             joins.append(Join(node, inputs.index(run[0].node), run))

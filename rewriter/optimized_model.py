@@ -19,6 +19,7 @@ from ..kernels.embedding.optimizers import RowUpdates
 from ..kernels.library import DIRECT
 from ..passes.records import Record
 from .capture import Captured, attach, deep_copy, verify
+from .capture.entry import compile_entry, packer, with_live_tensors
 from .capture.program_check import leaves_of
 from .capture.shell import RefusingHooks
 from .errors import CaptureError, PlanError, nearest
@@ -49,11 +50,15 @@ class Variant:
     unverified: bool = False  # captured without inputs: compared with the plain model at the first call
     graphs: list[Graph] = field(default_factory=list)  # the rewritten graphs of a program's pieces; else the one graph
     run: Callable[..., tuple] = field(init=False, repr=False)  # what eager calls: the same graph, ops called directly
+    enter: Callable[[tuple, dict], list | None] = field(init=False, repr=False)  # its inputs, where all guards hold
+    pack: Callable[[tuple], Any] = field(init=False, repr=False)  # from its outputs to the model's
 
     def __post_init__(self) -> None:
         if self.captured.program is None:
             self.graphs = [self.graph]
         self.run = runnable(self.module._shell, self.graph)
+        self.enter = _first_call
+        self.pack = packer(self.captured, self.module._shell)
 
     @property
     def pieces(self) -> int:
@@ -62,12 +67,16 @@ class Variant:
         return 1 if program is None else len(program.pieces)
 
 
+def _first_call(args: tuple, kwargs: dict) -> None:
+    """What ``Variant.enter`` is until the guards have held once."""
+
+
 def runnable(shell: nn.Module, graph: Graph) -> Callable[..., tuple]:
     """What eager mode calls for ``graph``: a copy of it whose ops are called directly, on the shell."""
     direct = copy_graph(graph)
     for node in direct.nodes:
         node.target = DIRECT.get(node.target, node.target)
-    return attach(shell, direct).forward
+    return with_live_tensors(shell, direct)
 
 
 class OptimizedModel(nn.Module):
@@ -99,20 +108,32 @@ class OptimizedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the plain model's ``forward`` computes."""
+        if not torch.compiler.is_compiling():
+            for variant in self._variants:
+                if variant.captured.entry == "forward" and (inputs := variant.enter(args, kwargs)) is not None:
+                    return self._run_on(variant, inputs)
         return self._run(self._variant_for(args, kwargs), args, kwargs)
 
     def _run(self, variant: Variant, args: tuple, kwargs: dict) -> Any:
         if variant.captured.program is not None:
             return self._run_program(variant.captured.program, args, kwargs)
-        run = variant.module.forward if torch.compiler.is_compiling() else variant.run
+        inputs = variant.captured.guards.flatten(args, kwargs)
+        if torch.compiler.is_compiling():
+            if self._guard is not None and torch.is_grad_enabled():
+                self._guard.before_forward()
+            return variant.captured.result(self._shell, variant.module.forward(*inputs))
+        if variant.enter is _first_call:
+            variant.enter = compile_entry(variant.captured.guards, self._watched)
+        return self._run_on(variant, inputs)
+
+    def _run_on(self, variant: Variant, inputs: list) -> Any:
         guard = self._guard
-        watched = guard is not None and torch.is_grad_enabled()
-        if watched:
-            guard.before_forward()
-        leaves = run(*variant.captured.guards.flatten(args, kwargs))
-        if watched and not torch.compiler.is_compiling():
-            guard.watch(leaves)
-        return variant.captured.result(self._shell, leaves)
+        if guard is None or not torch.is_grad_enabled():
+            return variant.pack(variant.run(*inputs))
+        guard.before_forward()
+        leaves = variant.run(*inputs)
+        guard.watch(leaves)
+        return variant.pack(leaves)
 
     def _run_program(self, program: Any, args: tuple, kwargs: dict) -> Any:
         if torch.compiler.is_compiling():

@@ -274,11 +274,11 @@ def update(
 ) -> None:
     """See :func:`reference.update`. No gradient is ever stored; the result is the same bits for any number of threads."""
     plan = plan_of(spec)
-    rules = rules_of(tables, updates)
-    if _direct is not None and rules is not None:
-        threads, wanted = torch.get_num_threads(), [u is not None for u in updates]
-        if _direct.update(plan.pointer, threads, slot_grads, tables, indices, offsets, sample_weights, spec.slots, wanted, rules):
+    if _direct is not None:
+        threads = torch.get_num_threads()
+        if _direct.update(plan.pointer, threads, slot_grads, tables, indices, offsets, sample_weights, spec.slots, updates):
             return
+    rules = rules_of(tables, updates)
     call = describe_call(plan, tables, indices, offsets, sample_weights)
     if call is None or rules is None or _lib is None:
         return reference.update(spec, slot_grads, tables, indices, offsets, sample_weights, updates)
@@ -309,3 +309,8 @@ def update_from_sparse(
     if result:
         reference.check_sparse(tables, rows, values, updates)
         raise RuntimeError("the C++ embedding kernels refused gradients that the reference accepts")
+
+
+def update_from_gradients(tables: list[Tensor], gradients: list[Tensor], updates: list[TableUpdate]) -> bool:
+    """:func:`update_from_sparse` for coalesced sparse tensors, without taking them apart; False: nothing was done."""
+    return _direct is not None and _direct.update_from_gradients(torch.get_num_threads(), tables, gradients, updates) is True

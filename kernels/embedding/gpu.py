@@ -56,7 +56,7 @@ def _check_shapes(spec: GroupSpec, tables, indices, offsets, sample_weights) -> 
                 f"table {table.name!r} has shape {tuple(tensor.shape)}; its graph was built for {(table.rows, table.dim)}"
             )
     for lookup, ids, offs, weights in zip(spec.lookups, indices, offsets, sample_weights, strict=True):
-        reference._check_shapes(lookup, ids, offs, weights)
+        reference.check_shapes(lookup, ids, offs, weights)
 
 
 def _rows_contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, SparseAdam
 
 from ..memory import use_huge_pages
+from . import cpu
 from .spec import GroupSpec
 from .updates import TableUpdate
 
@@ -39,12 +40,14 @@ def _apply(work: list[tuple[Tensor, Tensor, TableUpdate]]) -> None:
     for item in work:
         launches.setdefault((item[0].device, item[0].dtype), []).append(item)
     for items in launches.values():
-        tables = [table.detach() for table, _, _ in items]
-        grads = [_coalesced(grad) for _, grad, _ in items]
-        rows = [g._indices().squeeze(0) for g in grads]
-        values = [g._values() for g in grads]
-        _raise_bad_ids(tables[0])
-        _implementation(tables[0]).update_from_sparse(tables, rows, values, [update for _, _, update in items])
+        tables, grads, updates = map(list, zip(*items))
+        if not (tables[0].is_cpu and cpu.update_from_gradients(tables, grads, updates)):
+            held = [table.detach() for table in tables]
+            grads = [_coalesced(grad) for grad in grads]
+            rows = [g._indices().squeeze(0) for g in grads]
+            values = [g._values() for g in grads]
+            _raise_bad_ids(held[0])
+            _implementation(held[0]).update_from_sparse(held, rows, values, updates)
         torch.autograd.graph.increment_version(tables)  # the kernels write behind autograd's back
 
 
@@ -63,41 +66,51 @@ def _step_count(state: dict) -> int:
 
 
 # --- the user's optimizer ------------------------------------------------------------------------------------------------------
+# One function per kind of optimizer: the updates of this step for some tables of one param group.
 
 
-def _sgd(states: dict, table: Tensor, group: dict) -> TableUpdate:
-    return TableUpdate("sgd", lr=float(group["lr"]), maximize=group["maximize"])
+def _sgd(states: dict, tables: list[Tensor], group: dict) -> list[TableUpdate]:
+    return [TableUpdate("sgd", lr=float(group["lr"]), maximize=group["maximize"])] * len(tables)
 
 
-def _adagrad(states: dict, table: Tensor, group: dict) -> TableUpdate:
-    state, lr, decay = states[table], float(group["lr"]), group["lr_decay"]
-    state["step"] += 1
+def _adagrad(states: dict, tables: list[Tensor], group: dict) -> list[TableUpdate]:
+    held = [states[table] for table in tables]
+    lr, decay, eps, maximize = float(group["lr"]), group["lr_decay"], group["eps"], group["maximize"]
+    steps = [state["step"] for state in held]
+    if all(isinstance(step, Tensor) for step in steps):
+        torch._foreach_add_(steps, 1)
+    else:
+        for state in held:
+            state["step"] += 1
+    rates = [lr] * len(held)
     if decay != 0:  # reading a tensor costs as much as the rest of this function
-        lr /= 1 + (int(state["step"]) - 1) * float(decay)
-    return TableUpdate("adagrad", lr=lr, eps=group["eps"], maximize=group["maximize"], state=(state["sum"],))
+        rates = [lr / (1 + (int(state["step"]) - 1) * float(decay)) for state in held]
+    return [
+        TableUpdate("adagrad", lr=rate, eps=eps, maximize=maximize, state=(state["sum"],)) for rate, state in zip(rates, held)
+    ]
 
 
-def _adam(states: dict, table: Tensor, group: dict) -> TableUpdate:
-    state = states[table]
-    if not state:
-        state["step"] = torch.tensor(0.0)
-        state["exp_avg"] = torch.zeros_like(table)
-        state["exp_avg_sq"] = torch.zeros_like(table)
-    step = _step_count(state)
-    beta1, beta2 = map(float, group["betas"])
-    return TableUpdate(
-        "adam", lr=float(group["lr"]), eps=group["eps"], beta1=beta1, beta2=beta2, step=step,
-        weight_decay=group.get("weight_decay", 0.0), maximize=group["maximize"], state=(state["exp_avg"], state["exp_avg_sq"]),
-    )  # fmt: skip
+def _adam(states: dict, tables: list[Tensor], group: dict, first_step=None) -> list[TableUpdate]:
+    lr, eps, (beta1, beta2) = float(group["lr"]), group["eps"], map(float, group["betas"])
+    updates = []
+    for table in tables:
+        state = states[table]
+        if not state:
+            state["step"] = torch.tensor(0.0) if first_step is None else first_step
+            state["exp_avg"] = torch.zeros_like(table)
+            state["exp_avg_sq"] = torch.zeros_like(table)
+        updates.append(
+            TableUpdate(
+                "adam", lr=lr, eps=eps, beta1=beta1, beta2=beta2, step=_step_count(state),
+                weight_decay=group.get("weight_decay", 0.0), maximize=group["maximize"],
+                state=(state["exp_avg"], state["exp_avg_sq"]),
+            )  # fmt: skip
+        )
+    return updates
 
 
-def _sparse_adam(states: dict, table: Tensor, group: dict) -> TableUpdate:
-    state = states[table]
-    if not state:
-        state["step"] = 0
-        state["exp_avg"] = torch.zeros_like(table)
-        state["exp_avg_sq"] = torch.zeros_like(table)
-    return _adam(states, table, group)
+def _sparse_adam(states: dict, tables: list[Tensor], group: dict) -> list[TableUpdate]:
+    return _adam(states, tables, group, first_step=0)
 
 
 def why_not_row_wise(optimizer: Optimizer, group: dict, lazy: bool) -> str | None:
@@ -154,30 +167,44 @@ class _RowWise:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        base, make_update = self._base_step, _UPDATES[self._base]  # type: ignore[attr-defined]
-        taken: list[tuple[Tensor, Tensor, dict]] = []
+        base, make_updates = self._base_step, _UPDATES[self._base]  # type: ignore[attr-defined]
+        ours = self._row_wise_tables
+        taken: list[tuple[dict, list[Tensor], list[Tensor]]] = []  # by group: tables and their gradients
         whole: list[tuple[Tensor, Tensor]] = []
+        others = False  # whether the plain step has anything to do
         for group in self.param_groups:  # type: ignore[attr-defined]
             # A scheduler or a loaded state may have changed what the step means: then the plain step does it, on all rows.
             reason = why_not_row_wise(self, group, self._row_wise_lazy)  # type: ignore[arg-type]
+            tables, grads = [], []
             for param in group["params"]:
                 grad = param.grad
-                if grad is not None and grad.is_sparse and id(param) in self._row_wise_tables:
-                    if reason is None:
-                        taken.append((param, grad, group))
-                    else:
-                        whole.append((param, grad))
-        try:
-            for param, _, _ in taken:
-                param.grad = None
-            for param, grad in whole:
-                param.grad = grad.to_dense()
-            base(self)
-        finally:
-            for param, grad in [*((p, g) for p, g, _ in taken), *whole]:
-                param.grad = grad
+                if grad is None:
+                    continue
+                if not grad.is_sparse or id(param) not in ours:
+                    others = True
+                elif reason is None:
+                    tables.append(param)
+                    grads.append(grad)
+                else:
+                    whole.append((param, grad))
+            if tables:
+                taken.append((group, tables, grads))
+        if others or whole:
+            hidden = [pair for _, tables, grads in taken for pair in zip(tables, grads)]
+            try:
+                for param, _ in hidden:
+                    param.grad = None
+                for param, grad in whole:
+                    param.grad = grad.to_dense()
+                base(self)
+            finally:
+                for param, grad in [*hidden, *whole]:
+                    param.grad = grad
+        work = []
         with torch.no_grad():
-            _apply([(param, grad, make_update(self.state, param, group)) for param, grad, group in taken])  # type: ignore[attr-defined]
+            for group, tables, grads in taken:
+                work += zip(tables, grads, make_updates(self.state, tables, group))  # type: ignore[attr-defined]
+            _apply(work)
         return loss
 
 

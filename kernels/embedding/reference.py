@@ -56,7 +56,7 @@ def check_inputs(
                 f"table {table.name!r} has shape {tuple(tensor.shape)}; its graph was built for {(table.rows, table.dim)}"
             )
     for lookup, ids, offs, weights in zip(spec.lookups, indices, offsets, sample_weights, strict=True):
-        _check_shapes(lookup, ids, offs, weights)
+        check_shapes(lookup, ids, offs, weights)
         if offs is not None:
             _check_offsets(lookup, spec.tables[lookup.table], ids, offs)
         _check_ids(spec, lookup, ids, offs)
@@ -240,7 +240,8 @@ def check_sparse(
             raise IndexError(f"the sparse gradient of table {i} names rows outside [0, {table.shape[0]})")
 
 
-def _check_shapes(lookup: Lookup, ids: Tensor, offsets: Tensor | None, weights: Tensor | None) -> None:
+def check_shapes(lookup: Lookup, ids: Tensor, offsets: Tensor | None, weights: Tensor | None) -> None:
+    """Raise TypeError or ValueError where the tensors of one lookup do not fit it or each other; no value is read."""
     where = f"lookup {lookup.name!r}"
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{where} got ids of dtype {ids.dtype}; they must be int32 or int64")

@@ -36,7 +36,7 @@ class Guards:
         """``conditions``: Python expressions over ``S[i][d]``, the size of dimension d of the i-th tensor leaf."""
         self.inputs = inputs
         self.conditions: list[str] = []
-        self._holds = None
+        self.holds: Callable | None = None  # all conditions, over a sequence of shapes
         self.require(conditions)
         self.modes = {path: _module(shell, path).__dict__["training"] for path in sorted(log.modes)}
         self.reads_training = bool(log.modes or log.flags)  # else the mode cannot matter
@@ -71,7 +71,7 @@ class Guards:
     def require(self, conditions) -> None:
         """Adds conditions on sizes."""
         self.conditions = list(dict.fromkeys([*self.conditions, *conditions]))
-        self._holds = _compiled(" and ".join(f"({each})" for each in self.conditions)) if self.conditions else None
+        self.holds = _compiled(" and ".join(f"({each})" for each in self.conditions)) if self.conditions else None
 
     # the inputs -----------------------------------------------------------------------------------------------------------
     def flatten(self, args: tuple, kwargs: dict) -> list:
@@ -87,9 +87,9 @@ class Guards:
         reason = self.inputs.failure(leaves, args, kwargs)
         if reason is not None:
             return reason
-        if self._holds is not None:
+        if self.holds is not None:
             shapes = list(map(_SHAPE, self.inputs.tensors_of(leaves)))
-            if not _true(self._holds, shapes):
+            if not _true(self.holds, shapes):
                 return self._explain_sizes(shapes)
         return self.module_failure()
 
@@ -123,6 +123,9 @@ class Guards:
                     return self._explain()
         except (KeyError, ValueError, RuntimeError, TypeError):
             return self._explain()
+        return self._other_failure()
+
+    def _other_failure(self) -> str | None:
         for path, name, value, read in self._class_reads:
             for module in (_module(self._shell, path), self._originals.get(path, lambda: None)()):
                 if module is not None and _differs(now := read(module), value):
@@ -134,6 +137,30 @@ class Guards:
             if tuple([each.dtype for each in parameters.values() if each is not None]) != dtypes:
                 return "the dtype of parameters changed since the capture, and the captured graph has it baked in"
         return None
+
+    # for entry.py: the same conditions, to be compiled ---------------------------------------------------------------------
+    def namespaces(self):
+        """(dict, [(attribute, value, compare by value?)]) of each module of the shell that was read."""
+        for _, namespace, value in self._modes:
+            yield namespace, [("training", value, False)]
+        for group, (_, namespace, _) in zip(self._groups, self._fast):
+            yield namespace, group.attributes()
+
+    def original_namespaces(self):
+        """The same for the user's own modules, as (weak reference, attributes)."""
+        for ref, group in self._original_groups:
+            yield ref, group.attributes()
+
+    def has_more(self) -> bool:
+        """Are there conditions besides :meth:`namespaces`?"""
+        return bool(self._class_reads or self._dtypes or any(group.inner or group.arrays for _, group in self._careful))
+
+    def more_holds(self) -> bool:
+        """Whether those hold."""
+        for ref, group in self._careful:
+            if (module := ref()) is not None and group.changed_within(module.__dict__):
+                return False
+        return self._other_failure() is None
 
     def _explain(self) -> str | None:
         for group in self._groups:
@@ -199,6 +226,10 @@ class _Group:
         # torch's own modules are many and convert their numbers themselves: equality is enough there
         self.careful = bool(self.inner or self.arrays) or (not type(module).__module__.startswith("torch.")
                                             and any(kind in (int, float, bool) for kind in self.types))
+
+    def attributes(self) -> list[tuple[str, object, bool]]:
+        """(name, value, compare by value?); the same object is always the same value, but for a container."""
+        return [(name, value, _is_plain_container(value)) for name, value in zip(self.names, self.values)]
 
     def changed_within(self, namespace: dict) -> bool:
         if tuple(map(type, self.values_of(namespace))) != self.types:

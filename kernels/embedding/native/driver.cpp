@@ -6,6 +6,7 @@
 //
 // No ids are trusted: forward and sorting return BAD_INPUT before anything of the user's is written, and cpu.py then asks
 // reference.check_inputs for the words.
+#include "api.h"
 #include "call.h"
 #include "sorted_keys.h"
 
