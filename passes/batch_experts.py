@@ -21,8 +21,6 @@ from .measure import Measured
 from .records import APPLIED, DISABLED, SKIPPED, Record, record
 from .rule import Context
 
-_ROWS = 2048  # of the batch at which a group is timed, if the sample's is smaller
-
 
 @dataclass
 class BatchExperts(Measured):
@@ -65,7 +63,7 @@ class BatchExperts(Measured):
         late = [a for n in narrow for a in ancestors(_parameters(n)) if not is_pure(a) or a.op == "placeholder"]
         if late:
             return row(SKIPPED, f"a weight is computed from {late[0].name}; only parameters may be read ahead of their layer")
-        refusal = self.no_gain(context, narrow, lambda editor, copy_of: _replace(editor, [copy_of[n] for n in narrow]), _ROWS)
+        refusal = self.no_gain(context, narrow, lambda editor, copy_of: _replace(editor, [copy_of[n] for n in narrow]))
         if refusal is not None:
             return row(SKIPPED, refusal.reason)
         if not context.allowed():

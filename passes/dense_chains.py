@@ -20,7 +20,7 @@ from ..kernels.dense import op as dense
 from ..kernels.dense.gemm import LEAST_WORK
 from .cross_layers import is_constant
 from .graph import Editor, arguments, aten, is_op, value_of
-from .measure import _LEAST_GAIN, Measured, Timing
+from .measure import LEAST_GAIN, ROWS, Measured, Timing
 from .records import APPLIED, DISABLED, SKIPPED, Record, record
 from .rule import Context
 
@@ -30,7 +30,6 @@ _BETWEEN = (
     *_ACTIVATIONS, aten.dropout.default, aten.batch_norm.default, aten.layer_norm.default, aten.prelu.default, aten.gelu.default,
     aten.leaky_relu.default, aten.elu.default, aten.silu.default, aten.softplus.default, aten.hardtanh.default, aten.selu.default,
 )  # fmt: skip
-_ROWS = 2048
 _ROUNDS, _SECONDS = 9, 0.1  # of timing one layer: the most rounds, and the time after which no further round starts
 
 
@@ -91,7 +90,7 @@ class DenseChains(Measured):
         if not layers:
             return row(SKIPPED, refusals[0])
         timings = {layer: self._time(layer, context) for layer in layers} if self.measure else {}
-        chosen = [layer for layer in layers if not self.measure or timings[layer].gain >= _LEAST_GAIN]
+        chosen = [layer for layer in layers if not self.measure or timings[layer].gain >= LEAST_GAIN]
         text = _timed(list(timings.values()))
         if not chosen:
             return row(SKIPPED, f"{text}: PyTorch's own kernels are as fast for these {len(layers)} layers")
@@ -178,9 +177,9 @@ def _replace(editor: Editor, layer: Layer) -> None:
 
 
 def _rows(node: Node) -> int:
-    """How many rows the layer is timed with: the sample's, but not fewer than ``_ROWS``."""
+    """How many rows the layer is timed with: the sample's, but not fewer than ``ROWS``."""
     sizes = [s.node.hint if isinstance(s, torch.SymInt) else s for s in value_of(node).shape[:-1]]
-    return max(_ROWS, prod(s or 1 for s in sizes))
+    return max(ROWS, prod(s or 1 for s in sizes))
 
 
 def _timed(timings: list[Timing]) -> str:

@@ -19,8 +19,6 @@ from .measure import Measured
 from .records import APPLIED, DISABLED, SKIPPED, Record, record
 from .rule import Context
 
-_ROWS = 2048  # of the batch at which a dropout is timed, if the sample's is smaller
-
 
 @dataclass
 class FastDropout(Measured):
@@ -36,7 +34,7 @@ class FastDropout(Measured):
     def _rewrite(self, node: Node, context: Context) -> Record:
         reason = _unfit(node)
         if reason is None:
-            refusal = self.no_gain(context, [node], lambda editor, copy_of: _replace(editor, copy_of[node]), _ROWS)
+            refusal = self.no_gain(context, [node], lambda editor, copy_of: _replace(editor, copy_of[node]))
             reason = refusal.reason if refusal is not None else None
         if reason is not None:
             return record(self.name, self.kind, SKIPPED, node, reason)

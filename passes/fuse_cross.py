@@ -26,7 +26,6 @@ from .records import APPLIED, DISABLED, SKIPPED, Record, Skip, record
 from .rule import Context
 
 Layer = CrossLayer | LowRankCross
-_ROWS = 2048  # of the batch at which a layer is timed, if the sample's is smaller
 
 
 @dataclass
@@ -66,7 +65,7 @@ class FuseCross(Measured):
         def rewrite(editor: Editor, copy_of: dict[Node, Node]) -> None:
             make(editor, group, lambda node: copy_of[now.get(node, node)])
 
-        refusal = self.no_gain(context, nodes, rewrite, _ROWS)
+        refusal = self.no_gain(context, nodes, rewrite)
         if refusal is not None:
             return [self._row(SKIPPED, layer.out, refusal.reason) for layer in group]
         if not context.allowed():

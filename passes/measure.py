@@ -23,7 +23,9 @@ from .records import Skip, skip
 from .rule import Context, Pass
 
 # Below this gain a rewrite is not made: the difference is within what a timing on a busy machine can tell.
-_LEAST_GAIN = 1.05
+LEAST_GAIN = 1.05
+# A batch that was made for capture may be tiny: a training batch of this size is what counts.
+ROWS = 2048
 _ROUNDS, _SECONDS = 25, 0.25  # the most rounds, and the time after which no further round starts
 
 Rewrite = Callable[[Editor, dict[Node, Node]], Any]
@@ -36,6 +38,7 @@ class Timing:
 
     plain: float
     rewritten: float
+    rows: int = 0
 
     @property
     def gain(self) -> float:
@@ -49,32 +52,31 @@ class Measured(Pass):
 
     measure: bool = True
 
-    def no_gain(self, context: Context, nodes: Sequence[Node], rewrite: Rewrite, rows: int = 0) -> Skip | None:
+    def no_gain(self, context: Context, nodes: Sequence[Node], rewrite: Rewrite) -> Skip | None:
         """``None`` where replacing ``nodes`` pays (or need not be measured); else a :class:`Skip` that says why not.
 
         ``rewrite(editor, copy_of)`` edits a copy of the subgraph just as the pass would edit the graph itself: ``copy_of`` maps
-        each of ``nodes`` and everything they read to its copy. It must not touch any other node. ``rows``: measure at least at
-        this batch size, where the nodes read activations whose first dimension is the batch: a batch made for capture may be
-        tiny.
+        each of ``nodes`` and everything they read to its copy. It must not touch any other node. Measured is at the sample's
+        batch, or at ``ROWS`` if that is more and what the nodes read has the batch in its first dimension.
         """
         if not self.measure:
             return None
-        timing = time_both(context, nodes, rewrite, self.name, rows)
+        timing = time_both(context, nodes, rewrite, self.name)
         if timing is None:
             return skip("whether it pays is measured on the shapes of sample_inputs, and they are not known here", at=nodes[-1])
-        if timing.gain >= _LEAST_GAIN:
+        if timing.gain >= LEAST_GAIN:
             return None
-        where = f"at batch {rows} or the sample's, if larger" if rows else "on the sample's shapes"
         return skip(
-            f"measured {where}: the rewrite takes {timing.rewritten * 1e6:.0f} us and the plain ops "
-            f"{timing.plain * 1e6:.0f} us; it must be {_LEAST_GAIN}x faster to be made", at=nodes[-1],
+            f"measured on {timing.rows} rows: the rewrite takes {timing.rewritten * 1e6:.0f} us and the plain ops "
+            f"{timing.plain * 1e6:.0f} us; it must be {LEAST_GAIN}x faster to be made", at=nodes[-1],
         )  # fmt: skip
 
 
-def time_both(context: Context, nodes: Sequence[Node], rewrite: Rewrite, name: str, rows: int = 0) -> Timing | None:
+def time_both(context: Context, nodes: Sequence[Node], rewrite: Rewrite, name: str) -> Timing | None:
     """Time ``nodes`` as they are and as ``rewrite`` leaves them; ``None`` where the shape of an input is not known."""
     plain, copies = _extract(nodes)
     inputs = [n for n in copies if n not in set(nodes) and n.op != "get_attr"]
+    rows = _rows(inputs)
     with torch.random.fork_rng(), torch.enable_grad():
         made = [_example(n, context.root, rows) for n in inputs]
         if any(m is None for m in made):
@@ -83,8 +85,25 @@ def time_both(context: Context, nodes: Sequence[Node], rewrite: Rewrite, name: s
         if key not in context.timings:
             other, copies = _extract(nodes)
             rewrite(Editor(other, name), copies)
-            context.timings[key] = _time([_module(g, context.root) for g in (plain, other)], made)
+            modules = [_module(g, context.root) for g in (plain, other)]
+            context.timings[key] = _time(modules, made)
     return context.timings[key]
+
+
+def _rows(inputs: Sequence[Node]) -> int:
+    """The batch to measure at: ``ROWS``, or 0 for the sample's, where that is larger or not the first size of every activation."""
+    sizes = {_size(v.shape[0]) for n in inputs if isinstance(v := n.meta.get("val"), Tensor) and v.dim() and _is_active(n)}
+    numbers = any(not isinstance(n.meta.get("val"), Tensor) for n in inputs)  # sizes that the graph computed fit the sample only
+    return 0 if len(sizes) != 1 or None in sizes or numbers or max(sizes) >= ROWS else ROWS
+
+
+def _is_active(node: Node) -> bool:
+    """Does it depend on the batch?"""
+    return any(n.op == "placeholder" for n in ancestors([node]))
+
+
+def _size(size: Any) -> int | None:
+    return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def _extract(nodes: Sequence[Node]) -> tuple[Graph, dict[Node, Node]]:
@@ -116,11 +135,11 @@ def _example(node: Node, root: nn.Module, rows: int) -> Any:
         return value.node.hint
     if not isinstance(value, Tensor):
         return value if isinstance(value, (int, float, bool)) else None
-    shape = [s.node.hint if isinstance(s, torch.SymInt) else s for s in value.shape]
+    shape = [_size(s) for s in value.shape]
     if any(s is None for s in shape):
         return None
-    if rows and shape and any(n.op == "placeholder" for n in ancestors([node])):
-        shape[0] = max(shape[0], rows)
+    if rows and shape and _is_active(node):
+        shape[0] = rows
     if value.dtype.is_floating_point:
         made = torch.randn(shape, dtype=value.dtype, device=value.device)
         return made.requires_grad_(_needs_grad(node, root))
@@ -173,7 +192,8 @@ def _time(modules: list[GraphModule], inputs: list[Any]) -> Timing:
             times.append(run())
         if time.perf_counter() > until:
             break
-    return Timing(*map(min, taken))
+    rows = max((t.shape[0] for t in inputs if isinstance(t, Tensor) and t.dim()), default=0)
+    return Timing(*map(min, taken), rows)
 
 
 def _step(module: GraphModule, inputs: list[Any]) -> Callable[[], float]:
