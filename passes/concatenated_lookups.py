@@ -86,11 +86,13 @@ class ConcatenatedLookups(Pass):
         records: list[Record] = []
         readers = Counter(_home(join, joins, rows, order)[0] for join in joins)
         for join in joins:
-            right = join.form == "flat" or join.form == "stacked" and is_op(join.node, aten.stack.default)
+            # A stack of lookups alone is written in place as it is; one with other rows is, if it is a cat.
+            stacked = is_op(join.node, aten.stack.default) and all(row in rows for row in join.rows)
+            right = join.form == "flat" or stacked
             if right and readers[_home(join, joins, rows, order)[0]] == 1:
                 continue
-            written = next((n for n in (join.node, *join.rows) if writes.to(n) is not None), None)
-            if written is None:
+            writer = next((n for n in (join.node, *join.rows) if writes.to(n) is not None), None)
+            if writer is None:
                 wanted.append(join)
             else:
                 reason = "the rows or their concatenation are written to in place"

@@ -26,6 +26,7 @@ _VIEWS = (
 _TRANSPOSES = (aten.transpose.int, aten.permute.default, aten.mT.default)
 _SHAPE_ONLY = (aten.expand_as.default, aten.type_as.default, aten.view_as.default)
 _FILLED = (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
+_MAXIMUM = "it is the maximum over the sequence, masked or not; a bag sums or averages"
 _COMPARISONS = tuple(
     getattr(aten, name).Scalar for name in ("ne", "eq", "gt", "ge", "lt", "le")
 )  # fmt: skip
@@ -91,6 +92,8 @@ def _step(user: Node, rows: _Rows, ids: Ids, found: Readers) -> _Rows | None:
     if is_op(user, *_SHAPE_ONLY) and user.args[0] is not rows.node or is_op(user, aten.sym_size.int, *_FILLED):
         found.sizes.append(user)
         return None
+    if _is_maximum(user, rows, ids):
+        found.misfit = (_MAXIMUM, user)
     if not _reads_once(user, rows.node) or (made := value_of(user)) is None:
         found.others.append(user)
         return None
@@ -107,7 +110,18 @@ def _step(user: Node, rows: _Rows, ids: Ids, found: Readers) -> _Rows | None:
         found.misfit = (f"its weights make the rows {made.dtype}; its table is {ids.dtype}", user)
     if step is None:
         found.others.append(user)
+        if found.misfit is None and any(_is_maximum(n, rows, ids) for n in user.users):  # of masked rows
+            found.misfit = (_MAXIMUM, user)
     return step
+
+
+def _is_maximum(node: Node, rows: _Rows, ids: Ids) -> bool:
+    """Is ``node`` the largest of values with the axes of ``rows``, along an axis of the ids?"""
+    if not is_op(node, aten.max.dim, aten.amax.default) or len(node.args) < 2 or ids.rank < 2:
+        return False
+    dims: Any = node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]]
+    known = value_of(node.args[0])
+    return known is not None and known.dim() == len(rows.axes) and any(rows.axes[d] in range(ids.rank) for d in dims)
 
 
 def _reads_once(user: Node, node: Node) -> bool:
@@ -196,7 +210,11 @@ def _reduced(user: Node, rows: _Rows, ids: Ids, found: Readers) -> _Rows | None:
     if not over:
         if ids.rank not in gone or width == 1:
             return rows.at(user, axes)  # sums of one number each
-        if is_op(user, aten.sum.dim_IntList) and not rows.weights and all(is_op(u, *_COMPARISONS) and u.args[1] == 0 for u in user.users):
+        if (
+            is_op(user, aten.sum.dim_IntList)
+            and not rows.weights
+            and all(is_op(u, *_COMPARISONS) and u.args[1] == 0 for u in user.users)
+        ):
             found.row_sums.append((user, axes))
         else:
             found.others.append(user)

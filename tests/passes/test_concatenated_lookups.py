@@ -52,6 +52,8 @@ FORMS = {  # how, cats left after the launch, slots
     "a run, made first": (lambda m, r, x: (torch.cat(r[:2], -1), torch.cat(r, 1)), 0, (4 * DIM,)),
     "with dense columns": (lambda m, r, x: torch.cat([torch.cat(r, -1).flatten(1), x[:, 4:]], 1), 0, (4 * DIM + 2,)),
     "another order": (lambda m, r, x: (torch.cat(r, 1), torch.cat(r[::-1], 1)), 1, (4 * DIM,)),
+    "a stack with another tensor": (lambda m, r, x: torch.stack([*squeezed(r), x[:, :DIM]], 1), 0, (5 * DIM,)),
+    "a stack with what is made of them": (lambda m, r, x: torch.stack([*squeezed(r), m.linear(r[0].squeeze(1))], 1), 1, (4 * DIM,)),
     "with another tensor": (lambda m, r, x: torch.cat([r[0], r[1], m.linear(r[2])], 1), 1, (2 * DIM, DIM)),
 }
 
