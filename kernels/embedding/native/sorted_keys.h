@@ -47,18 +47,23 @@ bool collect(const LookupInfo& l, const LookupArg& a, int64_t rows, const char* 
     const int64_t padding = l.padding, wrap = l.wrap;
     uint64_t* key = keys;
     bool bad = false;
-    if (padding < 0 && !scale && (l.pooling == POOL_NONE || (!a.offsets && a.length == 1))) {
-        for (int64_t b = 0; b < a.bags; ++b, grad += grad_stride) {
-            int64_t row = ids[b];
-            row += (row >> 63) & wrap;
-            bad |= uint64_t(row) >= uint64_t(rows);
-            key[b] = (uint64_t(row) << shift) | (next_source + uint64_t(b));
+    if (padding < 0 && !a.weights && !wrap) {  // nothing to decide about any id
+        uint64_t worst = 0;                    // its sign bit is set where an id is out of range
+        const int64_t each = l.pooling == POOL_NONE ? 1 : a.offsets ? 0 : a.length;
+        int64_t p = 0;
+        for (int64_t b = 0; b < a.bags; ++b, grad += grad_stride, ++next_source) {
+            const int64_t end = each ? p + each : bag_begin(l, a, b + 1);
+            if (scale) scale[next_source] = l.pooling == POOL_MEAN && end > p + 1 ? 1.0 / double(end - p) : 1.0;
+            for (; p < end; ++p) {
+                const uint64_t row = uint64_t(int64_t(ids[p]));
+                worst |= row | (uint64_t(rows - 1) - row);
+                key[p] = (row << shift) | next_source;
+            }
             source[b] = grad;
         }
-        keys += a.bags;
+        keys += p;
         source += a.bags;
-        next_source += uint64_t(a.bags);
-        return !bad;
+        return worst >> 63 == 0;
     }
     int64_t end = bag_begin(l, a, 0);
     for (int64_t b = 0; b < a.bags; ++b, grad += grad_stride) {
