@@ -5,6 +5,8 @@
 
 namespace {
 
+enum : int64_t { AHEAD = 24 };  // rows asked for before their use
+
 // The sum of n numbers in another order than anyone else's. NaN where that order could decide whether the result is zero: any two
 // orders differ by at most 2 n u sum|x| (Higham, Accuracy and Stability of Numerical Algorithms, section 4.2; u is half an ulp of 1).
 template <class T> T sum_of(const T* x, int64_t n) {
@@ -29,9 +31,12 @@ int64_t sums(const T* table, int64_t stride, int64_t rows, int64_t dim, const I*
             ++bad;
             continue;
         }
-        const int64_t later = p + 16 < count ? int64_t(ids[p + 16]) : 0;
-        if (uint64_t(later) < uint64_t(rows))
-            for (int64_t i = 0; i < dim; i += int64_t(64 / sizeof(T))) __builtin_prefetch(table + later * stride + i);
+        const int64_t later = p + AHEAD < count ? int64_t(ids[p + AHEAD]) : 0;
+        if (uint64_t(later) < uint64_t(rows)) {
+            const T* ahead = table + later * stride;
+            for (int64_t i = 0; i < dim; i += int64_t(64 / sizeof(T))) __builtin_prefetch(ahead + i);
+            __builtin_prefetch(ahead + dim - 1);  // a row that does not start on a cache line ends in one more
+        }
         out[p] = sum_of(table + int64_t(row) * stride, dim);
         doubtful += out[p] != out[p];
     }
