@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import datetime
 import importlib
 import json
@@ -22,9 +23,11 @@ import selectors
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 HERE = Path(__file__).resolve().parent
 BUILDERS = HERE / "zoo_models"
@@ -61,18 +64,19 @@ def _process(zoo: str, names: list[str], args: argparse.Namespace) -> Iterator[d
     command = [sys.executable, "-m", "tablewright", "coverage", "--json", "--threads", str(args.threads)]
     command += [f"--option={k}={json.dumps(v)}" for k, v in size.items()]
     command += ["--speed", f"--seconds={args.seconds}", "--no-check"] if args.speed else []
+    command += ["--plan", str(args.plan)] if args.plan else []
     command += [f"zoo_{zoo}:MODELS.{name}" for name in names]
     path = os.pathsep.join([str(BUILDERS), *map(str, repositories(args.repos)), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(args.threads), "PYTHONWARNINGS": "ignore"}
     limit = int(args.memory * 2**30)
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE if args.quiet else None, env=environment, start_new_session=True,
+    with tempfile.TemporaryFile() as errors, subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=errors, env=environment, start_new_session=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
     ) as process:  # fmt: skip
-        yield from _rows(process, zoo, names, args.timeout)
+        yield from _rows(process, zoo, names, args.timeout, errors)
 
 
-def _rows(process: subprocess.Popen, zoo: str, names: list[str], timeout: float) -> Iterator[dict]:
+def _rows(process: subprocess.Popen, zoo: str, names: list[str], timeout: float, errors: IO[bytes]) -> Iterator[dict]:
     assert process.stdout is not None
     done, text, why = 0, b"", ""
     with selectors.DefaultSelector() as wait:
@@ -95,8 +99,19 @@ def _rows(process: subprocess.Popen, zoo: str, names: list[str], timeout: float)
         pass
     code = process.wait()
     if done < len(names):
-        why = why or f"the process ended with {'signal ' + str(-code) if code < 0 else 'exit code ' + str(code)}"
+        errors.seek(0)
+        last = errors.read().decode(errors="replace").strip().rpartition("\n")[2][-300:]
+        why = why or f"the process ended with {'signal ' + str(-code) if code < 0 else 'exit code ' + str(code)}: {last}"
         yield {"name": f"zoo_{zoo}:MODELS.{names[done]}", "zoo": zoo, "state": "failed", "why": why, "ok": False}
+
+
+def forced_plan(path: Path) -> Path:
+    """Writes a plan under which what is measured elsewhere is rewritten without measuring."""
+    from tablewright.passes import DEFAULT
+
+    measured = [p for p in DEFAULT if any(f.name == "measure" for f in dataclasses.fields(p))]
+    path.write_text(json.dumps({"version": 1, "passes": {p.name: {"measure": False} for p in measured}}))
+    return path
 
 
 def repositories(folder: Path | None) -> list[Path]:
@@ -113,6 +128,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="only these models")
     parser.add_argument("--quick", action="store_true", help="every fifth model")
     parser.add_argument("--speed", action="store_true", help="time training steps instead of comparing numbers")
+    parser.add_argument("--force", action="store_true", help="make every rewrite, also where it is measured slower (correctness only)")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for the training steps of one model (default 2)")
     parser.add_argument("--budget", type=float, help="stop after so many seconds (go on later with the same --rows)")
     parser.add_argument("--repos", type=Path, help="folder of cloned repositories")
@@ -122,14 +138,14 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, help="keep the rows here, and take from here those that are there")
     parser.add_argument("--table-only", action="store_true", help="measure nothing: make the table of --rows")
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"zoo_{datetime.date.today()}.md")
-    parser.add_argument("--quiet", action="store_true", help="drop what the models print on stderr")
     args = parser.parse_args()
+    args.plan = forced_plan(Path(tempfile.mkdtemp()) / "plan.json") if args.force else None
     args.threads = args.threads or (2 if args.speed else 1)
     sys.path[:0] = [str(BUILDERS), *map(str, repositories(args.repos))]
     from zoo_table import page
 
     kept = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows and args.rows.exists() else []
-    kind = "speed" if args.speed else "check"
+    kind = "speed" if args.speed else "forced" if args.force else "check"
     have = {r["name"] for r in kept if r["kind"] == kind}
     jobs = []
     for zoo in () if args.table_only else args.zoo or ZOOS:
