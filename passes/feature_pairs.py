@@ -31,7 +31,8 @@ Copy = Callable[[Node], Node]
 @dataclass
 class Found:
     """An interaction: ``build(editor, copy_of)`` makes what takes the place of ``anchor``; ``nodes`` are all that it replaces;
-    ``reads`` are the feature tensors; ``checks`` assert what is true of the replacement by construction, and go away."""
+    ``reads`` are the feature tensors; ``checks`` assert what is true of the replacement by construction, and go away; ``sizes`` ask
+    for sizes of what goes away: (node, the tensor and dimension to ask instead)."""
 
     anchor: Node
     nodes: list[Node]
@@ -39,9 +40,14 @@ class Found:
     build: Callable[[Editor, Copy], Node]
     detail: str
     checks: list[Node] = field(default_factory=list)
+    sizes: list[tuple[Node, Node, int]] = field(default_factory=list)
 
     def make(self, editor: Editor, copy_of: Copy) -> None:
         """Replace ``anchor``, or its copy."""
+        for node, source, dim in self.sizes:
+            old = copy_of(node)
+            value = node.meta.get("val")
+            editor.replace(old, editor.call(aten.sym_size.int, copy_of(source), dim, before=old, sources=[old], value=value))
         editor.replace(copy_of(self.anchor), self.build(editor, copy_of))
         for node in reversed(self.checks):
             editor.graph.erase_node(copy_of(node))
@@ -181,6 +187,19 @@ def only_user(node: Node) -> Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
+def same_value(a: Any, b: Any, writes: Writes) -> bool:
+    """Do two nodes (or arguments) hold the same value: the same calls of the same things, none of them written to?"""
+    if not isinstance(a, Node) or not isinstance(b, Node):
+        if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+            return len(a) == len(b) and all(same_value(x, y, writes) for x, y in zip(a, b))
+        return type(a) is type(b) and a == b
+    if a is b:
+        return True
+    if a.op != "call_function" or a.target != b.target or not is_pure(a) or a.kwargs != b.kwargs or writes.to(a) or writes.to(b):
+        return False
+    return same_value(a.args, b.args, writes)
+
+
 def dim_of(node: Node, place: int, rank: int) -> Any:
     """Argument ``place`` of ``node`` as a dimension from 0 (0 where it is absent)."""
     dim = node.args[place] if len(node.args) > place else 0
@@ -234,7 +253,16 @@ def _taken_out(node: Node) -> Feature | None:
         if not isinstance(shape[1], int):
             return None
         first += shape[1]
+    if is_op(node, aten.select.int) and is_op(base, aten.select.int) and (outer := _block(base, shape[1])) is not None:
+        return Feature(base.args[0], outer + first, False, (base, node))  # type: ignore[arg-type, union-attr]
     return Feature(base, first, node.target is aten.slice.Tensor, (node,))  # type: ignore[arg-type]
+
+
+def _block(node: Any, width: Any) -> int | None:
+    """Where the features ``X[:, i]`` of a ``[batch, blocks, width, dim]`` tensor begin among all ``blocks * width``."""
+    shape, block = shape_of(node.args[0]), node.args[2]
+    known = shape is not None and len(shape) == 4 and all(isinstance(s, int) for s in (*shape[1:3], block, width))
+    return block % shape[1] * width if known and dim_of(node, 1, 4) == 1 else None  # type: ignore[index]
 
 
 def _ones(whole: Any, flat: bool) -> bool:
@@ -262,7 +290,7 @@ class Table:
             return None
         table = Table(bases, {}, 0)
         for base, value in zip(bases, values):
-            width = value.shape[1] if value.dim() == 3 else 1
+            width = {2: 1, 3: value.shape[1]}.get(value.dim(), value.shape[1:-1].numel())
             if len(bases) > 1 and not isinstance(width, int):
                 return None
             table.starts[base] = table.features
@@ -290,6 +318,10 @@ class Table:
         for i, base in enumerate(self.bases):
             if rank_of(base) == 2:
                 parts[i] = editor.call(aten.unsqueeze.default, parts[i], 1, before=before, sources=[before])
+            elif rank_of(base) == 4:
+                parts[i] = editor.call(aten.flatten.using_ints, parts[i], 1, 2, before=before, sources=[before])
+        if len(parts) == 1:
+            return parts[0]
         return editor.call(aten.cat.default, parts, 1, before=before, sources=[before])
 
 

@@ -18,7 +18,20 @@ from torch.fx import Node
 
 from ..kernels.interaction.op import DOT_INTERACTION
 from ..kernels.interaction.pairs import Pairs
-from .feature_pairs import Constant, Facts, Found, InteractionPass, Table, dim_of, integers, join_of, only_user, rank_of, shape_of
+from .feature_pairs import (
+    Constant,
+    Facts,
+    Found,
+    InteractionPass,
+    Table,
+    dim_of,
+    integers,
+    join_of,
+    only_user,
+    rank_of,
+    same_value,
+    shape_of,
+)
 from .graph import Editor, aten, is_op, packet_name
 from .records import Skip, skip
 
@@ -37,7 +50,7 @@ class FuseDotInteraction(InteractionPass):
     numerics: ClassVar[str] = "reassociated"
 
     def find(self, node: Node, facts: Facts) -> Found | Skip | None:
-        gram = _gram(node)
+        gram = _gram(node, facts)
         if gram is None:
             return None
         x, nodes = gram
@@ -45,21 +58,23 @@ class FuseDotInteraction(InteractionPass):
         if shape is None or len(shape) != 3:
             what = "of unknown shape (no sample_inputs)" if shape is None else f"of rank {len(shape)}"
             return skip(f"X times its own transpose is {what}; [batch, features, dim] was needed", at=node)
-        reader = only_user(node)
-        if reader is None:
-            names = ", ".join(sorted(packet_name(u) or u.op for u in node.users))
+        sizes = [u for u in node.users if is_op(u, aten.sym_size.int)]
+        readers = [u for u in node.users if u not in sizes]
+        if len(readers) != 1:
+            names = ", ".join(sorted(packet_name(u) or u.op for u in readers))
             return skip(f"X times its own transpose is read by {names}; one selection of pairs from it was needed", at=node)
-        picked = _selection(node, shape[1], facts)
+        picked = _selection(node, readers[0], shape[1], facts)
         if picked is None:
             return skip(
-                f"X times its own transpose is read as a matrix by {packet_name(reader) or reader.op}; "
+                f"X times its own transpose is read as a matrix by {packet_name(readers[0]) or readers[0].op}; "
                 "a fixed selection of pairs from it was needed", at=node,
             )  # fmt: skip
-        nodes += picked.nodes
+        nodes += sizes + picked.nodes
         table = Table.of([(x, 0)], nodes)
         assert table is not None, "X is one tensor"
         found = dots_of(table, picked.pairs, picked.anchor, nodes, picked.constants, facts, picked.flat)
         found.checks = picked.checks
+        found.sizes = [(size, x, min(dim_of(size, 1, 3), 1)) for size in sizes]
         return found
 
 
@@ -91,7 +106,7 @@ def dots_of(
 # --- X X^T -----------------------------------------------------------------------------------------------------------------------
 
 
-def _gram(node: Node) -> tuple[Node, list[Node]] | None:
+def _gram(node: Node, facts: Facts) -> tuple[Node, list[Node]] | None:
     """(X, the nodes of the product) if ``node`` is X X^T over the last two dimensions."""
     if is_op(node, aten.einsum.default):
         return _einsum(node)
@@ -100,9 +115,9 @@ def _gram(node: Node) -> tuple[Node, list[Node]] | None:
     if not is_op(node, aten.bmm.default, aten.matmul.default):
         return None
     left, right = node.args[0], node.args[1]
-    if _transposed(right) is left:
+    if (whole := _transposed(right)) is not None and same_value(whole, left, facts.writes):
         return left, [right, node]  # type: ignore[return-value]
-    if _transposed(left) is right:  # X^T X: the columns of X are the features
+    if (whole := _transposed(left)) is not None and same_value(whole, right, facts.writes):  # X^T X: the columns of X are the features
         return left, [node]  # type: ignore[return-value]
     return None
 
@@ -165,11 +180,11 @@ class _Picked:
     checks: list[Node] = field(default_factory=list)
 
 
-def _selection(matrix: Node, features: Any, facts: Facts) -> _Picked | None:
-    """The pairs that the only reader of the matrix (or of its flat form, or of one triangle) selects; ``None`` if it does not."""
+def _selection(matrix: Node, reader: Node | None, features: Any, facts: Facts) -> _Picked | None:
+    """The pairs that the only ``reader`` of the matrix (or of its flat form, or of one triangle) selects; ``None`` if it does not."""
     nodes: list[Node] = [matrix]
     kept = None
-    node, reader = matrix, only_user(matrix)
+    node = matrix
     if is_op(reader, *_TRIANGLES):
         offset = reader.args[1] if len(reader.args) > 1 else 0  # type: ignore[union-attr]
         lower = reader.target is aten.tril.default  # type: ignore[union-attr]

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch.fx import Node
 
 from ..kernels.interaction.op import FM
-from .feature_pairs import Facts, Feature, Found, InteractionPass, Table, feature, shape_of
+from .feature_pairs import Facts, Feature, Found, InteractionPass, Table, feature, same_value, shape_of
 from .graph import Editor, aten, is_op
 from .interaction_tail import Tail, add_up, follow
 from .records import Skip
@@ -33,7 +33,7 @@ class FuseFm(InteractionPass):
             summed = _square(square_of_sum)
             left = None if summed is None else _FieldSum.of(summed, squares=False)
             right = None if left is None else _FieldSum.of(sum_of_squares, squares=True)
-            if left is None or right is None or not left.same(right):
+            if left is None or right is None or not left.same(right, facts):
                 continue
             axes: list[Any] = list("bd")
             if left.keep is not None:
@@ -63,10 +63,11 @@ class _FieldSum:
     features: list[Feature]
     nodes: list[Node]
 
-    def same(self, other: _FieldSum) -> bool:
+    def same(self, other: _FieldSum, facts: Facts) -> bool:
         """Of the same X in the same way?"""
         mine, theirs = ({f.key for f in s.features} for s in (self, other))
-        return (self.x, self.dim, self.keep) == (other.x, other.dim, other.keep) and mine == theirs
+        alike = (self.dim, self.keep, mine) == (other.dim, other.keep, theirs)
+        return alike and (self.x is other.x or same_value(self.x, other.x, facts.writes))
 
     @staticmethod
     def of(node: Any, squares: bool) -> _FieldSum | None:

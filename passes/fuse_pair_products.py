@@ -11,7 +11,7 @@ F(F-1)/2 products ``x[:, i] * x[:, j]`` that are stacked, concatenated or added.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch.fx import Node
@@ -25,6 +25,7 @@ from .interaction_tail import Tail, add_up, follow
 from .records import Skip
 
 _FEWEST = 3  # pairs; fewer are no interaction of many features
+_MOST_OTHERS = 4  # terms of a sum that are no products
 
 Key = tuple[Node, int | None]
 
@@ -51,16 +52,16 @@ class FusePairProducts(InteractionPass):
             return None
         numbers = [tuple(map(table.number, pair)) for pair in found.keys]
         pairs = Pairs(tuple(i for i, _ in numbers), tuple(j for _, j in numbers))
-        tail = follow(node, found.axes)
+        tail = follow(node, found.axes, limit=0 if found.rest else 8)
         nodes += tail.nodes
         if tail.axes == ["b", "p"]:
             return dots_of(table, pairs, tail.anchor, nodes, found.constants, facts)
-        return _replaced(table, pairs, tail, nodes, found.constants, facts)
+        return _replaced(table, pairs, tail, nodes, found, facts)
 
 
-def _replaced(table: Table, pairs: Pairs, tail: Tail, nodes: list[Node], constants: list[Constant], facts: Facts) -> Found:
-    stored, digest = facts.digest(constants)
-    nodes = [*nodes, *(n for c in constants for n in c.nodes)]
+def _replaced(table: Table, pairs: Pairs, tail: Tail, nodes: list[Node], found: _Products, facts: Facts) -> Found:
+    stored, digest = facts.digest(found.constants)
+    nodes = [*nodes, *(n for c in found.constants for n in c.nodes)]
     no_pairs, no_dim = (not any(letter in str(a) for a in tail.axes) for letter in "pd")
     by_fm = no_pairs and _are_all(pairs, table.features)
 
@@ -79,7 +80,10 @@ def _replaced(table: Table, pairs: Pairs, tail: Tail, nodes: list[Node], constan
             made = editor.call(aten.sum.dim_IntList, made, [1], **more)
         if "pd" in tail.axes:
             made = editor.call(aten.flatten.using_ints, made, 1, **more)
-        return tail.restore(editor, made, last)
+        made = tail.restore(editor, made, last)
+        for other in found.rest:
+            made = editor.call(aten.add.Tensor, copy_of(other), made, **more)
+        return made
 
     what = "all summed in 1 call" if by_fm else "in 1 call"
     return Found(tail.anchor, nodes, table.bases, build, f"{len(pairs)} products of pairs of features {what}")
@@ -94,12 +98,14 @@ def _are_all(pairs: Pairs, features: Any) -> bool:
 
 @dataclass
 class _Products:
-    """Pairs of features, the axes of the node that holds their products ("b", "p", "d", or 1), and all nodes below it."""
+    """Pairs of features, the axes of the node that holds their products ("b", "p", "d", or 1), and all nodes below it.
+    ``rest``: what else is added, where the products are added up."""
 
     keys: list[tuple[Key, Key]]
     axes: list[Any]
     nodes: list[Node]
     constants: list[Constant]
+    rest: list[Node] = field(default_factory=list)
 
 
 # --- two tensors of features, multiplied -------------------------------------------------------------------------------------------
@@ -167,15 +173,17 @@ def _listed(node: Node) -> _Products | None:
         return None
     if len(parts) < _FEWEST:
         return None
-    terms = [_term(p) for p in parts]
-    known = [t for t in terms if t is not None]
-    if len(known) < len(terms) or any(t.axes != known[0].axes for t in known):
+    terms = {p: _term(p) for p in parts}
+    known = [terms[p] for p in parts if terms[p] is not None]
+    rest = [p for p in parts if terms[p] is None]
+    most = _MOST_OTHERS if is_op(node, aten.add.Tensor) else 0
+    if len(rest) > most or not known or any(t.axes != known[0].axes for t in known):
         return None
     axes = _together(node, known[0].axes)
     if axes is None:
         return None
     nodes += [n for t in known for n in t.nodes]
-    return _Products([(t.left.key, t.right.key) for t in known], axes, nodes, [])
+    return _Products([(t.left.key, t.right.key) for t in known], axes, nodes, [], rest)
 
 
 def _together(node: Node, axes: list[Any]) -> list[Any] | None:

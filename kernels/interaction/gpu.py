@@ -16,7 +16,12 @@ from ..embedding.gpu_launch import TYPES, on_device
 from . import reference
 from .pairs import check, decode, index_tensors
 from .triton_kernels import (
-    dots_backward_kernel, dots_kernel, fm_backward_kernel, fm_kernel, products_backward_kernel, products_kernel,
+    dots_backward_kernel,
+    dots_kernel,
+    fm_backward_kernel,
+    fm_kernel,
+    products_backward_kernel,
+    products_kernel,
 )  # fmt: skip
 
 MOST_FEATURES = 128  # their square of sums stays in registers
@@ -55,11 +60,9 @@ def _rows(x: Tensor) -> Tensor:
 def square_options(features: int, dim: int, dtype: torch.dtype) -> dict:
     """Tile sizes, precision and warps of the kernels that hold a square of features."""
     rows = max(16, triton.next_power_of_2(features))
-    columns = min(64 if rows <= 64 else 32, max(16, triton.next_power_of_2(dim)))
-    return {
-        "BF": rows, "BD": columns, "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-        "num_warps": {16: 1, 32: 2, 64: 4, 128: 8}[rows],
-    }  # fmt: skip
+    widest, warps = {16: (32, 2), 32: (32, 4), 64: (16, 8), 128: (16, 16)}[rows]  # so that nothing is spilled on sm_90
+    columns = min(widest, max(16, triton.next_power_of_2(dim)))
+    return {"BF": rows, "BD": columns, "PRECISION": "ieee" if dtype == torch.float32 else "tf32", "num_warps": warps}
 
 
 def _by_square(x: Tensor, pairs: str) -> bool:
