@@ -12,7 +12,7 @@ _WORDS = {
     "updates": "updated row by row",
     "mlps": "fused",
     "cross": "layers fused",
-    "experts": "groups of layers batched",
+    "experts": "batched",
     "interactions": "fused",
     "dropouts": "removed",
     "dropout masks": "drawn faster",
