@@ -52,7 +52,7 @@ class _Code:
 
     def function(self, result: str) -> Callable:
         body = "\n  ".join([*self.lines, f"return {result}"])
-        exec(f"def enter(args, kwargs):\n try:\n  {body}\n except (KeyError, ArithmeticError): return None", self.constants)
+        exec(f"def enter(args, kwargs):\n try:\n  {body}\n except (KeyError, ValueError, ArithmeticError): return None", self.constants)
         return self.constants["enter"]
 
 
@@ -69,6 +69,9 @@ def compile_entry(guards: Guards, watched: list[Watched]) -> Callable[[tuple, di
         code.refuse_if(f"not {code.constant(guards.holds)}(({shapes}))")
     for namespace, attributes in guards.namespaces():
         code.refuse_if(*_same(code, code.constant(namespace), attributes))
+    for each in guards.globals:
+        home, expression = each.place()
+        code.refuse_if(f"{code.constant(home)}{expression} is not {code.constant(each.value)}")
     modules: dict[int, tuple[weakref.ref, list, list]] = {}  # by the place of the module in memory, so only while it lives
     for ref, attributes in guards.original_namespaces():
         modules.setdefault(id(ref()), (ref, [], []))[1].extend(attributes)

@@ -34,6 +34,10 @@ class Global:
         """Today's value; a :class:`KeyError` or :class:`ValueError` if the name is gone."""
         return self._cell.cell_contents if self._cell is not None else self._namespace[self._name]  # type: ignore[index]
 
+    def place(self) -> tuple[Any, str]:
+        """An object and the expression that, written after it, reads today's value."""
+        return (self._cell, ".cell_contents") if self._cell is not None else (self._namespace, f"[{self._name!r}]")
+
     def changed(self) -> str | None:
         """A sentence if the value is another one than it was."""
         try:

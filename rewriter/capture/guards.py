@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import weakref
 from collections.abc import Callable
@@ -45,7 +46,7 @@ class Guards:
         self._shell = shell
         self._originals = {path: weakref.ref(module) for path, module in (originals or {}).items()}
         self._baked_dtypes = baked_dtypes
-        self._globals = globals_read(shell)
+        self.globals = globals_read(shell)
         self._snapshot()
 
     def _snapshot(self) -> None:
@@ -130,7 +131,7 @@ class Guards:
             for module in (_module(self._shell, path), self._originals.get(path, lambda: None)()):
                 if module is not None and _differs(now := read(module), value):
                     return _changed(name, path, value, now)
-        for each in self._globals:
+        for each in self.globals:
             if (reason := each.changed()) is not None:
                 return reason
         for parameters, dtypes in self._dtypes:
@@ -257,7 +258,7 @@ class _Group:
 
 
 def _compiled(expression: str):
-    return eval(f"lambda S: {expression}", {})
+    return eval(f"lambda S: {expression}", {"math": math, "torch": torch})
 
 
 def _true(holds, shapes: list) -> bool:

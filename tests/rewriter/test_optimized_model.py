@@ -234,7 +234,7 @@ def test_explain():
     model, opt = optimized()
     assert opt.explain("user").startswith("APPLIED group_tables: user (small_models.py:")
     assert "SKIPPED table_gradients: user.weight: no optimizer was given" in opt.explain("user")
-    assert "no fused MLP" in opt.explain("over")
+    assert "SKIPPED dense_chains: over.0" in opt.explain("over") and "million multiply-adds" in opt.explain("over")
     assert "runs as in the plain model" in opt.explain("over.1")
     assert opt.explain("").count("\n") + 1 == len(opt.report.records)
     with pytest.raises(KeyError, match="no module or parameter 'usr'.*did you mean 'user'"):
