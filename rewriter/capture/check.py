@@ -166,6 +166,7 @@ def state_kept(shell: nn.Module, graph: fx.Graph):
         if id(tensor) not in tensors:
             others.append((tensor, tensor.clone()))
     attributes = [(module.__dict__, dict(module.__dict__)) for module in shell.modules()]
+    arrays = [(value, value.copy()) for _, before in attributes for value in before.values() if type(value) is numpy.ndarray]
     paths = {id(module._buffers): path for path, module in shell.named_modules()}
 
     def buffers():
@@ -179,6 +180,8 @@ def state_kept(shell: nn.Module, graph: fx.Graph):
                 if not name.startswith(CONSTANT):  # what a capture keeps there stays
                     del namespace[name]
             namespace.update(before)
+        for array, content in arrays:
+            array[...] = content
         for namespace, name, buffer, copy in saved:
             namespace[name] = buffer
             if not torch.equal(buffer, copy):

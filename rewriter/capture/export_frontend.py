@@ -20,7 +20,7 @@ from .cleanup import make_functional, remove_dead, simplify
 from .fx_frontend import register_outputs, sample_inputs
 from .fx_tracer import CONSTANT
 from .inputs import Inputs
-from .recording import ReadLog, is_users, raised_at, recording
+from .recording import DataIsDetached, ReadLog, is_users, raised_at, recording
 
 aten = torch.ops.aten
 # the argument that is the training flag
@@ -69,7 +69,8 @@ class _Flat(nn.Module):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._inputs.spec)
         self.seen.log.written.clear()
-        result = self.m(*args, **kwargs) if self._entry == "forward" else getattr(self.m, self._entry)(*args, **kwargs)
+        with DataIsDetached():
+            result = self.m(*args, **kwargs) if self._entry == "forward" else getattr(self.m, self._entry)(*args, **kwargs)
         self.seen.log.check_containers()  # here, since export puts lists back
         register_outputs(result)
         results, self.seen.out_spec = pytree.tree_flatten(result)
@@ -244,6 +245,9 @@ def _state_name(target: str, module: nn.Module, shell: nn.Module) -> str:
         for path, parameter in shell.named_parameters():
             if parameter is value:
                 return path
+        plain = _plain_tensors(shell).get(value.data_ptr())
+        if plain is not None:
+            return plain
         if value.requires_grad or value.data_ptr() in _unregistered(shell):
             raise CaptureError(explain("the model uses a parameter that is not registered in it", fix=(
                 "keep it in a module, an nn.ModuleList or an nn.ParameterList instead of a plain list; "
@@ -253,6 +257,12 @@ def _state_name(target: str, module: nn.Module, shell: nn.Module) -> str:
         number += 1
     shell.__dict__[f"{CONSTANT}{number}"] = value
     return f"{CONSTANT}{number}"
+
+
+def _plain_tensors(shell: nn.Module) -> dict[int, str]:
+    """Addresses of tensors that modules keep in plain attributes and train, by their names: the graph reads them live."""
+    return {value.data_ptr(): f"{path}.{key}" if path else key for path, module in shell.named_modules()
+            for key, value in module.__dict__.items() if isinstance(value, torch.Tensor) and value.requires_grad and value.data_ptr()}
 
 
 def _unregistered(shell: nn.Module) -> set[int]:

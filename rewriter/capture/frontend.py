@@ -14,6 +14,7 @@ from ..errors import CaptureError, explain
 from . import check, dynamo_frontend, export_frontend, fx_frontend, program_check
 from .dynamo_frontend import Dynamo, Plain
 from .guards import Guards
+from .lazy import fill_lazy_attributes
 from .recording import Effect
 from .shell import refuse_hooks
 
@@ -77,7 +78,15 @@ def capture(shell: nn.Module, args: tuple | list | None, kwargs: dict | None = N
         except check.PlainModelFails:
             raise
         except CaptureError as error:
-            return _program(shell, batches, originals, entry, str(error))
+            why = str(error)
+        if filled := fill_lazy_attributes(shell, entry, batches):
+            try:
+                captured = _one_graph(shell, batches, originals, entry)
+                captured.notes.append(f"filled beforehand, as the first call does: {', '.join(filled)}")
+                return captured
+            except CaptureError as error:
+                why = str(error)
+        return _program(shell, batches, originals, entry, why)
 
 
 def _without_inputs(shell, originals, entry) -> Captured:

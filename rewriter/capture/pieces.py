@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ...passes.origin import KEY, Origin
 from .cleanup import make_functional, remove_dead, simplify
 from .fx_tracer import CONSTANT
-from .recording import is_users
+from .recording import DataIsDetached, is_users
 from .shell import attach
 
 Rewrite = Callable[[fx.Graph], tuple[Callable[..., Any], Any]]
@@ -122,7 +122,7 @@ def _lowered(module: fx.GraphModule, examples: list, names: tuple, shell: nn.Mod
         raise CannotLower("it takes no tensors")
 
     def replay(*inputs):
-        with fx_traceback.preserve_node_meta():
+        with fx_traceback.preserve_node_meta(), DataIsDetached():
             return fx.Interpreter(module).run(*inputs, enable_io_processing=False)
 
     with mode, enable_python_dispatcher(), warnings.catch_warnings():
@@ -152,7 +152,7 @@ def _plain_form(traced: fx.GraphModule, names: tuple, shell: nn.Module) -> fx.Gr
             continue
         if node.op == "get_attr":
             value = getattr(traced, str(node.target))
-            if not isinstance(value, torch.Tensor):
+            if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
                 raise CannotLower(f"it holds a {type(value).__name__}")
             copies[node] = graph.get_attr(keep_constant(shell, value))
             copies[node].meta.update(node.meta)

@@ -82,7 +82,7 @@ def _everything(shell: nn.Module, call, batch) -> dict[str, list[tuple[str, Any]
         seen["inputs"] = [(path, _frozen(value)) for path, value in leaves_of((args, kwargs)) if isinstance(value, torch.Tensor)]
         for path, module in shell.named_modules():
             for key, value in module.__dict__.items():
-                if value is not before[path].get(key) and not key.startswith("_tablewright"):
+                if not key.startswith("_tablewright") and (value is not before[path].get(key) or hasattr(value, "__array_interface__")):
                     seen["attributes"] += [(f" '{path}.{key}'{inner}", _frozen(each)) for inner, each in leaves_of(value)]
         seen["buffers"] = [(f" '{name}'", _frozen(buffer)) for name, buffer in shell.named_buffers()
                            if buffer.numel() * buffer.element_size() <= _SMALL]
@@ -123,7 +123,7 @@ def leaves_of(value, path: str = "", depth: int = 0):
         for key, item in fields.items():
             yield from leaves_of(item, f"{path}.{key}", depth + 1)
     elif hasattr(value, "__array__"):
-        yield path, torch.as_tensor(value)
+        yield path, torch.as_tensor(value).clone()
 
 
 def copied(value: Any) -> Any:

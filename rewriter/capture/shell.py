@@ -11,6 +11,7 @@ import types
 import weakref
 from collections import OrderedDict
 
+import numpy
 import torch
 from torch import fx, nn
 
@@ -94,6 +95,8 @@ def _copy_value(value, shells):
     if isinstance(value, nn.Module):
         return _clone(value, shells)
     kind = type(value)
+    if kind is numpy.ndarray:
+        return value.copy()  # forward() may write to it
     if kind in (list, tuple, set, frozenset):
         return kind(_copy_value(item, shells) for item in value)
     if kind in (dict, OrderedDict):
