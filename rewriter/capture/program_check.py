@@ -138,8 +138,8 @@ def _twin(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
-def one_more_row(batch) -> Any:
-    """The batch with its first row repeated; None where dimension 0 of the tensors is not plainly a batch."""
+def one_more_row(batch, only: bool = False) -> Any:
+    """The batch with its first row repeated (``only``: and no other row); None where dimension 0 is not plainly a batch."""
     found = [(path, t) for path, t in leaves_of(batch) if isinstance(t, torch.Tensor)]
     if not found or any(t.dim() == 0 for _, t in found) or len({t.shape[0] for _, t in found}) != 1 or not len(found[0][1]):
         return None
@@ -150,7 +150,8 @@ def one_more_row(batch) -> Any:
                 int(tensor[0]) == 0 and bool((tensor[1:] >= tensor[:-1]).all())):
             return None
     try:
-        return copy.deepcopy(batch, {id(t): torch.cat([t.detach(), t.detach()[:1]]) for _, t in found})
+        return copy.deepcopy(batch, {
+            id(t): torch.cat([t.detach()[:1] if only else t.detach(), t.detach()[:1]]) for _, t in found})
     except Exception:
         return None
 
