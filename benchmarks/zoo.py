@@ -64,6 +64,7 @@ def _process(zoo: str, names: list[str], args: argparse.Namespace) -> Iterator[d
     command = [sys.executable, "-m", "tablewright", "coverage", "--json", "--threads", str(args.threads)]
     command += [f"--option={k}={json.dumps(v)}" for k, v in size.items()]
     command += ["--speed", f"--seconds={args.seconds}", "--no-check"] if args.speed else []
+    command += ["--cpu-clock"] if args.speed and args.threads == 1 else []
     command += ["--plan", str(args.plan)] if args.plan else []
     command += [f"zoo_{zoo}:MODELS.{name}" for name in names]
     path = os.pathsep.join([str(BUILDERS), *map(str, repositories(args.repos)), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -134,7 +135,8 @@ def main() -> None:
     parser.add_argument("--repos", type=Path, help="folder of cloned repositories")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one model (default 300)")
     parser.add_argument("--memory", type=float, default=14, help="GiB for one process (default 14)")
-    parser.add_argument("--threads", type=int, help="threads of PyTorch: by default 1, and 2 with --speed")
+    parser.add_argument("--threads", type=int, help="threads of PyTorch: by default 1, and 2 with --speed; --speed with 1 is timed "
+                        "by the processor's work, which other programs disturb little")
     parser.add_argument("--rows", type=Path, help="keep the rows here, and take from here those that are there")
     parser.add_argument("--table-only", action="store_true", help="measure nothing: make the table of --rows")
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"zoo_{datetime.date.today()}.md")

@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     coverage.add_argument("--speed", action="store_true", help="time a training step against plain (dense, and sparse=True)")
     coverage.add_argument("--no-check", dest="check", action="store_false", help="do not compare numbers (with --speed)")
     coverage.add_argument("--seconds", type=float, default=4.0, help="time for each comparison of speeds (default 4)")
+    coverage.add_argument("--cpu-clock", action="store_true", help="time by the processor's work, not the wall clock (busy machines, --threads 1)")
     coverage.add_argument("--plan", default="auto", help='"auto" or the path of a plan (.yaml, .json)')
     coverage.add_argument("--threads", type=int, help="threads of PyTorch")
     coverage.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="passed to the factories as a keyword")
@@ -70,7 +71,9 @@ def _coverage(args: argparse.Namespace) -> int:
             with warnings.catch_warnings():
                 if not args.verbose:
                     warnings.simplefilter("ignore")
-                row = measure(name, case, plan=args.plan, speed=args.speed, seconds=args.seconds, check=args.check)
+                row = measure(
+                    name, case, plan=args.plan, speed=args.speed, seconds=args.seconds, check=args.check, cpu_clock=args.cpu_clock
+                )  # fmt: skip
         except TargetError as error:
             row, unusable = Coverage(name, state="does not run", why=str(error)), True
         found.append(row)

@@ -85,10 +85,12 @@ class Coverage:
 
 
 def measure(
-    name: str, case: Case, *, plan: Any = "auto", check: bool = True, speed: bool = False, seconds: float = 4.0
+    name: str, case: Case, *, plan: Any = "auto", check: bool = True, speed: bool = False, seconds: float = 4.0,
+    cpu_clock: bool = False,
 ) -> Coverage:  # fmt: skip
     """Optimize a copy of ``case.model`` and, with ``check``, compare it with the plain one. ``speed``: time training steps for
-    about ``seconds``: plain with dense gradients, plain with ``sparse=True``, and optimized."""
+    about ``seconds``: plain with dense gradients, plain with ``sparse=True``, and optimized. ``cpu_clock``: by the time that the
+    processor works, of all threads, which other programs disturb little: with one thread it is the time of the step."""
     result = Coverage(name)
     try:
         case = Case(without_dropout(copy.deepcopy(case.model)), case.batches, case.kwargs, case.all_batches)
@@ -108,7 +110,7 @@ def measure(
         return result
     if speed:
         try:
-            result.speed = _speeds(opt, optim, case, plan, seconds)
+            result.speed = _speeds(opt, optim, case, plan, seconds, time.process_time if cpu_clock else time.perf_counter)
         except Exception as error:
             result.wrong.append(f"timing stopped: {_raised(error)}")
     return result
@@ -281,7 +283,7 @@ def _raised(error: Exception) -> str:
 # --- speed -------------------------------------------------------------------------------------------------------------------
 
 
-def _speeds(opt: nn.Module, optim, case: Case, plan: Any, seconds: float) -> dict[str, float]:
+def _speeds(opt: nn.Module, optim, case: Case, plan: Any, seconds: float, clock: Callable[[], float]) -> dict[str, float]:
     """Median milliseconds of a training step, and ratios (above 1: ours is faster)."""
     steps = {"ours": _step(opt.train(), optim, case), "plain": _step(*_plain(case, False), case)}
     model, adagrad = _plain(case, True)
@@ -294,7 +296,7 @@ def _speeds(opt: nn.Module, optim, case: Case, plan: Any, seconds: float) -> dic
     if "sparse" in steps and applied < found:  # then what the user's own sparse=True does for those tables must be kept
         sparse = copy.deepcopy(model)
         steps["ours on sparse"] = _step(*_optimized(sparse, case, plan), case)
-    ms = interleaved(steps, seconds)
+    ms = interleaved(steps, seconds, clock)
     result = {"ours_ms": ms["ours"], "plain_ms": ms["plain"], "dense_ratio": ms["plain"] / ms["ours"]}
     if "sparse" in ms:
         ours = ms.get("ours on sparse", ms["ours"])
@@ -320,17 +322,18 @@ def _step(model: nn.Module, optimizer, case: Case) -> Callable[[int], None]:
     return step
 
 
-def interleaved(calls: dict[str, Callable[[int], None]], seconds: float) -> dict[str, float]:
-    """Median milliseconds of each call, all taken in turn (the order reversed every other round), for about ``seconds``."""
+def interleaved(calls: dict[str, Callable[[int], None]], seconds: float, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
+    """Median milliseconds of each call, all taken in turn (the order reversed every other round), for about ``seconds`` of
+    ``clock``."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(2):
         for call in calls.values():
             call(i)
-    started, i = time.perf_counter(), 0
-    while i < _ROUNDS or (i < 200 and time.perf_counter() - started < seconds):
+    started, i = clock(), 0
+    while i < _ROUNDS or (i < 200 and clock() - started < seconds):
         for name in list(calls) if i % 2 == 0 else list(calls)[::-1]:
-            before = time.perf_counter()
+            before = clock()
             calls[name](i)
-            times[name].append((time.perf_counter() - before) * 1e3)
+            times[name].append((clock() - before) * 1e3)
         i += 1
     return {name: statistics.median(t) for name, t in times.items()}
