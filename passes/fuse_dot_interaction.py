@@ -10,6 +10,7 @@ skipped.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -183,15 +184,12 @@ class _Picked:
 def _selection(matrix: Node, reader: Node | None, features: Any, facts: Facts) -> _Picked | None:
     """The pairs that the only ``reader`` of the matrix (or of its flat form, or of one triangle) selects; ``None`` if it does not."""
     nodes: list[Node] = [matrix]
-    kept = None
+    kept: Callable[[int, int], bool] | None = None
     node = matrix
     if is_op(reader, *_TRIANGLES):
         offset = reader.args[1] if len(reader.args) > 1 else 0  # type: ignore[union-attr]
         lower = reader.target is aten.tril.default  # type: ignore[union-attr]
-
-        def kept(i: int, j: int) -> bool:
-            return j - i <= offset if lower else j - i >= offset
-
+        kept = (lambda i, j: j - i <= offset) if lower else (lambda i, j: j - i >= offset)
         nodes.append(reader)  # type: ignore[arg-type]
         node, reader = reader, only_user(reader)  # type: ignore[arg-type, assignment]
     if reader is None or node is None:
