@@ -117,7 +117,7 @@ def _before(node: Node, labels: tuple[int, ...]) -> tuple[int, ...] | None:
         order = transposed(node, rank)
         return tuple(label for _, label in sorted(zip(order, labels)))
     if is_op(node, aten.unsqueeze.default):
-        at = node.args[1] % rank  # type: ignore[operator]
+        at: Any = node.args[1] % rank  # type: ignore[operator]
         return labels[:at] + labels[at + 1 :]
     if is_op(node, aten.squeeze.dim) and source.dim() == rank + 1:
         at = node.args[1] % (rank + 1)  # type: ignore[operator]

@@ -103,6 +103,7 @@ def mixed(dtype=torch.float32):
     case.lookup(0, "mean", ids(40, 44), ragged, slot=0, padding_idx=1)
     case.lookup(2, "none", ids(300, 4, 3, low=-300), wrap_negative=True)
     case.lookup(1, "none", ids(9, 11), padding_idx=8)
+    case.lookup(0, "sum", ids(5, 5, 8), weighted=True, padding_idx=3, padding_read=True)
     case.lookup(2, "sum", torch.cat([ids(300, 44), torch.tensor([299, 0])]), ragged, slot=0, include_last_offset=True)
     return case
 

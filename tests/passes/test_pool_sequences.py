@@ -7,7 +7,6 @@ import copy
 import pytest
 import tablewright as tw
 import torch
-import torch.nn.functional as F
 from pass_harness import assert_sound, rewrite
 from tablewright.kernels.embedding.pooled import POOL
 from tablewright.passes.pool_sequences import PoolSequences
@@ -324,4 +323,15 @@ def test_compiled():
     opt = tw.optimize(copy.deepcopy(plain), sample_inputs=(batch(),))
     compiled = torch.compile(opt, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(batch()), plain(batch()))
-    assert F is not None
+
+
+@pytest.mark.parametrize(
+    "sample", [torch.tensor([[3]]), torch.tensor([[3, 0, 1, 0, 0]]), batch(5)], ids=["1 x 1", "1 x 5", "5 x 5"]
+)
+@pytest.mark.parametrize("how", ["count and epsilon", "transposed", "bmm, other side"])
+def test_sizes_of_the_sample_are_not_baked_in(how, sample):
+    plain = Pooled(MASKS[how], 3)
+    opt = tw.optimize(copy.deepcopy(plain), sample_inputs=(sample,))
+    assert opt.report.coverage["pooled"] == (1, 1)
+    for ids in (batch(6), batch(2)[:, :1], batch(3)[:, :2], batch(0), torch.zeros(3, 0, dtype=torch.int64)):
+        torch.testing.assert_close(opt(ids), plain(ids), equal_nan=True)
