@@ -133,7 +133,7 @@ def state_of(report: Report) -> tuple[str, int]:
     pieces = int(getattr(report, "pieces", 1))
     if report.door == "none" or not pieces:
         return "plain", 0
-    return ("one graph", 1) if pieces == 1 else ("pieces", pieces)
+    return ("pieces", pieces) if pieces > 1 or "pieces" in report.door else ("one graph", 1)
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------------------

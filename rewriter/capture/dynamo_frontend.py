@@ -17,6 +17,7 @@ import torch
 import torch._dynamo  # noqa: F401  (not loaded by ``import torch``)
 from torch import fx, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 
 from ..errors import CaptureError, explain
 from .guards import Guards
@@ -29,6 +30,7 @@ _WHOLE = {**_CONFIG, "capture_scalar_outputs": True, "capture_dynamic_output_sha
 # graphs per function: modes, gradients on and off, batches of 0, 1 and more, dtypes
 _OWN_CACHE = {key: value for key, value in {"recompile_limit": 64, "isolate_recompiles": True}.items()
               if key in inspect.signature(torch.compile).parameters}
+_NOT_WHOLE = (TorchDynamoException, GuardOnDataDependentSymNode, ConstraintViolationError)
 _MANY = 16  # more graphs of one function than that: something that Python reads changes at every call
 
 
@@ -89,7 +91,7 @@ class Dynamo:
             try:
                 with _configured(_WHOLE):
                     return self._run(*args, **kwargs)
-            except TorchDynamoException as error:  # raised before any of the model's code has run
+            except _NOT_WHOLE as error:  # raised before any of the model's code has run
                 if self.only_whole:
                     raise CaptureError(explain(
                         "the model no longer runs as one graph", why=_said(error),

@@ -131,9 +131,11 @@ def _program(shell, batches, originals, entry, why: str) -> Captured:
             log = dynamo_frontend.reads_of(shell, entry, *program_check.copied(batches[0]))
         except Exception as error:
             raise program_check.plain_fails(error) from error
-    notes = []
+    notes, failed = [], None
     for whole in (True, False):
         program = Dynamo(shell, entry, whole=whole)
+        if not whole:
+            program.breaks.append(str(failed))
         try:
             failed = program_check.program_mismatch(shell, program, batches)
         except check.PlainModelFails:
