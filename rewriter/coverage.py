@@ -128,12 +128,11 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-def state_of(report: Report) -> tuple[str, int]:
-    """("one graph" | "pieces" | "plain", number of graphs), from the report's door."""
-    pieces = int(getattr(report, "pieces", 1))
-    if report.door == "none" or not pieces:
+def state_of(doors: Sequence[str], pieces: int) -> tuple[str, int]:
+    """("one graph" | "pieces" | "plain", number of graphs), from the doors of all captures of a model: the worst one counts."""
+    if "none" in doors or not pieces:
         return "plain", 0
-    return ("pieces", pieces) if pieces > 1 or "pieces" in report.door else ("one graph", 1)
+    return ("pieces" if any("pieces" in d for d in doors) or pieces > 1 else "one graph"), pieces
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------------------
@@ -144,7 +143,7 @@ def _optimize(result: Coverage, case: Case, plan: Any) -> tuple:
     opt, optim = _optimized(copy.deepcopy(case.model).train(), case, plan)
     result.seconds = time.perf_counter() - started
     report = opt.report
-    result.state, result.pieces = state_of(report)
+    result.state, result.pieces = state_of([report.door], report.pieces)
     result.door, result.launches, result.notes, result.kinds = report.door, report.launches, list(report.notes), report.coverage
     result.skipped = _reasons(report)
     return opt, optim
@@ -152,6 +151,9 @@ def _optimize(result: Coverage, case: Case, plan: Any) -> tuple:
 
 def _compare(result: Coverage, opt: nn.Module, optim, case: Case) -> None:
     found = _differences(copy.deepcopy(case.model), opt, optim, case)
+    result.state, result.pieces = state_of([v.captured.door for v in opt._variants], opt.report.pieces)  # eval mode may need its own
+    if result.state == "one graph" and any("outside of every captured graph" in reason for _, _, reason, _, _ in result.skipped):
+        result.state = "pieces"  # a graph, but not of all the model
     result.outputs, result.gradients, result.steps = (max((e for e, _ in found[k]), default=0.0) for k in range(3))
     limits = (OUTPUTS, GRADIENTS, STEPS)
     if all(e <= limits[k] for k in range(3) for e, _ in found[k]):

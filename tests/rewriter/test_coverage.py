@@ -128,3 +128,9 @@ def test_dropout_is_set_to_zero_wherever_its_rate_is_kept():
 
     model = without_dropout(Own())
     assert (model.dropout_rate, model.dropouts, model.drop.p, model.p) == (0.0, (0.0, 0.0), 0.0, 2.0)
+
+
+def test_the_worst_capture_says_how_a_model_runs():
+    assert coverage.state_of(["fx"], 1) == ("one graph", 1)
+    assert coverage.state_of(["dynamo, in pieces"], 1) == ("pieces", 1)
+    assert coverage.state_of(["export", "none"], 1) == ("plain", 0)
