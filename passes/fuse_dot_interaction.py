@@ -187,7 +187,7 @@ def _selection(matrix: Node, reader: Node | None, features: Any, facts: Facts) -
     kept: Callable[[int, int], bool] | None = None
     node = matrix
     if is_op(reader, *_TRIANGLES):
-        offset = reader.args[1] if len(reader.args) > 1 else 0  # type: ignore[union-attr]
+        offset: Any = reader.args[1] if len(reader.args) > 1 else 0  # type: ignore[union-attr]
         lower = reader.target is aten.tril.default  # type: ignore[union-attr]
         kept = (lambda i, j: j - i <= offset) if lower else (lambda i, j: j - i >= offset)
         nodes.append(reader)  # type: ignore[arg-type]

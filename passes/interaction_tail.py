@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch.fx import Node
 
@@ -36,7 +36,7 @@ def follow(node: Node, axes: list[Any], scale: float | None = None, limit: int =
     tail = Tail(node, list(axes), 1.0 if scale is None else scale, [node])
     while len(tail.nodes) <= limit and (user := only_user(tail.anchor)) is not None:
         if is_op(user, aten.sum.dim_IntList) and user.args[0] is tail.anchor and not user.kwargs:
-            rank, dims = len(tail.axes), user.args[1]
+            rank, dims = len(tail.axes), cast(Any, user.args[1])
             if not isinstance(dims, (list, tuple)) or not dims:
                 break
             places = [d % rank for d in dims]
