@@ -150,6 +150,9 @@ def _layer(out, x0, x, affine: _Affine, shift, y, inside, root) -> CrossLayer | 
     vector = prod(weight) == dim
     if not vector and (weight != [dim, dim] or scores != shape):
         return None
+    multiplies = [n for n in inside if n not in affine.inside and is_op(n, aten.matmul.default, aten.bmm.default)]
+    if multiplies and not (vector and column and scores == [*lead, 1, 1]):
+        return None  # a matrix product, which is elementwise only for a column times a number
     if vector and scores not in ([*lead, 1], [*lead, 1, 1] if column else lead):
         return None
     if vector and scores == lead and not any(is_op(n, aten.transpose.int, aten.t.default, aten.numpy_T.default, aten.mT.default) for n in inside):

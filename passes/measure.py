@@ -74,9 +74,20 @@ class Measured(Pass):
 
 def time_both(context: Context, nodes: Sequence[Node], rewrite: Rewrite, name: str) -> Timing | None:
     """Time ``nodes`` as they are and as ``rewrite`` leaves them; ``None`` where the shape of an input is not known."""
-    plain, copies = _extract(nodes)
-    inputs = [n for n in copies if n not in set(nodes) and n.op != "get_attr"]
+    inputs = _boundary(nodes)
     rows = _rows(inputs)
+    try:
+        return _time_at(rows, context, nodes, inputs, rewrite, name)
+    except Exception:
+        if not rows:
+            raise
+        return _time_at(0, context, nodes, inputs, rewrite, name)  # the nodes hold for the sample's sizes only
+
+
+def _time_at(
+    rows: int, context: Context, nodes: Sequence[Node], inputs: Sequence[Node], rewrite: Rewrite, name: str
+) -> Timing | None:  # fmt: skip
+    plain, _ = _extract(nodes)
     with torch.random.fork_rng(), torch.enable_grad():
         made = [_example(n, context.root, rows) for n in inputs]
         if any(m is None for m in made):
@@ -88,6 +99,13 @@ def time_both(context: Context, nodes: Sequence[Node], rewrite: Rewrite, name: s
             modules = [_module(g, context.root) for g in (plain, other)]
             context.timings[key] = _time(modules, made)
     return context.timings[key]
+
+
+def _boundary(nodes: Sequence[Node]) -> list[Node]:
+    """What ``nodes`` read that is neither theirs nor stored, in the order in which :func:`_extract` takes it."""
+    wanted = set(nodes)
+    ordered = [n for n in nodes[0].graph.nodes if n in wanted]
+    return [i for i in dict.fromkeys(i for n in ordered for i in n.all_input_nodes) if i not in wanted and i.op != "get_attr"]
 
 
 def _rows(inputs: Sequence[Node]) -> int:

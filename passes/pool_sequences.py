@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from torch.fx import Node
 
 from ..kernels.embedding.pooled import POOL, ROW_SUMS
-from .graph import Editor, Writes, aten, is_op, is_pure, packet_name, stored_tensor, value_of
+from .graph import Editor, Writes, ancestors, aten, is_op, is_pure, packet_name, stored_tensor, value_of
 from .lazy import Lazy, make
 from .lookups import LookupNode, read_lookup
 from .position_weights import NONE, Ids
@@ -107,7 +107,9 @@ def _refusal(lookup: LookupNode | Skip | None, readers: Readers, writes: Writes)
         other = readers.others[0]
         return skip(f"its rows are also read by {packet_name(other) or other.op}, so the unpooled rows are made anyway", at=other)
     for pool in readers.pools:
-        written = next((n for n in pool.passed if writes.to(n) is not None), None)
+        # Weights are walked through as well, down to the ids: none of it may change on the way.
+        walked = ancestors([pool.end], stop={lookup.node}) if lookup is not None else ()
+        written = next((n for n in walked if writes.to(n) is not None), None)
         if written is not None:
             return skip(f"{packet_name(written)} is written to in place", at=written)
     dead = _dying({n for pool in readers.pools for n in pool.passed})
@@ -152,7 +154,8 @@ def _take(editor: Editor, lookup: LookupNode, ids: Ids, pool: Pool) -> str:
 
 def _padding_and_weights(lookup: LookupNode, ids: Ids, pool: Pool) -> tuple[int | None, bool, list, str]:
     """(padding_idx of the bag, whether its row is read, weights of each position, what to tell)."""
-    masked = {w.leaves_out for w in pool.weights} - {None}
+    # weight[ids] takes negative ids, which a mask of ids and a row to leave out see differently.
+    masked = set() if lookup.wrap_negative else {w.leaves_out for w in pool.weights} - {None}
     row = masked.pop() if len(masked) == 1 else None
     # A sparse gradient holds every id that is read, even with zeros, and an optimizer may see the difference.
     if row is not None and (lookup.padding_idx == row or lookup.padding_idx is None and not lookup.sparse):

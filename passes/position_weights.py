@@ -182,7 +182,7 @@ def _kept_but(mask: Any, ids: Node, inverted: bool) -> int | None:
         return None
     if is_op(mask, aten.ne.Scalar) and not inverted or is_op(mask, aten.eq.Scalar) and inverted:
         return int(number) if number >= 0 else None
-    # Ids are never negative: nn.Embedding refuses them.
+    # Ids of nn.Embedding are never negative: it refuses them. (For weight[ids], nobody asks which row is left out.)
     above = (aten.gt.Scalar, 0), (aten.ge.Scalar, 1)
     below = (aten.le.Scalar, 0), (aten.lt.Scalar, 1)
     return 0 if any(mask.target is t and number == n for t, n in (below if inverted else above)) else None

@@ -259,3 +259,25 @@ def test_other_mixtures_are_left_alone(how):
     if OTHERS[how]:
         assert len(done.of("SKIPPED")) == LAYERS and all(OTHERS[how] in r.reason for r in done.records)
     assert_sound(done)
+
+
+class Product(nn.Module):
+    """A true matrix product of square matrices, not an elementwise one."""
+
+    def __init__(self, dim, multiply):
+        super().__init__()
+        self.layer, self.multiply = nn.Linear(dim, dim), multiply
+
+    def forward(self, x0, h):
+        return self.multiply(x0, self.layer(h)) + h
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (3, 6, 6)])
+@pytest.mark.parametrize("multiply", [torch.matmul, torch.bmm])
+def test_a_matrix_product_of_square_matrices(shape, multiply):
+    if multiply is torch.bmm and len(shape) == 2:
+        return
+    for measure in (False, True):  # also: it cannot be timed at a larger batch
+        done = rewrite(Product(6, multiply), (torch.randn(shape), torch.randn(shape)), FuseCross(measure=measure))
+        assert not done.of("APPLIED")
+        assert_sound(done)

@@ -108,3 +108,23 @@ def test_measuring_changes_nothing_of_the_model(training):
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
     assert torch.equal(state, torch.get_rng_state())
     assert all(p.grad is None for p in model.parameters())
+
+
+class Square(nn.Module):
+    def forward(self, x):
+        return torch.relu(x @ x)
+
+
+def test_nodes_that_hold_for_the_samples_sizes_only():
+    @dataclass
+    class Whole(Measured):
+        name = "whole"
+        kind = "wholes"
+
+        def run(self, context):
+            calls = [n for n in context.graph.nodes if n.op == "call_function"]
+            timing = measure.time_both(context, calls, lambda editor, copy_of: None, self.name)
+            assert timing is not None and timing.rows == 6
+            return []
+
+    rewrite(Square(), (torch.randn(6, 6),), Whole())

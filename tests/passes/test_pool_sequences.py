@@ -335,3 +335,39 @@ def test_sizes_of_the_sample_are_not_baked_in(how, sample):
     assert opt.report.coverage["pooled"] == (1, 1)
     for ids in (batch(6), batch(2)[:, :1], batch(3)[:, :2], batch(0), torch.zeros(3, 0, dtype=torch.int64)):
         torch.testing.assert_close(opt(ids), plain(ids), equal_nan=True)
+
+
+class NegativeIds(nn.Module):
+    """``weight[ids]`` takes -1 as the last row, and a mask of ids sees -1."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.weight, self.kept = nn.Parameter(torch.randn(ROWS, DIM)), kept
+
+    def forward(self, ids):
+        return (self.weight[ids] * self.kept(ids).unsqueeze(-1)).sum(1)
+
+
+@pytest.mark.parametrize("kept", [lambda i: i > 0, lambda i: i != 0, lambda i: i != ROWS - 1, lambda i: ~(i <= 0)])
+def test_masks_of_negative_ids(kept):
+    model, ids = NegativeIds(kept), torch.tensor([[1, -1, 0, 3], [-ROWS, 1 - ROWS, 2, 0], [ROWS - 1, -1, 5, 6]])
+    done = rewrite(model, (ids,), PoolSequences())
+    assert len(done.of("APPLIED")) == 1
+    assert_sound(done)
+
+
+class WrittenMask(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.e = nn.Embedding(ROWS, DIM)
+
+    def forward(self, ids):
+        kept = (ids != 0).float()
+        kept[:, 0] = 0
+        return (self.e(ids) * kept.unsqueeze(-1)).sum(1)
+
+
+def test_a_mask_that_is_changed_in_place():
+    done = rewrite(WrittenMask(), (batch(),), PoolSequences())
+    assert "written to in place" in done.of("SKIPPED")[0].reason
+    assert_sound(done)
