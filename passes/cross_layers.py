@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from torch import nn
 from torch.fx import Node
@@ -79,13 +80,14 @@ def _flatten(node: Node, op) -> tuple[list[Node], list[Node]]:
     leaves: list[Node] = []
     inner: list[Node] = []
     for operand in node.args:
+        assert isinstance(operand, Node)
         more, nested = _flatten(operand, op) if len(operand.users) == 1 else ([operand], [])
         leaves += more
         inner += nested
     return leaves, [*inner, node]
 
 
-def _products(node: Node) -> Iterator[tuple[Node, Node, tuple[Node, ...]]]:
+def _products(node: Any) -> Iterator[tuple[Node, Node, tuple[Node, ...]]]:
     """(x0, y, nodes in between) for each reading of ``node`` as ``x0 * y``."""
     if is_op(node, aten.mul.Tensor) and all(isinstance(a, Node) for a in node.args):
         a, b = node.args

@@ -6,6 +6,7 @@ and one expert for each ``e``. Source: Wang et al., DCN V2 (2021), equation 4.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Node
 
@@ -57,8 +58,9 @@ def _mixture(out: Node, mixed: Node, x: Node) -> LowRankCross | Skip | None:
     outputs = _alone(stacked, aten.stack.default, inside)
     if outputs is None or arguments(outputs)["dim"] not in (2, -1):
         return None
-    experts = [_expert(o, x, inside) for o in outputs.args[0]]
-    if any(e is None for e in experts):
+    listed: Any = outputs.args[0]
+    experts = [e for o in listed if (e := _expert(o, x, inside)) is not None]
+    if len(experts) != len(listed):
         return None
     x0, activation, shift, rank = (experts[0][name] for name in ("x0", "activation", "shift", "rank"))
     outer = value_of(x0)
@@ -82,8 +84,9 @@ def _gates(node: Node, x: Node, inside: list[Node]) -> list[Node] | None:
     scores = _alone(soft.args[0], aten.stack.default, inside) if soft is not None else None
     if scores is None or arguments(scores)["dim"] != 1 or arguments(soft)["dim"] not in (1, -2):
         return None
-    gates = [_gate(s, x, inside) for s in scores.args[0]]
-    return None if any(g is None for g in gates) else gates
+    listed: Any = scores.args[0]
+    gates = [g for s in listed if (g := _gate(s, x, inside)) is not None]
+    return gates if len(gates) == len(listed) else None
 
 
 def _alone(node, op, inside: list[Node]) -> Node | None:

@@ -202,7 +202,8 @@ def _module(graph: Graph, root: nn.Module) -> GraphModule:
 def _time(modules: list[GraphModule], inputs: list[Any]) -> Timing:
     runs = [_step(m, inputs) for m in modules]
     for run in runs:  # the first run of each allocates, the second finds its memory
-        run(), run()
+        run()
+        run()
     taken: list[list[float]] = [[] for _ in runs]
     until = time.perf_counter() + _SECONDS
     for _ in range(_ROUNDS):

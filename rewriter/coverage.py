@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from .equivalence import difference
 from .errors import TablewrightError
 from .optimize import optimize
+from .optimized_model import OptimizedModel
 from .report import Report
 
 LR, EPS = 0.05, 1e-5
@@ -149,7 +150,7 @@ def _optimize(result: Coverage, case: Case, plan: Any) -> tuple:
     return opt, optim
 
 
-def _compare(result: Coverage, opt: nn.Module, optim, case: Case) -> None:
+def _compare(result: Coverage, opt: OptimizedModel, optim, case: Case) -> None:
     found = _differences(copy.deepcopy(case.model), opt, optim, case)
     result.state, result.pieces = state_of([v.captured.door for v in opt._variants], opt.report.pieces)  # eval mode may need its own
     if result.state == "one graph" and any("outside of every captured graph" in reason for _, _, reason, _, _ in result.skipped):

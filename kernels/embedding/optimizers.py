@@ -78,7 +78,7 @@ def _adagrad(states: dict, tables: list[Tensor], group: dict) -> list[TableUpdat
     lr, decay, eps, maximize = float(group["lr"]), group["lr_decay"], group["eps"], group["maximize"]
     steps = [state["step"] for state in held]
     if all(isinstance(step, Tensor) for step in steps):
-        torch._foreach_add_(steps, 1)
+        torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
     else:
         for state in held:
             state["step"] += 1
