@@ -60,7 +60,10 @@ def compile_entry(guards: Guards, watched: list[Watched]) -> Callable[[tuple, di
     """A function (args, kwargs) -> the graph's inputs, or None where ``guards`` (and ``watched``) have to be asked in full."""
     code = _Code()
     inputs = guards.inputs
-    args, kwargs = pytree.tree_unflatten([_Leaf(i) for i in range(len(inputs.types))], inputs.spec)
+    try:
+        args, kwargs = pytree.tree_unflatten([_Leaf(i) for i in range(len(inputs.types))], inputs.spec)
+    except Exception:  # a registered class (torchrec's KeyedJaggedTensor) that looks at its tensors when it is put together
+        return lambda args, kwargs: None
     if not (_structure(code, args, "args") and _structure(code, kwargs, "kwargs")):
         return lambda args, kwargs: None
     _leaves(code, inputs)

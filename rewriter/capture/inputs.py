@@ -122,7 +122,11 @@ def _leaf_names(args: tuple, kwargs: dict, signature: inspect.Signature | None) 
     names = []
     parameters = [] if signature is None else [
         each for each in signature.parameters.values() if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
-    for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]:
+    try:
+        paths = [path for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]]
+    except ValueError:  # a class that was registered without the names of its parts
+        return [f"input_{i}" for i in range(len(pytree.tree_leaves((args, kwargs))))]
+    for path in paths:
         keys = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in path]
         first = keys[1]
         if keys[0] == 0:

@@ -129,3 +129,30 @@ def test_tensors_are_read_where_they_are_now(made):
     for m in (opt, plain):
         parametrize.register_parametrization(m.head, "weight", Twice())
     check(plain, opt, ids)
+
+
+class Measured:
+    """A registered input class that looks at its tensor when it is made, as torchrec's KeyedJaggedTensor does."""
+
+    def __init__(self, values):
+        self.values, self.count = values, values.numel()
+
+
+torch.utils._pytree.register_pytree_node(
+    Measured, lambda m: ([m.values], None), lambda leaves, _: Measured(*leaves), serialized_type_name="test_entry.Measured"
+)  # fmt: skip
+
+
+class TakesMeasured(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(20, 4)
+
+    def forward(self, given):
+        return self.table(given.values).sum(1)
+
+
+def test_an_input_class_that_cannot_be_made_of_anything_but_tensors():
+    model, ids = TakesMeasured(), torch.randint(20, (5, 3))
+    opt = tw.optimize(model, sample_inputs=(Measured(ids),))
+    torch.testing.assert_close(opt(Measured(ids[:2])), model(Measured(ids[:2])))
