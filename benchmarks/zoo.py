@@ -139,6 +139,7 @@ def main() -> None:
                         "by the processor's work, which other programs disturb little")
     parser.add_argument("--rows", type=Path, help="keep the rows here, and take from here those that are there")
     parser.add_argument("--table-only", action="store_true", help="measure nothing: make the table of --rows")
+    parser.add_argument("--note", default="", help="a sentence for the page's head: how busy the machine was, say")
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"zoo_{datetime.date.today()}.md")
     args = parser.parse_args()
     args.plan = forced_plan(Path(tempfile.mkdtemp()) / "plan.json") if args.force else None
@@ -170,7 +171,7 @@ def main() -> None:
     with concurrent.futures.ThreadPoolExecutor(1 if args.speed else 2) as pool:
         for future in [pool.submit(work, job) for job in jobs]:
             future.result()
-    text = page(kept)
+    text = page(kept, args.note)
     args.out.write_text(text)
     print(text)
 

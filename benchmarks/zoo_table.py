@@ -17,12 +17,12 @@ CENSUS = {
 }  # fmt: skip
 
 
-def page(rows: list[dict]) -> str:
+def page(rows: list[dict], note: str = "") -> str:
     """Markdown of ``rows`` (the latest row of each model and kind of run counts)."""
     checks = {r["name"]: r for r in rows if r["kind"] == "check"}
     speeds = {r["name"]: r for r in rows if r["kind"] == "speed"}
     forced = {r["name"]: r for r in rows if r["kind"] == "forced"}
-    parts = [_heading(), _totals(checks, speeds), _kinds(checks), _failures(checks, speeds), _forced(forced), _reasons(checks), _models(checks, speeds)]
+    parts = [f"{_heading()} {note}".strip(), _totals(checks, speeds), _kinds(checks), _failures(checks, speeds), _forced(forced), _reasons(checks), _models(checks, speeds)]
     return "\n\n".join(p for p in parts if p) + "\n"
 
 
@@ -56,7 +56,7 @@ def _totals(checks: dict, speeds: dict) -> str:
     for zoo in [*dict.fromkeys(r["zoo"] for r in every), None]:
         mine = [r for r in checks.values() if zoo in (None, r["zoo"]) and r["state"] != "does not run"]
         timed = [r["speed"] for r in speeds.values() if zoo in (None, r["zoo"]) and r.get("speed")]
-        applied, found = (sum(r.get("kinds", {}).get("lookups", (0, 0))[i] for r in mine) for i in (0, 1))
+        applied, found = (sum(r.get("kinds", {}).get("lookups", (0, 0))[i] for r in mine if i or r["ok"]) for i in (0, 1))
         slow = sum(min(s["dense_ratio"], s.get("sparse_ratio", 9)) < SLOW for s in timed)
         lines.append(
             f"| {zoo or '**all**'} | {len(mine)} | {_percent(sum(r['state'] == 'one graph' for r in mine), len(mine))} | "
@@ -83,6 +83,7 @@ def _kinds(checks: dict) -> str:
 def cause(text: str) -> str:
     """A reason without the names and numbers that are one model's own."""
     text = re.sub(r"/\S*/([\w.]+\.py):\d+", r"\1", text)
+    text = re.sub(r"/\S*/", "", text)
     text = re.sub(r"'[^']*'", "'..'", text)
     return re.sub(r"\d+(\.\d+)?(e-?\d+)?", "N", text)[:240]
 
