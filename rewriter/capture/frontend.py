@@ -177,7 +177,19 @@ def _empty() -> fx.Graph:
 
 def _by_tracing(shell, args, kwargs, originals, entry) -> Captured:
     graph, inputs, out_spec, effects, log = fx_frontend.trace(shell, args, kwargs, entry)
-    return _finished("fx", entry, graph, inputs, out_spec, effects, Guards(shell, originals, inputs, log))
+    conditions = [] if args is None else _no_other_broadcasts([t.shape for t in inputs.tensors_of(inputs.flatten(args, kwargs))])
+    return _finished("fx", entry, graph, inputs, out_spec, effects, Guards(shell, originals, inputs, log, conditions=conditions))
+
+
+def _no_other_broadcasts(shapes: list[torch.Size]) -> list[str]:
+    """Conditions on sizes under which nothing broadcasts that did not in the sample: the traced graph is right for any sizes,
+    but the passes see the sample's. A size of 1 stays 1, and of sizes that were equal not just some may be 1 (one user, many items)."""
+    equal: dict[int, list[str]] = {}
+    for i, shape in enumerate(shapes):
+        for dim, size in enumerate(shape):
+            equal.setdefault(size, []).append(f"S[{i}][{dim}]")
+    ones = [f"{name} == 1" for name in equal.pop(1, [])]
+    return ones + [f"1 not in ({', '.join(names)}) or {' == '.join(names)}" for names in equal.values() if len(names) > 1]
 
 
 def _by_export(shell, args, kwargs, originals, entry, exact: bool = False) -> Captured:
