@@ -97,7 +97,7 @@ def test_a_replaced_parameter_of_the_plain_model_is_seen(made):
     model, opt = made
     model.head.weight = nn.Parameter(torch.zeros(2, 12))
     assert enters(opt, batch()) == [False]
-    with pytest.raises(CaptureError, match="'weight' of the plain model was replaced"):
+    with pytest.raises(CaptureError, match="weight' of the plain model was replaced"):
         opt(batch())
 
 
