@@ -283,10 +283,10 @@ class Table:
     @staticmethod
     def of(keys: Sequence[tuple[Node, int | None]], nodes: list[Node]) -> Table | None:
         """The tensor that holds the features ``keys``, to replace ``nodes`` (to which an existing one is added). ``None`` where
-        dims, dtypes or the number of features of a base do not allow it."""
+        batch sizes, dims, dtypes or the number of features of a base do not allow it."""
         bases = list(dict.fromkeys(base for base, _ in keys))
         values = [v for b in bases if (v := value_of(b)) is not None]
-        if len(values) < len(bases) or len({(str(v.shape[-1]), v.dtype) for v in values}) != 1:
+        if len(values) < len(bases) or len({(str(v.shape[0]), str(v.shape[-1]), v.dtype) for v in values}) != 1:
             return None
         table = Table(bases, {}, 0)
         for base, value in zip(bases, values):

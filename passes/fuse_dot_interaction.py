@@ -212,7 +212,7 @@ def _read_of(node: Node, reader: Node, features: Any, facts: Facts) -> _Picked |
         return _flat_read(reader, last, features, facts)
     if is_op(reader, aten.masked_select.default):
         mask = facts.constant(reader.args[1])
-        pairs = None if mask is None else _of_mask(mask)
+        pairs = None if mask is None else _of_mask(mask, features)
         if mask is None or pairs is None:
             return None
         views = [u for u in reader.users if is_op(u, *_FLAT)]
@@ -226,7 +226,7 @@ def _read_of(node: Node, reader: Node, features: Any, facts: Facts) -> _Picked |
     constants = [c for i in indices[1:] if (c := facts.constant(i)) is not None]
     if indices[0] is not None or len(constants) != len(indices) - 1:
         return None
-    if len(indices) == 2 and (pairs := _of_mask(constants[0])) is not None:
+    if len(indices) == 2 and (pairs := _of_mask(constants[0], features)) is not None:
         return _Picked(pairs, reader, [reader], constants)
     if len(indices) != 3:
         return None
@@ -260,11 +260,12 @@ def _size_checks(selected: Node, views: list[Node]) -> list[Node] | None:
     return sorted(found)
 
 
-def _of_mask(mask: Constant) -> Pairs | None:
+def _of_mask(mask: Constant, features: Any) -> Pairs | None:
+    """The pairs where ``mask`` [features, features] holds; a mask of other sizes is broadcast or refused by the plain model."""
     value = mask.value
     if value.dim() == 3 and value.shape[0] == 1:
         value = value[0]
-    if value.dim() != 2 or value.shape[0] != value.shape[1] or str(value.dtype) != "torch.bool":
+    if not isinstance(features, int) or tuple(value.shape) != (features, features) or value.dtype != torch.bool:
         return None
     first, second = value.nonzero(as_tuple=True)
     return Pairs(tuple(first.tolist()), tuple(second.tolist()))

@@ -106,6 +106,7 @@ NOT_SELECTIONS = {
     "two readers": (lambda m, rows, x: (lambda z: z[:, ROWS, COLS].sum() + z.sum())(x @ x.mT), "read by index, sum; one selection"),
     "index from data": (lambda m, rows, x: (x @ x.mT)[:, x[0, 0].argsort()[:3].clamp(max=3), [0, 1, 2]], "a fixed selection of pairs"),
     "zeroed entries": (lambda m, rows, x: torch.triu(x @ x.mT, 1)[:, COLS, ROWS], "a fixed selection of pairs"),
+    "mask that broadcasts": (_gram(lambda m, z: torch.masked_select(z, torch.ones(1, 1).bool()).view(-1, F * F)), "a fixed selection of pairs"),
     "four dimensions": (lambda m, rows, x: (lambda y: y @ y.mT)(x.view(-1, 2, 2, 6))[:, :, [0, 1], [1, 0]], "of rank 4"),
 }
 
@@ -144,6 +145,19 @@ def test_a_changed_mask_is_noticed():
     with torch.no_grad():
         done.shell.stored_mask[0, 0] = False
     module(IDS)
+
+
+@pytest.mark.parametrize("write", [lambda t: t.data.fill_(True), lambda t: t.numpy().fill(True)], ids=["data", "numpy"])
+def test_a_mask_changed_behind_autograd_is_noticed(write):
+    """Such a write leaves the tensor's version as it was."""
+    done = fused(SPELLINGS["mask by masked_select"][0], FuseDotInteraction(measure=False))
+    module = attach(done.shell, done.after)
+    module(IDS)
+    version = done.shell.stored_mask._version
+    write(done.shell.stored_mask)
+    assert done.shell.stored_mask._version == version
+    with pytest.raises(RuntimeError, match="has changed since optimize"):
+        module(IDS)
 
 
 def test_any_batch():

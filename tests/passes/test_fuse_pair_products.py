@@ -138,6 +138,7 @@ NEGATIVE = {
     "a gate": lambda m, rows, x: x[:, ROWS] * x[:, COLS].sigmoid(),
     "broadcast": lambda m, rows, x: x[:, ROWS] * x[:, [0]],
     "other sums": lambda m, rows, x: _stack([rows[i] + rows[j] for i, j in PAIRS]),
+    "features for all samples": lambda m, rows, x: m.fields[0].weight[None, :F][:, ROWS] * x[:, COLS],
     "index from data": lambda m, rows, x: x[:, x[0, :3, 0].argsort()] * x[:, [0, 1, 2]],
 }
 
@@ -145,4 +146,7 @@ NEGATIVE = {
 @pytest.mark.parametrize("name", NEGATIVE)
 def test_look_alikes_stay(name):
     done = fused(NEGATIVE[name], FusePairProducts(measure=False))
-    assert not done.of("APPLIED")
+    assert not done.of("APPLIED") and not done.nodes("pair_products")
+    if name == "features for all samples":
+        assert not done.records, "nothing was made that had to be rolled back"
+
