@@ -4,8 +4,8 @@
 
 Only layers at most ``max_width`` wide: from there on each product fills the processor by itself (numbers in
 ``kernels/dense/group.py``), and the layer runs as ``tablewright.dense`` (``dense_chains.py``). The parameters stay separate tensors under
-their plain names. What follows the first layers of experts reads different inputs and stays as it is: a batched product of those
-was measured slower than one after the other.
+their plain names. What follows the first layers of experts reads different inputs and stays as it is; whether a batched product
+of those would be faster has not been measured.
 """
 from __future__ import annotations
 
@@ -58,9 +58,10 @@ class BatchExperts(Measured):
         if len(narrow) < 2:
             width = max(s[0] for s in sizes.values())
             return row(SKIPPED, f"the layers are up to {width} wide; one product for all gains for layers up to {self.max_width} wide")
-        if any(map(writes.to, (n for node in narrow for n in node.all_input_nodes))):
+        made_of = {n: ancestors(_parameters(n)) for n in narrow}
+        if any(map(writes.to, (n for node in narrow for n in (*node.all_input_nodes, *made_of[node])))):
             return row(SKIPPED, "what the layers read is written to in place between them")
-        late = [a for n in narrow for a in ancestors(_parameters(n)) if not is_pure(a) or a.op == "placeholder"]
+        late = [a for n in narrow for a in made_of[n] if not is_pure(a) or a.op == "placeholder"]
         if late:
             return row(SKIPPED, f"a weight is computed from {late[0].name}; only parameters may be read ahead of their layer")
         refusal = self.no_gain(context, narrow, lambda editor, copy_of: _replace(editor, [copy_of[n] for n in narrow]))

@@ -107,7 +107,7 @@ class ConcatenatedLookups(Pass):
                 continue
             parts: list[Any] = list(outer.args[0])  # type: ignore[arg-type]
             inner = [n for n in parts if _is_flat_cat(n) and list(n.users) == [outer] and any(r in rows for r in n.args[0])]
-            inner = [n for n in inner if not writes.to(n) and parts.count(n) == 1]
+            inner = [n for n in inner if not any(map(writes.to, (n, *n.all_input_nodes))) and parts.count(n) == 1]
             if not inner or not context.allowed():
                 continue
             spliced = [part for n in parts for part in (n.args[0] if n in inner else [n])]
@@ -187,8 +187,8 @@ def _read_join(node: Node, rows: dict[Node, int]) -> _Join | None:
     if len(set(found)) != len(found) or sum(r in rows for r in found) < 2 or (rank == 2 and len(found) < len(parts)):
         return None
     form = "flat" if rank == 2 and not stacked else "kept" if axis == 2 else "stacked"
-    widths = {_width(r) for r in found}
-    if not all(isinstance(w, int) for w in widths) or form == "stacked" and len(widths) != 1:
+    widths = [_width(r) for r in found]
+    if not all(isinstance(w, int) for w in widths) or form == "stacked" and len(set(widths)) != 1:
         return None
     return _Join(node, first, tuple(found), form)
 

@@ -175,6 +175,11 @@ def _unfit(found: CrossLayer, writes: Writes) -> Skip | None:
         reader = next((u for u in node.users if u not in inside), None) if node is not found.out else None
         if reader is not None and not _swaps(node):
             return skip(f"{node.name} inside the cross layer is also read by {reader.name}; only the layer may read it", at=found.out)
+    return written_inside(found, writes)
+
+
+def written_inside(found: Any, writes: Writes) -> Skip | None:
+    """A :class:`Skip` where something that the layer reads or is made of is written to in place. ``found``: a layer of either kind."""
     written = next((n for n in (*found.operands(), *found.inside) if writes.to(n) is not None), None)
     if written is not None:
         return skip(f"{written.name} is written to in place; a fused cross layer reads it at another time", at=found.out)

@@ -3,7 +3,8 @@
 ``relu(linear(x, W, b))``  ->  ``dense(x, W, b, "relu")``, and the same for sigmoid, tanh and no activation. The gain is in the matrix
 products (``kernels/dense/gemm.py``), so ``matmul(x, W)`` with a parameter is a layer too, and each layer is timed by itself, at the rows of the sample batch but at least at 2048: a
 batch that was made for capture says little about training, and for small products the op does at run time what PyTorch does.
-Layers of equal shape are timed once. What lies between the layers (batch norm, dropout, other activations) stays.
+Layers of equal shape are timed once. What lies between the layers (batch norm, dropout, other activations) stays; so
+does an activation after a product that reads what the graph writes to in place, for the op takes the activation's place.
 """
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from torch.fx import Node
 from ..kernels.dense import op as dense
 from ..kernels.dense.gemm import LEAST_WORK
 from .cross_layers import is_constant
-from .graph import Editor, arguments, aten, is_op, value_of
+from .graph import Editor, Writes, arguments, aten, is_op, value_of
 from .measure import LEAST_GAIN, ROWS, Measured, Timing
 from .records import APPLIED, DISABLED, SKIPPED, Record, record
 from .rule import Context
@@ -66,14 +67,15 @@ class DenseChains(Measured):
     def run(self, context: Context) -> list[Record]:
         seen: set[Node] = set()
         records: list[Record] = []
+        writes = Writes(context.graph, context.root)
         for node in list(context.graph.nodes):
             if node not in seen and _product(node) is not None:
                 chain = _chain(node)
                 seen.update(chain)
-                records.append(self._rewrite(chain, context))
+                records.append(self._rewrite(chain, context, writes))
         return records
 
-    def _rewrite(self, chain: list[Node], context: Context) -> Record:
+    def _rewrite(self, chain: list[Node], context: Context, writes: Writes) -> Record:
         subject = chain[0].meta["origin"].module_path
 
         def row(status: str, reason: str = "", detail: str = "") -> Record:
@@ -82,7 +84,7 @@ class DenseChains(Measured):
         layers: list[Layer] = []
         refusals: list[str] = []
         for node in chain:
-            layer = _layer(node)
+            layer = _layer(node, writes)
             if isinstance(layer, str):
                 refusals.append(layer)
             else:
@@ -139,7 +141,7 @@ def _product(node: Node) -> Layer | None:
     return None
 
 
-def _layer(node: Node) -> Layer | str:
+def _layer(node: Node, writes: Writes) -> Layer | str:
     """The layer that ``node`` is, or why it is not one for the op."""
     layer = _product(node)
     value, weight = value_of(layer.x), value_of(layer.weight)
@@ -157,6 +159,8 @@ def _layer(node: Node) -> Layer | str:
         return f"at {rows} rows the layer is {rows * prod(sizes) / 1e6:.2g} million multiply-adds; the fused layer gains from {LEAST_WORK / 1e6} on"
     users = list(node.users)
     activation = users[0] if len(users) == 1 and is_op(users[0], *_ACTIVATIONS) else None
+    if activation is not None and any(map(writes.to, (node, *node.all_input_nodes))):
+        activation = None  # the product reads them before they are written, and stays where it is
     return replace(layer, activation=activation, sizes=sizes if layer.turned else sizes[::-1])
 
 

@@ -41,7 +41,7 @@ class FuseCross(Measured):
         records: list[Record] = []
         layers: list[Layer] = []
         for node in context.graph.nodes:
-            found = read_low_rank(node) or read_cross(node, context.root, writes) if is_op(node, aten.add.Tensor) else None
+            found = read_low_rank(node, writes) or read_cross(node, context.root, writes) if is_op(node, aten.add.Tensor) else None
             if isinstance(found, Skip):
                 records.append(self._row(SKIPPED, found.node or node, found.reason))
             elif found is not None:

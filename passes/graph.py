@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
+from ..kernels.dropout import op as dropout
 from .origin import KEY, Origin
 
 aten = torch.ops.aten
@@ -166,7 +167,7 @@ def ancestors(nodes: Iterable[Node], stop: set[Node] | None = None) -> set[Node]
 # Ops whose result may be their input itself, or a view of it, without their schema saying so.
 _QUIET_VIEWS = (
     aten.dropout.default, aten.alpha_dropout.default, aten.feature_dropout.default, aten.feature_alpha_dropout.default,
-    aten.type_as.default, aten.einsum.default, aten.tile.default, aten.constant_pad_nd.default, operator.getitem,
+    aten.type_as.default, aten.einsum.default, aten.tile.default, aten.constant_pad_nd.default, operator.getitem, dropout.OP,
 )  # fmt: skip
 
 
@@ -194,8 +195,10 @@ class Writes:
                 continue
             for name, value in arguments(node).items():
                 written = next(a for a in node.target._schema.arguments if a.name == name).alias_info
-                if written is not None and written.is_write and isinstance(value, Node):
-                    self._found[self._memory(value)] = node
+                if written is not None and written.is_write:
+                    for part in value if isinstance(value, (list, tuple)) else (value,):
+                        if isinstance(part, Node):
+                            self._found[self._memory(part)] = node
 
     def to(self, node: Any) -> Node | None:
         """A node that writes to the memory ``node`` may be a view of, or ``None``."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from .cross_layers import is_constant
-from .graph import arguments, aten, is_op, value_of
+from .cross_layers import is_constant, written_inside
+from .graph import Writes, arguments, aten, is_op, value_of
 from .records import Skip, skip
 
 _ACTIVATIONS = (aten.tanh.default, aten.relu.default, aten.sigmoid.default)
@@ -36,14 +36,20 @@ class LowRankCross:
     form: str = "low rank"
     column: bool = True
 
+    def operands(self) -> list[Node]:
+        """What the layer reads."""
+        return [self.x0, self.x, *self.down, *self.middle, *self.up, *self.gates, self.shift]
 
-def read_low_rank(node: Node) -> LowRankCross | Skip | None:
+
+def read_low_rank(node: Node, writes: Writes) -> LowRankCross | Skip | None:
     """The layer whose value ``node`` is, a :class:`Skip` if it is one that cannot be fused, or ``None``."""
     if not is_op(node, aten.add.Tensor) or len(node.args) != 2 or node.kwargs:
         return None
     for mixed, x in (node.args, node.args[::-1]):
         if isinstance(x, Node) and is_op(mixed, aten.matmul.default, aten.bmm.default) and len(mixed.users) == 1:
             found = _mixture(node, mixed, x)
+            if isinstance(found, LowRankCross):
+                return written_inside(found, writes) or found
             if found is not None:
                 return found
     return None

@@ -42,7 +42,7 @@ class ShareRepeats(Pass):
                 trained.add(node)
             if node in trained or node.op == "output" or node.op == "placeholder" or not is_pure(node):
                 continue
-            if writes.to(node) is not None or base_of(node) in returned:
+            if any(map(writes.to, (node, *node.all_input_nodes))) or base_of(node) in returned:
                 continue
             key = _key(node, twin)
             if key is None:

@@ -142,3 +142,19 @@ def test_opcheck():
     x, w = torch.randn(5, 6, requires_grad=True), [torch.randn(n, 6, requires_grad=True) for n in (3, 1)]
     torch.library.opcheck(group.OP, (x, w, [torch.randn(3, requires_grad=True), None]))
     torch.library.opcheck(group.OP, (x.detach(), w, [None, None]))
+
+
+def test_a_weight_made_from_what_is_written_is_not_read_ahead():
+    class Scaled(Two):
+        def __init__(self, how):
+            super().__init__(how)
+            self.register_buffer("scale", torch.ones(1))
+
+    def how(m, x):
+        first = m.a(x)
+        m.scale.add_(1)
+        return first, nn.functional.linear(x, m.b.weight * m.scale)
+
+    done = rewrite(Scaled(how), (torch.randn(5, 6),), FUSE)
+    assert "written to in place" in done.of("SKIPPED")[0].reason
+    assert_sound(done, exact=True)

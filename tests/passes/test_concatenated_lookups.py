@@ -111,6 +111,19 @@ def test_written_to_in_place():
     assert_sound(done)
 
 
+def test_a_part_written_between_two_concatenations():
+    """The inner concatenation read it before; it is not spliced into the outer one."""
+
+    def how(m, r, x):
+        dense = x[:, 4:] * 1
+        inner = torch.cat([m.tables[0](x[:, 0].long()), m.tables[1](x[:, 1].long()), dense], 1)
+        dense.view(-1).add_(1)
+        return torch.cat([inner, x[:, :1]], 1)
+
+    done = rewrite(Fields(how), (batch(),), ConcatenatedLookups())
+    assert_sound(done, exact=True)
+
+
 def test_pooled_rows_join_plain_ones():
     class Mixed(nn.Module):
         def __init__(self):

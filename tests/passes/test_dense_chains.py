@@ -141,3 +141,30 @@ def test_budget():
     done = rewrite(Forms(FORMS["fork"][0]), (torch.randn(5, 4),), FUSE, budget=1)
     assert len(done.of("APPLIED")) == 1 and len(done.of("DISABLED")) == 2
     assert_sound(done, idempotent=False)
+
+
+def _written(write):
+    def how(m, x):
+        state = x * 1
+        product = m.a(state)
+        write(m, state)
+        return product.relu() + state + m.c.weight.sum()
+
+    return how
+
+
+WRITES = {
+    "a view of the input": lambda m, state: state.view(-1).add_(1),
+    "the input in a list": lambda m, state: torch._foreach_add_([state], 1),
+    "the weight": lambda m, state: m.a.weight.mul_(0.5),
+    "the bias": lambda m, state: m.a.bias.add_(3),
+}
+
+
+@pytest.mark.parametrize("what", WRITES)
+def test_writes_between_a_product_and_its_activation(what):
+    """The op reads where the product did, and the activation stays."""
+    model = Forms(_written(WRITES[what])).requires_grad_(False)
+    done = rewrite(model, (torch.randn(5, 4),), FUSE)
+    assert [n.args[3] for n in done.nodes("dense")] == ["none"] and done.nodes("relu")
+    assert_sound(done)

@@ -281,3 +281,18 @@ def test_a_matrix_product_of_square_matrices(shape, multiply):
         done = rewrite(Product(6, multiply), (torch.randn(shape), torch.randn(shape)), FuseCross(measure=measure))
         assert not done.of("APPLIED")
         assert_sound(done)
+
+
+def test_low_rank_experts_that_read_what_is_written():
+    class Written(Experts):
+        def forward(self, x):
+            x = x.unsqueeze(2)
+            low = torch.tanh(torch.matmul(self.c[0][0], torch.tanh(torch.matmul(self.v[0][0].t(), x))))
+            outs = torch.stack([(x * (torch.matmul(self.u[0][0], low) + self.b[0])).squeeze(2)], 2)
+            self.u.mul_(2)
+            scores = torch.stack([self.gates[0](x.squeeze(2))], 1).softmax(1)
+            return (torch.matmul(outs, scores) + x).squeeze(2)
+
+    done = rewrite(Written(experts=1).double().requires_grad_(False), (torch.randn(5, DIM, dtype=torch.float64),), FUSE)
+    assert not done.of("APPLIED") and "written to in place" in done.of("SKIPPED")[0].reason
+    assert_sound(done, exact=True)

@@ -66,3 +66,15 @@ def test_left_apart(how):
 def test_a_budget_of_none_changes_nothing():
     done = rewrite(Twice(lambda m, x: m.a(x.long()).sum() + m.b(x.long()).sum()), (X,), ShareRepeats(), budget=0)
     assert done.of("DISABLED") and len(done.nodes("to")) == 2
+
+
+def test_a_value_written_between_two_readers():
+    def how(m, x):
+        y = x * 2
+        first = y + 1
+        y.view(-1).mul_(3)
+        return first.sum() + (y + 1).sum() + m.a.weight.sum()
+
+    done = rewrite(Twice(how), (X,), ShareRepeats())
+    assert not done.of("APPLIED")
+    assert_sound(done, exact=True)
