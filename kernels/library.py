@@ -1,6 +1,7 @@
 """The one ``torch.library`` namespace that every Tablewright op lives in."""
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,3 +26,11 @@ def tracing() -> bool:
     """True while torch traces or fakes (AOT autograd, export, fake tensors): an op must then go through the dispatcher so
     that the trace sees it. Otherwise a call may go straight to its implementation, which saves 25 us for 26 tables."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def backward_of(function: Callable, op: Callable) -> Callable:
+    """What computes the gradients in a backward: ``function(..., again=True)``, in ops that autograd can differentiate, where the
+    backward itself is recorded (``create_graph=True``); ``op`` where a trace must see it; else ``function`` itself."""
+    if torch.is_grad_enabled():
+        return functools.partial(function, again=True)
+    return op if tracing() else function

@@ -3,7 +3,8 @@
 ``x0`` and ``x`` ``[*, dim]``, ``weight`` ``[dim, dim]``, ``bias`` (``b``) and ``shift`` (``c``) ``[dim]`` or none -> ``[*, dim]``, of any floating
 dtype on any device. After the product there is one pass over memory (``addcmul``) instead of two or three, and the backward
 adds the residual's gradient in place; the product itself is ``dense/gemm.py``'s. A kernel of its own for the rest would gain
-nothing: at batch 2048 and dim 429 the elementwise part is 4 % of the layer. Second derivatives are not provided and raise.
+nothing: at batch 2048 and dim 429 the elementwise part is 4 % of the layer. A backward
+that is differentiated again (``create_graph=True``) runs through plain PyTorch ops.
 
 Source: Wang et al., DCN V2 (2021), equation 1. Raises ``ValueError`` where ``x0`` and ``x`` differ in shape.
 """
@@ -11,11 +12,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..dense import gemm
-from ..library import DIRECT, LIBRARY, tracing
+from ..library import DIRECT, LIBRARY, backward_of, tracing
 
 LIBRARY.define("cross(Tensor x0, Tensor x, Tensor weight, Tensor? bias, Tensor? shift) -> Tensor")
 LIBRARY.define("cross_forward(Tensor x0, Tensor x, Tensor weight, Tensor? bias, Tensor? shift) -> (Tensor, Tensor)")
@@ -42,16 +42,18 @@ def _kernel(x0, x, weight, bias, shift) -> Tensor:
     return _forward(x0, x, weight, bias, shift)[0]
 
 
-def _backward(grad: Tensor, x0: Tensor, x: Tensor, y: Tensor, weight: Tensor, wanted: list[bool]) -> list[Tensor]:
-    """The gradients of (x0, x, weight, bias, shift) that are ``wanted``, in this order."""
+def _backward(
+    grad: Tensor, x0: Tensor, x: Tensor, y: Tensor, weight: Tensor, wanted: list[bool], again: bool = False
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of (x0, x, weight, bias, shift) that are ``wanted``, in this order; ``again``: by ops that can be differentiated."""
     inner = grad * x0 if any(wanted[1:4]) else grad
     made = []
     if wanted[0]:
         made.append(grad * y)
     if wanted[1]:
-        made.append(gemm.input_gradient(inner, weight).add_(grad))
+        made.append(gemm.input_gradient(inner, weight, again).add_(grad))
     if wanted[2]:
-        made.append(gemm.weight_gradient(inner, x))
+        made.append(gemm.weight_gradient(inner, x, again))
     if wanted[3]:
         made.append(inner.reshape(-1, inner.shape[-1]).sum(0))
     if wanted[4]:
@@ -67,15 +69,17 @@ class _Cross(torch.autograd.Function):
                 out, y = torch.ops.tablewright.cross_forward(x0, x, weight, bias, shift)
         else:
             out, y = _forward(x0, x, weight, bias, shift)
-        ctx.save_for_backward(x0, x, y, weight)
+        ctx.save_for_backward(x0, x, y, weight, bias)
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        x0, x, y, weight, bias = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad)
-        run = torch.ops.tablewright.cross_backward if tracing() else _backward
-        made = iter(run(grad, *ctx.saved_tensors, wanted))
+        if torch.is_grad_enabled():
+            y = F.linear(x, weight, bias)  # autograd knows what this one was made from
+        run = backward_of(_backward, torch.ops.tablewright.cross_backward)
+        made = iter(run(grad, x0, x, y, weight, wanted))
         return tuple(next(made) if want else None for want in wanted)
 
 

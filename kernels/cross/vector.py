@@ -8,7 +8,8 @@ So the layers need the products ``x0 . w[l]`` (one skinny matrix product), a few
 the result; the plain form makes three or four passes over ``[rows, dim]`` in each layer.
 
 ``x0`` ``[*, dim]``; ``weights`` one tensor of ``dim`` elements for each layer; ``inner`` (``i``) of one element and ``biases`` (``b``) of ``dim``
-elements, or none. Any floating dtype and device; the result has ``x0``'s shape. Second derivatives are not provided and raise.
+elements, or none. Any floating dtype and device; the result has ``x0``'s shape. A backward that is differentiated
+again (``create_graph=True``) runs through plain PyTorch ops.
 
 Source: Wang et al., Deep & Cross Network (2017), equation 3; the closed form follows by induction.
 """
@@ -16,9 +17,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..library import DIRECT, LIBRARY, tracing
+from ..library import DIRECT, LIBRARY, backward_of, tracing
 
 LIBRARY.define("cross_vector(Tensor x0, Tensor[] weights, Tensor?[] inner, Tensor?[] biases) -> Tensor")
 LIBRARY.define("cross_vector_forward(Tensor x0, Tensor[] weights, Tensor?[] inner, Tensor?[] biases) -> (Tensor, Tensor, Tensor)")
@@ -69,25 +69,28 @@ def _kernel(x0, weights, inner, biases) -> Tensor:
     return _forward(x0, weights, inner, biases)[0]
 
 
-def _backward(grad: Tensor, x0: Tensor, products: Tensor, scales: Tensor, weights, inner, biases, wants_x0: bool) -> list[Tensor]:
-    """The gradients of x0 (if wanted), of every weight, of the inner terms and of the biases that there are."""
+def _backward(
+    grad: Tensor, x0: Tensor, products: Tensor, scales: Tensor, weights, inner, biases, wants_x0: bool, again: bool = False
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of x0 (if wanted), of every weight, of the inner terms and of the biases that there are.
+
+    ``again`` changes nothing: all of these ops can be differentiated."""
     layers, dim = len(weights), x0.shape[-1]
     flat, rows = x0.reshape(-1, dim), grad.reshape(-1, dim)
     vectors = [w.reshape(-1) for w in weights]
     shifts = _shifts(x0, biases)
     to_scale = (rows * flat).sum(-1).view(products.shape[1:])
     to_shift = rows.sum(0)
-    to_products = torch.empty_like(products)
-    of_weights, of_inner, of_biases = [], [], []
+    to_products, of_weights, of_inner, of_biases = [], [], [], []
     for number in reversed(range(layers)):
         total = to_scale.sum()
         of_inner.append(total)
         of_biases.append(to_shift)
         of_weights.append(total * shifts[number])
         to_shift = torch.addcmul(to_shift, vectors[number], total)
-        torch.mul(to_scale, scales[number], out=to_products[number])
+        to_products.append(to_scale * scales[number])
         to_scale = torch.addcmul(to_scale, to_scale, products[number])
-    columns = to_products.view(layers, -1)
+    columns = torch.stack(to_products[::-1]).view(layers, -1)
     from_products = columns @ flat
     made = []
     if wants_x0:
@@ -114,12 +117,14 @@ class _CrossVector(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         x0, products, scales, *tensors = ctx.saved_tensors
-        run = torch.ops.tablewright.cross_vector_backward if tracing() else _backward
+        parts = _split(tensors, ctx.layers)
+        if torch.is_grad_enabled():
+            _, products, scales = _forward(x0, *parts)  # autograd knows what these were made from
+        run = backward_of(_backward, torch.ops.tablewright.cross_vector_backward)
         needs = ctx.needs_input_grad[1:]
-        made = iter(run(grad, x0, products, scales, *_split(tensors, ctx.layers), needs[0]))
+        made = iter(run(grad, x0, products, scales, *parts, needs[0]))
         grads = [next(made) if needs[0] else None]
         for tensor, need in zip(tensors, needs[1:]):
             given = None if tensor is None else next(made)

@@ -36,15 +36,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _onednn(x, weight, bias) if onednn_serves(x, weight) else F.linear(x, weight, bias)
 
 
-def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """``grad @ weight``: ``[*, out]``, ``[out, in]`` -> ``[*, in]``."""
-    return _onednn(grad, weight.t(), None) if onednn_serves(grad, weight.t()) else grad @ weight
+def input_gradient(grad: Tensor, weight: Tensor, again: bool = False) -> Tensor:
+    """``grad @ weight``: ``[*, out]``, ``[out, in]`` -> ``[*, in]``. ``again``: as an op that autograd can differentiate again."""
+    return grad @ weight if again or not onednn_serves(grad, weight.t()) else _onednn(grad, weight.t(), None)
 
 
-def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """``grad.T @ x`` over all leading dimensions: ``[*, out]``, ``[*, in]`` -> ``[out, in]``, contiguous."""
+def weight_gradient(grad: Tensor, x: Tensor, again: bool = False) -> Tensor:
+    """``grad.T @ x`` over all leading dimensions: ``[*, out]``, ``[*, in]`` -> ``[out, in]``, contiguous. ``again``: see above."""
     grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    if not onednn_serves(grad.t(), x.t()):
+    if again or not onednn_serves(grad.t(), x.t()):
         return grad.t() @ x
     # oneDNN wants its first operand contiguous, which here means a transposed copy: of the narrower one.
     if 2 * x.shape[1] <= grad.shape[1]:

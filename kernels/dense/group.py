@@ -6,17 +6,16 @@ which is little next to the product at training batch sizes. Pays for narrow lay
 measured at batch 2048 with ReLU, one thread, forward + backward, eight layers 160->16 4.7 -> 2.2 ms, eight 400->1 3.3 -> 1.4, four
 400->8 4.7 -> 1.6; eight 400->256 gain nothing over ``tablewright::dense`` for each.
 
-The backward leaves out layers whose result got no gradient: their weights get none, as in plain autograd. Second derivatives are
-not provided and raise.
+The backward leaves out layers whose result got no gradient: their weights get none, as in plain autograd. One that is
+differentiated again (``create_graph=True``) runs through plain PyTorch ops.
 """
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..library import DIRECT, LIBRARY, tracing
+from ..library import DIRECT, LIBRARY, backward_of, tracing
 from . import gemm
 
 LIBRARY.define("dense_group(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]")
@@ -39,17 +38,17 @@ def _forward(x: Tensor, weights, biases) -> list[Tensor]:
     return [part.clone(memory_format=torch.contiguous_format) for part in out.split([w.shape[0] for w in weights], -1)]
 
 
-def _backward(grads, x: Tensor, weights, wants_x: bool, wants_weights, wants_biases) -> list[Tensor]:
+def _backward(grads, x: Tensor, weights, wants_x: bool, wants_weights, wants_biases, again: bool = False) -> list[Tensor]:
     """The gradients of x, of the weights and of the biases that are wanted, in this order; ``grads`` is ``None`` where a result got none,
-    and then its layer's must not be wanted."""
+    and then its layer's must not be wanted. ``again``: by ops that can be differentiated."""
     used = [n for n, g in enumerate(grads) if g is not None]
     sizes = [weights[n].shape[0] for n in used]
     whole = torch.cat([grads[n] for n in used], -1)
     made = []
     if wants_x:
-        made.append(gemm.input_gradient(whole, torch.cat([weights[n] for n in used])))
+        made.append(gemm.input_gradient(whole, torch.cat([weights[n] for n in used]), again))
     if any(wants_weights):
-        parts = gemm.weight_gradient(whole, x).split(sizes)
+        parts = gemm.weight_gradient(whole, x, again).split(sizes)
         made += [part for n, part in zip(used, parts) if wants_weights[n]]
     if any(wants_biases):
         parts = whole.reshape(-1, whole.shape[-1]).sum(0).split(sizes)
@@ -75,7 +74,6 @@ class _Group(torch.autograd.Function):
         return tuple(_forward(x, weights, biases))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
         x, *weights = ctx.saved_tensors
         layers, given = len(weights), [g is not None for g in grads]
@@ -84,7 +82,7 @@ class _Group(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:]
         of_weights = [n and g for n, g in zip(needs[1 : 1 + layers], given)]
         of_biases = [n and g for n, g in zip(needs[1 + layers :], given)]
-        run = torch.ops.tablewright.dense_group_backward if tracing() else _backward
+        run = backward_of(_backward, torch.ops.tablewright.dense_group_backward)
         made = iter(run(list(grads), x, weights, needs[0], of_weights, of_biases))
         return None, *(next(made) if want else None for want in (needs[0], *of_weights, *of_biases))
 

@@ -3,7 +3,8 @@
 ``dense(x, weight, bias, activation)`` is ``activation(x @ weight.T + bias)`` for ``x`` ``[*, in]``, ``weight`` ``[out, in]``,
 ``bias`` ``[out]`` or none, and ``activation`` one of "none", "relu", "sigmoid", "tanh". Any floating dtype and device; what is
 faster than ``F.linear`` about it is float32 on CPU (``gemm.py``, with the numbers). The derivative of relu at 0 is 0 and NaN
-stays NaN, as in torch; the backward reads the activation's result, not its input. Second derivatives are not provided and raise.
+stays NaN, as in torch; the backward reads the activation's result, not its input. A backward that is differentiated again
+(``create_graph=True``) runs through plain PyTorch ops.
 
 Raises what ``F.linear`` raises for shapes that do not fit, and ``ValueError`` for an unknown activation or a weight of another
 rank.
@@ -12,10 +13,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..library import DIRECT, LIBRARY, tracing
+from ..library import DIRECT, LIBRARY, backward_of, tracing
 from . import gemm
 
 LIBRARY.define("dense(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor")
@@ -47,14 +47,16 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) ->
     return _ACTIVATE[activation](gemm.linear(x, weight, bias))
 
 
-def _backward(grad: Tensor, x: Tensor, weight: Tensor, out: Tensor, activation: str, wanted: list[bool]) -> list[Tensor]:
-    """The gradients of (x, weight, bias) that are ``wanted``, in this order."""
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, out: Tensor, activation: str, wanted: list[bool], again: bool = False
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of (x, weight, bias) that are ``wanted``, in this order; ``again``: by ops that can be differentiated."""
     grad = _DERIVE[activation](grad, out)
     made = []
     if wanted[0]:
-        made.append(gemm.input_gradient(grad, weight))
+        made.append(gemm.input_gradient(grad, weight, again))
     if wanted[1]:
-        made.append(gemm.weight_gradient(grad, x))
+        made.append(gemm.weight_gradient(grad, x, again))
     if wanted[2]:
         made.append(grad.reshape(-1, grad.shape[-1]).sum(0))
     return made
@@ -73,11 +75,10 @@ class _Dense(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         x, weight, *rest = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
-        run = torch.ops.tablewright.dense_backward if tracing() else _backward
+        run = backward_of(_backward, torch.ops.tablewright.dense_backward)
         made = iter(run(grad, x, weight, rest[0] if rest else grad, ctx.activation, wanted))
         return (*(next(made) if want else None for want in wanted), None)
 

@@ -2,13 +2,12 @@
 
 ``dropout(x, p, train)`` -> a tensor like ``x`` (``x`` itself where nothing is dropped, as in torch). Fast for contiguous float32
 on CPU where the C++ kernels were built and PyTorch draws as they do (``cpu.py``); everything else, and every trace, is
-``torch.dropout`` itself. Second derivatives of the fast form are not provided and raise.
+``torch.dropout`` itself. A backward that is differentiated again (``create_graph=True``) runs through plain PyTorch ops.
 """
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..library import DIRECT, LIBRARY, tracing
 from . import cpu
@@ -27,9 +26,10 @@ class _Dropout(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         (kept,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return grad * (kept.to(grad.dtype) / (1 - ctx.p)), None
         return cpu.gradient(grad, kept, ctx.p), None
 
 

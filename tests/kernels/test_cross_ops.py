@@ -92,3 +92,16 @@ def test_opcheck():
         torch.library.opcheck(matrix.OP, given)
     torch.library.opcheck(vector.OP, (x, [tensor(1, 7), tensor(7)], [tensor(1), None], [None, bias]))
     torch.library.opcheck(vector.OP, (tensor(2, 3, 7), [tensor(7)], [None], [bias]))
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_second_derivatives(full):
+    torch.manual_seed(0)
+    x, weight = tensor(3, 4), tensor(4, 4)
+    bias, shift = (tensor(4), tensor(4)) if full else (None, None)
+    for run in (matrix.call, matrix.OP):
+        assert torch.autograd.gradgradcheck(run, (x, tensor(3, 4), weight, bias, shift))
+        assert torch.autograd.gradgradcheck(lambda t, run=run: run(t, t, weight, bias, shift), x)
+    given = (x, tensor(1, 4), tensor(4), *((tensor(1), tensor(1), tensor(4), tensor(4)) if full else [None] * 4))
+    for run in (vector.call, vector.OP):
+        assert torch.autograd.gradgradcheck(lambda x0, *t, run=run: run(x0, list(t[:2]), list(t[2:4]), list(t[4:])), given)

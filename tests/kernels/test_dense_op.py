@@ -111,3 +111,26 @@ def test_opcheck(activation):
     x, weight, bias = torch.randn(300, 80, requires_grad=True), torch.randn(128, 80, requires_grad=True), torch.randn(128)
     torch.library.opcheck(OP, (x, weight, bias.requires_grad_(), activation))
     torch.library.opcheck(OP, (x[:2].detach(), weight, None, activation))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("biased", [True, False])
+def test_second_derivatives(activation, biased):
+    torch.manual_seed(0)
+    given = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 5), (4, 5), (4,))]
+    given[2] = given[2] if biased else None
+    for run in (call, OP):
+        assert torch.autograd.gradgradcheck(lambda *t, run=run: run(*t, activation), given)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_hessian_vector_products_of_large_products(activation):
+    """Where oneDNN makes the first derivative; and the engine runs only what leads to the weight, which once hid the error."""
+    torch.manual_seed(0)
+    x, weight, vector = torch.randn(50, 64), torch.randn(600, 64, requires_grad=True), torch.randn(600, 64)
+    products = []
+    for run in (call, reference):
+        loss = (run(x, weight, None, activation) ** 2).mean() + (weight**3).mean()
+        (grad,) = torch.autograd.grad(loss, weight, create_graph=True)
+        products += torch.autograd.grad((grad * vector).sum(), weight)
+    torch.testing.assert_close(*products, rtol=1e-4, atol=1e-5)

@@ -109,3 +109,14 @@ def test_the_op_and_its_trace():
     out.sum().backward()
     assert 0.6 < (out > 0).float().mean() < 0.8
     assert torch.library.opcheck(OP, (torch.ones(4000, requires_grad=True), 0.3, False), raise_exception=True)
+
+
+@needs_library
+def test_second_derivatives():
+    x, vector, results = torch.randn(60, 60), torch.randn(60, 60), []
+    for run in (call, torch.dropout):
+        torch.manual_seed(0)
+        leaf = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad((run(leaf * leaf, 0.4, True) ** 2).sum(), leaf, create_graph=True)
+        results += torch.autograd.grad((grad * vector).sum(), leaf)
+    assert torch.equal(*results)

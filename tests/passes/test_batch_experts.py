@@ -158,3 +158,12 @@ def test_a_weight_made_from_what_is_written_is_not_read_ahead():
     done = rewrite(Scaled(how), (torch.randn(5, 6),), FUSE)
     assert "written to in place" in done.of("SKIPPED")[0].reason
     assert_sound(done, exact=True)
+
+
+def test_second_derivatives_of_the_op():
+    from tablewright.kernels.dense import group
+
+    torch.manual_seed(0)
+    given = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (2, 4), (5, 4), (2,))]
+    for run in (group.call, group.OP):
+        assert torch.autograd.gradgradcheck(lambda x, v, w, b, run=run: tuple(run(x, [v, w], [b, None])), given)
