@@ -23,6 +23,7 @@ from ..passes.records import APPLIED
 from ..passes.table_gradients import Choice
 from .bisect import first_difference
 from .capture import Captured, attach, capture, clone_shell
+from .capture.plain_model import watch
 from .embedding_optimizer import decide
 from .equivalence import numeric_check
 from .errors import CaptureError, PlanError, TablewrightError
@@ -95,11 +96,7 @@ def optimize_with_samples(
     result = with_signature_of(model, [name for name in samples if name != FORWARD])(shell, compiler, plan)
     result._variants.extend(variants)
     if not duplicate:
-        ours = dict(shell.named_modules())
-        result._watched.extend(
-            (weakref.ref(module), name, weakref.ref(param), ours[path]._parameters)
-            for path, module in model.named_modules() for name, param in module._parameters.items() if param is not None
-        )  # fmt: skip
+        result._watched.extend(watch(model, shell))
     result.__dict__["_embedding_optimizer"] = compiler.plan_optimizer
     result.__dict__["_guard"] = InBackwardGuard.of(result)
     huge = use_huge_pages(_big_memory(compiler, optimizer)) if plan.huge_pages else 0

@@ -20,6 +20,7 @@ from ..kernels.library import DIRECT
 from ..passes.records import Record
 from .capture import Captured, attach, deep_copy, verify
 from .capture.entry import compile_entry, packer, with_live_tensors
+from .capture.plain_model import follow
 from .capture.program_check import leaves_of
 from .capture.shell import RefusingHooks
 from .errors import CaptureError, PlanError, nearest
@@ -100,9 +101,11 @@ class OptimizedModel(nn.Module):
         set_plain("_report", Report(()))
         set_plain("_embedding_optimizer", None)
         set_plain("_guard", None)
-        set_plain("_watched", [])  # the plain model's own parameters: (weak module, name, weak parameter, our dict)
+        set_plain("_watched", [])  # what is shared with the plain model
         self.training = shell.training
         self.register_load_state_dict_post_hook(_follow_loaded)  # also runs where a parent module loads
+        self.register_load_state_dict_pre_hook(_follow_buffers)  # else what is loaded would be lost to the plain model's
+        self.register_state_dict_pre_hook(_follow_buffers)
 
     # --- running -------------------------------------------------------------------------------------------------------------
 
@@ -150,15 +153,7 @@ class OptimizedModel(nn.Module):
     def _variant_for(self, args: tuple, kwargs: dict, entry: str = "forward") -> Variant:
         if torch.compiler.is_compiling():
             return self._variant_for_mode(entry)
-        for module_ref, name, param_ref, ours in self._watched:
-            module, param = module_ref(), param_ref()
-            if module is not None and ours.get(name) is param is not None and module._parameters.get(name) is not param:
-                raise CaptureError(
-                    f"parameter '{name}' of the plain model was replaced by another object since optimize() (an assignment, or "
-                    "load_state_dict(assign=True)), so the two no longer share weights: load into the optimized model instead, "
-                    "or call optimize() again"
-                )
-        failure = ""
+        failure = self._follow_plain_model()
         for variant in self._variants:
             if variant.captured.entry != entry:
                 continue
@@ -193,6 +188,8 @@ class OptimizedModel(nn.Module):
             if shell is None or name.startswith("__"):
                 raise
             value = getattr(shell, name)
+            if isinstance(value, types.MethodType) and not torch.compiler.is_compiling():
+                self._follow_plain_model()  # the method may read what was replaced there
             if self._guard is not None and isinstance(value, types.MethodType):
                 tables = {n for n, choice in self._compiler.choices.items() if choice.grad == "in_backward"}
                 return plainly(value, {id(self.get_parameter(n)) for n in tables})
@@ -280,13 +277,23 @@ class OptimizedModel(nn.Module):
 
     def unoptimized(self) -> nn.Module:
         """An independent plain model (its own class) with today's weights, buffers and mode."""
+        _follow_buffers(self)
         return plain_copy(self._shell)
 
     def _apply(self, fn, recurse: bool = True):
         drop_placeholders(self)
+        _follow_buffers(self)
         super()._apply(fn, recurse)
         self._follow_replaced_parameters()
         return self
+
+    def _follow_plain_model(self, strict: bool = True) -> str:
+        """Take over buffers replaced on the plain model. Returns why the variants were dropped, "" where they serve."""
+        followed, failure = follow(self._watched, strict)
+        if followed:
+            self._follow_replaced_parameters()
+        self._variants[:] = [] if failure else self._variants
+        return failure
 
     def _follow_replaced_parameters(self) -> None:
         """``assign=True`` and ``to_empty()`` put new Parameter objects in place: the plan's optimizer must update those, and
@@ -334,6 +341,10 @@ class OptimizedModel(nn.Module):
 
 def _follow_loaded(model: OptimizedModel, _) -> None:
     model._follow_replaced_parameters()
+
+
+def _follow_buffers(model: OptimizedModel, *_) -> None:
+    model._follow_plain_model(strict=False)
 
 
 def _rebuild(model: nn.Module, plan: Plan, samples: Any, training: bool, optimizer_state: dict | None) -> OptimizedModel:

@@ -19,15 +19,13 @@ from torch import nn
 from torch.fx import Graph
 
 from ...passes.graph import fetch
+from .plain_model import Watched
 from .shell import attach
 
 if TYPE_CHECKING:
     from .frontend import Captured
     from .guards import Guards
     from .inputs import Inputs
-
-# a parameter of the user's own model: (its module, its name, the parameter, the shell's dict of parameters)
-Watched = tuple[weakref.ref, str, weakref.ref, dict]
 
 
 class _Leaf(int):
@@ -75,18 +73,15 @@ def compile_entry(guards: Guards, watched: list[Watched]) -> Callable[[tuple, di
     for each in guards.globals:
         home, expression = each.place()
         code.refuse_if(f"{code.constant(home)}{expression} is not {code.constant(each.value)}")
-    modules: dict[int, tuple[weakref.ref, list, list]] = {}  # by the place of the module in memory, so only while it lives
+    modules: dict[int, tuple[weakref.ref, list, list[Watched]]] = {}  # by the place of the module in memory, so only while it lives
     for ref, attributes in guards.original_namespaces():
         modules.setdefault(id(ref()), (ref, [], []))[1].extend(attributes)
-    for ref, name, _, ours in watched:
-        modules.setdefault(id(ref()), (ref, [], []))[2].append((name, ours))
+    for each in watched:
+        modules.setdefault(id(each.module()), (each.module, [], []))[2].append(each)
     modules.pop(id(None), None)
-    for ref, attributes, parameters in modules.values():
+    for ref, attributes, homes in modules.values():
         code.lines += [f"m = {code.constant(ref)}()", "if m is not None:", "  d = m.__dict__"]
-        held = [f'p.get({name!r}) is not {code.constant(ours)}.get({name!r})' for name, ours in parameters]
-        if held:
-            code.lines.append('  p = d["_parameters"]')
-        code.refuse_if(*_same(code, "d", attributes), *held, indent="  ")
+        code.refuse_if(*_same(code, "d", attributes), *(c for each in homes for c in _held(code, each)), indent="  ")
     if guards.has_more():
         code.refuse_if(f"not {code.constant(guards.more_holds)}()")
     return code.function("[" + ", ".join(f"x{i}" for i in inputs.placeholders) + "]")
@@ -134,6 +129,16 @@ def _leaves(code: _Code, inputs: Inputs) -> None:
         code.refuse_if(*conditions)
     if inputs.device is not None and inputs.device.type != "cpu":
         code.refuse_if(f"x{inputs.tensors[0]}.device != {code.constant(inputs.device)}")
+
+
+def _held(code: _Code, watched: Watched) -> list[str]:
+    """Conditions that hold where one home of the user's module ``d`` holds something else than expected."""
+    expected, home = code.constant(watched.expected), f"d[{watched.home!r}]"
+    if watched.home == "_modules":
+        return [f"{home} != {expected}"]  # dicts compare by identity first; tensors have an == of their own
+    names = list(watched.seen)
+    held = [f"(h := {home})", *["h"] * len(names)]
+    return [f"{h}[{name!r}] is not {expected}[{name!r}]" for h, name in zip(held, names)]
 
 
 def _same(code: _Code, namespace: str, attributes: list[tuple[str, Any, bool]]) -> list[str]:
