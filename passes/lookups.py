@@ -166,7 +166,9 @@ def _without_arange(ids: Node, offsets: Node | None, weights: Node | None):
         return ids, offsets, weights
     start, step = offsets.args[0], offsets.args[2] if len(offsets.args) > 2 else 1
     by_size = is_op(step, aten.sym_size.int) and step.args[0] is source and step.args[1] == 1  # type: ignore[union-attr]
-    by_number = known is not None and isinstance(step, int) and known.shape[1] == step
+    # A number is the length only where export fixed it; in a graph that was traced all sizes are numbers, and equal by accident.
+    fixed = known is not None and isinstance(known.shape[1], int) and not isinstance(known.shape[0], int)
+    by_number = fixed and isinstance(step, int) and known.shape[1] == step  # type: ignore[union-attr]
     if start != 0 or not (by_size or by_number):
         return ids, offsets, weights
     if weights is None:

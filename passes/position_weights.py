@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from .axis_sizes import transposed
 from .graph import aten, is_op, is_pure, value_of
 from .lazy import Lazy, same_value
 
@@ -59,7 +60,9 @@ class Weight:
     def by_position(self, ids: Ids) -> Any:
         """The weight with exactly the shape of the ids, in the table's dtype."""
         value = _aligned(self.value, self.labels, ids)
-        if 1 in ids.shape or any(label not in self.labels for label in range(ids.rank)):
+        known = value_of(self.value)
+        sizes = {label: str(size) for label, size in zip(self.labels, known.shape)} if known is not None else {}
+        if any(_is_one(size) or sizes.get(label) != str(size) for label, size in enumerate(ids.shape)):
             value = Lazy(aten.expand_as.default, (value, ids.node))
         known = value_of(value)
         return value if known is not None and known.dtype == ids.dtype else Lazy(aten.to.dtype, (value, ids.dtype))
@@ -69,6 +72,9 @@ def position_weight(node: Node, labels: tuple[int, ...], ids: Ids, inverted: boo
     """``node``, whose axes are ``labels``, as a :class:`Weight`; ``None`` where it is not one number for each position.
 
     ``inverted``: positions where ``node`` is true are those left out."""
+    known, sizes = value_of(node), (*ids.shape, None, None)
+    if known is not None and any(_is_one(sizes[label]) and not _is_one(size) for size, label in zip(known.shape, labels)):
+        return None  # the rows are repeated
     found = _peel(node, labels, ids)
     if found is None or ids.rank in found[1]:
         return None
@@ -83,10 +89,8 @@ def _peel(node: Any, labels: tuple[int, ...], ids: Ids) -> tuple[Any, tuple[int,
     value = value_of(node)
     if value is None or value.dim() != len(labels):
         return None
-    labels = tuple(
-        NONE if _is_one(size) and not (label < ids.rank and _is_one(ids.shape[label])) else label
-        for size, label in zip(value.shape, labels)
-    )  # a sequence of length 1 keeps its axis
+    # Axes of the ids keep their labels where they have size 1: that of x[:, :1] is 0 if x has no columns.
+    labels = tuple(NONE if _is_one(size) and label == ids.rank else label for size, label in zip(value.shape, labels))
     if not isinstance(node, Node) or node.op != "call_function" or not node.args:
         return node, labels
     source, rank = node.args[0], len(labels)
@@ -137,16 +141,6 @@ def _before(node: Node, labels: tuple[int, ...]) -> tuple[int, ...] | None:
     return None
 
 
-def transposed(node: Node, rank: int) -> list[int]:
-    """The axes of the input in the order in which ``node``, a transposition, has them."""
-    order = list(range(rank))
-    if is_op(node, aten.permute.default):
-        return [d % rank for d in node.args[1]]  # type: ignore[operator, union-attr]
-    a, b = (node.args[1], node.args[2]) if is_op(node, aten.transpose.int) else (-1, -2)
-    order[a % rank], order[b % rank] = order[b % rank], order[a % rank]  # type: ignore[operator]
-    return order
-
-
 def _aligned(value: Any, labels: tuple[int, ...], ids: Ids) -> Any:
     """``value`` with the axes of the ids in order, of size 1 where it does not have them."""
     for at in reversed(range(len(labels))):
@@ -171,7 +165,7 @@ def _kept_but(mask: Any, ids: Node, inverted: bool) -> int | None:
             mask = mask.args[0]
         elif mask.target in _NOT and _is_bool(mask.args[0]):
             mask, inverted = mask.args[0], not inverted
-        elif mask.target is aten.rsub.Scalar and mask.args[1] == 1 and _is_zero_one(mask.args[0]):
+        elif _is_one_minus(mask) and _is_zero_one(mask.args[0]):
             mask, inverted = mask.args[0], not inverted
         else:
             break
@@ -186,6 +180,10 @@ def _kept_but(mask: Any, ids: Node, inverted: bool) -> int | None:
     above = (aten.gt.Scalar, 0), (aten.ge.Scalar, 1)
     below = (aten.le.Scalar, 0), (aten.lt.Scalar, 1)
     return 0 if any(mask.target is t and number == n for t, n in (below if inverted else above)) else None
+
+
+def _is_one_minus(mask: Node | Lazy) -> bool:
+    return mask.target is aten.rsub.Scalar and mask.args[1:] in ((1,), (1, 1)) and not getattr(mask, "kwargs", None)
 
 
 def _same_ids(a: Any, b: Any) -> bool:

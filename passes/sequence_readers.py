@@ -11,8 +11,9 @@ from typing import Any
 
 from torch.fx import Node
 
+from .axis_sizes import axis_source, size_source, transposed
 from .graph import arguments, aten, is_op, value_of
-from .position_weights import NONE, Ids, Weight, position_weight, transposed
+from .position_weights import NONE, Ids, Weight, position_weight
 
 _SAME = (aten.contiguous.default, aten.clone.default, aten.alias.default, aten.to.dtype, aten._to_copy.default)
 _VIEWS = (
@@ -173,10 +174,9 @@ def _viewed(user: Node, rows: _Rows, ids: Ids, shape: tuple) -> tuple[int, ...] 
     if is_op(user, aten.unsqueeze.default):
         at = user.args[1] % len(shape)  # type: ignore[operator]
         return rows.axes[:at] + (NONE,) + rows.axes[at:]
+    if ids.static or not is_op(user, aten.view.default, aten.reshape.default):
+        return _viewed_on_any_batch(user, rows, ids)
     sizes = [str(size) for size in before.shape]
-    reshapes = is_op(user, aten.view.default, aten.reshape.default)
-    if ids.static and reshapes and not _says_sizes(user, shape, _width(rows, ids)):
-        return None
     if sizes == list(map(str, shape)):
         return rows.axes
     # Where D is 1, its axis is as good as none.
@@ -187,10 +187,51 @@ def _viewed(user: Node, rows: _Rows, ids: Ids, shape: tuple) -> tuple[int, ...] 
     return tuple(NONE if str(size) == "1" else next(labels) for size in shape)
 
 
-def _says_sizes(user: Node, shape: tuple, dim: Any) -> bool:
-    """Would ``user`` do the same on a batch of other sizes? A 1 must be written as 1, and others be asked for, or -1."""
-    asked: list[Any] = list(user.args[1])  # type: ignore[arg-type]
-    return all(a == 1 if size == 1 else not isinstance(a, int) or a in (-1, dim) for a, size in zip(asked, shape))
+def _viewed_on_any_batch(user: Node, rows: _Rows, ids: Ids) -> tuple[int, ...] | None:
+    """The same by what the view says, whatever the sizes are."""
+    axes, rank, width = rows.axes, len(rows.axes), _width(rows, ids)
+    ones = (NONE, ids.rank) if width == 1 else (NONE,)
+    if is_op(user, aten.squeeze.dim):
+        at: Any = user.args[1] % rank  # type: ignore[operator]
+        if axes[at] == ids.rank and width != 1:
+            return axes
+        return axes[:at] + axes[at + 1 :] if axes[at] in ones else None
+    if is_op(user, aten.flatten.using_ints):
+        a = arguments(user)
+        first, last = a["start_dim"] % rank, a["end_dim"] % rank
+        merged = axes[first : last + 1]
+        held = [label for label in merged if label not in ones] or [max(merged)]
+        return axes[:first] + (held[0],) + axes[last + 1 :] if len(held) == 1 else None
+    if not is_op(user, aten.view.default, aten.reshape.default):
+        return None  # squeeze() of whatever is 1
+    left = [label for label in axes if label not in ones]
+    found = []
+    for asked in list(user.args[1]):  # type: ignore[arg-type]
+        label = left[0] if left else NONE
+        if asked == 1 and isinstance(asked, int):
+            label = NONE
+        elif isinstance(asked, int) and asked != -1:
+            if label != ids.rank or asked != width:
+                return None
+        elif not isinstance(asked, int):
+            said = _label_of(asked, rows, ids)
+            if said is None or said != label and said not in ones:
+                return None
+            label = said if said == label else NONE
+        # Where all others keep their sizes, -1 is the size of the one that is left.
+        if label != NONE:
+            left.pop(0)
+        found.append(label)
+    return None if left else tuple(found)
+
+
+def _label_of(size: Any, rows: _Rows, ids: Ids) -> int | None:
+    """The axis whose size ``size`` is, on every batch."""
+    if is_op(size, aten.sym_size.int) and size.args[0] is rows.node:
+        return rows.axes[size.args[1]]
+    source = size_source(size)
+    labels = [label for label in range(ids.rank) if source is not None and axis_source(ids.node, label) == source]
+    return labels[0] if len(labels) == 1 else None
 
 
 def _is_zero(node: Any) -> bool:

@@ -371,3 +371,10 @@ def test_a_mask_that_is_changed_in_place():
     done = rewrite(WrittenMask(), (batch(),), PoolSequences())
     assert "written to in place" in done.of("SKIPPED")[0].reason
     assert_sound(done)
+
+
+@pytest.mark.parametrize("alpha", [1, 2])
+def test_a_mask_subtracted_more_than_once(alpha):
+    done = pooled(lambda e, i: (e * torch.rsub((i == 0).float(), 1, alpha=alpha).unsqueeze(-1)).sum(1))
+    (bag,) = (n for n in done.after.nodes if n.target is POOL)
+    assert (bag.args[2] is None) == (alpha == 1)
