@@ -8,7 +8,8 @@ the reason says by how much. Equal layers are timed once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +89,7 @@ def _time_at(
     rows: int, context: Context, nodes: Sequence[Node], inputs: Sequence[Node], rewrite: Rewrite, name: str
 ) -> Timing | None:  # fmt: skip
     plain, _ = _extract(nodes)
-    with torch.random.fork_rng(), torch.enable_grad():
+    with _as_in_training():
         made = [_example(n, context.root, rows) for n in inputs]
         if any(m is None for m in made):
             return None
@@ -99,6 +100,15 @@ def _time_at(
             modules = [_module(g, context.root) for g in (plain, other)]
             context.timings[key] = _time(modules, made)
     return context.timings[key]
+
+
+@contextmanager
+def _as_in_training() -> Iterator[None]:
+    """Gradients on and the random state kept, also where the model is captured under inference mode or inside a checkpoint, whose
+    hooks must not see what is saved here."""
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad(), hooks:
+        yield
 
 
 def _boundary(nodes: Sequence[Node]) -> list[Node]:

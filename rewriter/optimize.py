@@ -22,14 +22,15 @@ from ..passes.lookups import tables_read
 from ..passes.records import APPLIED
 from ..passes.table_gradients import Choice
 from .bisect import first_difference
-from .capture import Captured, attach, capture, clone_shell
+from .capture import CAPTURING, Captured, attach, capture, clone_shell
 from .capture.plain_model import watch
+from .capture.shell import TICKET
 from .embedding_optimizer import decide
 from .equivalence import numeric_check
 from .errors import CaptureError, PlanError, TablewrightError
 from .in_backward_guard import InBackwardGuard, drop_placeholders
 from .methods import FORWARD, samples_of
-from .optimized_model import TICKET, OptimizedModel, Variant, refuse_optimized, with_signature_of
+from .optimized_model import OptimizedModel, Variant, refuse_optimized, with_signature_of
 from .pipeline import Check, Step, run_passes
 from .plan import Plan
 from .programs import merged, program_variant, tables_of
@@ -92,7 +93,8 @@ def optimize_with_samples(
     drop_placeholders(model)
     shell = clone_shell(model)
     compiler = Compiler(shell, {} if duplicate else dict(model.named_modules()), plan, samples, verify)
-    variants = compiler.compile_all(optimizer)
+    with CAPTURING:
+        variants = compiler.compile_all(optimizer)
     result = with_signature_of(model, [name for name in samples if name != FORWARD])(shell, compiler, plan)
     result._variants.extend(variants)
     if not duplicate:

@@ -4,7 +4,6 @@ from __future__ import annotations
 import copy
 import inspect
 import types
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,11 +17,11 @@ from ..kernels.embedding.op import OP
 from ..kernels.embedding.optimizers import RowUpdates
 from ..kernels.library import DIRECT
 from ..passes.records import Record
-from .capture import Captured, attach, deep_copy, verify
+from .capture import CAPTURING, Captured, attach, deep_copy, verify
 from .capture.entry import compile_entry, packer, with_live_tensors
 from .capture.plain_model import follow
 from .capture.program_check import leaves_of
-from .capture.shell import RefusingHooks
+from .capture.shell import plain_copy
 from .errors import CaptureError, PlanError, nearest
 from .in_backward_guard import InBackwardGuard, drop_placeholders
 from .methods import bound, plainly
@@ -31,7 +30,6 @@ from .plan import Plan
 from .report import Report
 from .verify import copy_graph
 
-TICKET = "_tablewright_ticket"
 # Hooks on the whole plain model run around the optimized one too.
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
@@ -153,20 +151,21 @@ class OptimizedModel(nn.Module):
     def _variant_for(self, args: tuple, kwargs: dict, entry: str = "forward") -> Variant:
         if torch.compiler.is_compiling():
             return self._variant_for_mode(entry)
-        failure = self._follow_plain_model()
-        for variant in self._variants:
-            if variant.captured.entry != entry:
-                continue
-            failure = variant.captured.guards.failure(args, kwargs)
-            if failure is None and variant.unverified:
-                variant.unverified = False
-                failure = verify(self._shell, variant.captured, args, kwargs)
-                if failure is not None:
-                    self._variants.remove(variant)
-                    break
-            if failure is None:
-                return variant
-        return self._compiler.recapture(self, args, kwargs, failure, entry)
+        with CAPTURING:  # another thread may be making the variant that this call needs
+            failure = self._follow_plain_model()
+            for variant in self._variants:
+                if variant.captured.entry != entry:
+                    continue
+                failure = variant.captured.guards.failure(args, kwargs)
+                if failure is None and variant.unverified:
+                    variant.unverified = False
+                    failure = verify(self._shell, variant.captured, args, kwargs)
+                    if failure is not None:
+                        self._variants.remove(variant)
+                        break
+                if failure is None:
+                    return variant
+            return self._compiler.recapture(self, args, kwargs, failure, entry)
 
     def _variant_for_mode(self, entry: str) -> Variant:
         """Under torch.compile, which guards inputs and modules itself: the variant for the present training flags."""
@@ -331,6 +330,7 @@ class OptimizedModel(nn.Module):
 
     def __reduce_ex__(self, protocol: int):
         """Saved by recipe: the plain model, the plan, the sample inputs and the optimizer state; ``optimize`` runs on load."""
+        _follow_buffers(self)
         optimizer = self._embedding_optimizer
         state = None if optimizer is None else optimizer.state_dict()
         return _rebuild, (plain_copy(self._shell, share=True), self._plan, self._compiler.samples, self.training, state)
@@ -361,20 +361,6 @@ def _set_owner(graph: Graph, owner: int) -> None:
     for node in graph.nodes:
         if node.target is OP and len(node.args) > 7:
             node.update_arg(7, owner)
-
-
-def plain_copy(shell: nn.Module, share: bool = False) -> nn.Module:
-    """A plain model from a shell: hooks allowed again, nothing of ours left. ``share`` keeps the same parameter objects."""
-    memo: dict = {}
-    if share:
-        memo.update({id(t): t for t in [*shell.parameters(), *shell.buffers()]})
-    result = deep_copy(shell, memo)
-    result.__dict__.pop(TICKET, None)
-    for module in result.modules():
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            if isinstance(module.__dict__[name], RefusingHooks):
-                module.__dict__[name] = OrderedDict()
-    return result
 
 
 def _sentence(r: Record) -> str:

@@ -72,7 +72,10 @@ def compile_entry(guards: Guards, watched: list[Watched]) -> Callable[[tuple, di
         code.refuse_if(*_same(code, code.constant(namespace), attributes))
     for each in guards.globals:
         home, expression = each.place()
-        code.refuse_if(f"{code.constant(home)}{expression} is not {code.constant(each.value)}")
+        if each.by_identity:
+            code.refuse_if(f"{code.constant(home)}{expression} is not {code.constant(each.value)}")
+        else:
+            code.refuse_if(f"{code.constant(each.changed)}() is not None")
     modules: dict[int, tuple[weakref.ref, list, list[Watched]]] = {}  # by the place of the module in memory, so only while it lives
     for ref, attributes in guards.original_namespaces():
         modules.setdefault(id(ref()), (ref, [], []))[1].extend(attributes)

@@ -4,6 +4,7 @@ What none of them captures runs plainly, with the reason. All but the first need
 """
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 
 import torch
@@ -59,6 +60,10 @@ class Captured:
         return leaves[0] if spec.is_leaf() else pytree.tree_unflatten(list(leaves), spec)
 
 
+# A capture swaps classes, switches modes and holds the random state of the process: one at a time, in whichever thread.
+CAPTURING = threading.RLock()
+
+
 def capture(shell: nn.Module, args: tuple | list | None, kwargs: dict | None = None, *,
             originals: dict[str, nn.Module] | None = None, entry: str = "forward") -> Captured:
     """Captures ``shell(*args, **kwargs)``, or the method named by ``entry``, in the shell's current mode.
@@ -67,9 +72,10 @@ def capture(shell: nn.Module, args: tuple | list | None, kwargs: dict | None = N
     paths to the user's own modules, whose attributes are then guarded too. Nothing that belongs to the user changes.
     Raises CaptureError naming the user's line, the cause and the way out: without inputs, and where the model itself fails.
     """
-    with check.undisturbed(), export_frontend.quiet():
+    with check.undisturbed(), export_frontend.quiet(), torch.inference_mode(False):
         if args is None:
             return _without_inputs(shell, originals, entry)
+        args, kwargs = _trainable(args), _trainable(kwargs)
         batches = [(tuple(a), dict(k or {})) for a, k in args] if isinstance(args, list) else [(tuple(args), dict(kwargs or {}))]
         if not batches:
             raise CaptureError(explain("sample_inputs is an empty list", fix="pass a batch, or a list of two (args, kwargs) batches"))
@@ -240,5 +246,10 @@ def verify(shell: nn.Module, captured: Captured, args: tuple, kwargs: dict | Non
 
     For graphs that were captured without inputs, at their first real call. Nothing changes by it.
     """
-    with export_frontend.quiet():
-        return check.mismatch(shell, captured, tuple(args), dict(kwargs or {}))
+    with export_frontend.quiet(), torch.inference_mode(False):
+        return check.mismatch(shell, captured, tuple(_trainable(args)), dict(_trainable(kwargs or {})))
+
+
+def _trainable(batch):
+    """Tensors made under inference mode as ordinary ones, which a graph with gradients can be checked on."""
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) and leaf.is_inference() else leaf, batch)

@@ -1,17 +1,19 @@
 """Python globals and closure variables that a model's methods read, found in their code without running it.
 
 A captured graph has the value of ``TEMPERATURE`` in ``logits / TEMPERATURE`` baked in, so such names are guarded like attributes.
-Found are plain values (numbers, strings, ``None``, tuples of them) read by name, or as attribute of a module of the user's
-(``config.TEMPERATURE``), in any method of the model's classes and in the user's own functions that those name. That a name is
+Found are plain values (numbers, strings, ``None``, containers of them) and tensors read by name, or as attribute of a module of the
+user's or of a settings object (``config.TEMPERATURE``), in any method of the model's classes and in the user's own functions that those name. That a name is
 found which ``forward`` never reaches costs at worst one more capture.
 """
 from __future__ import annotations
 
+import copy
 import dis
 import sys
 import types
 from typing import Any
 
+import torch
 from torch import nn
 
 from .recording import is_users
@@ -24,15 +26,28 @@ _SKIPPED = ("__init__", "__repr__", "extra_repr", "__setstate__", "__getstate__"
 class Global:
     """One name: where it lives and the value it had."""
 
-    __slots__ = ("label", "_namespace", "_name", "_cell", "value")
+    __slots__ = ("label", "_namespace", "_name", "_cell", "value", "_kept")
 
     def __init__(self, label: str, value: Any, namespace: dict | None = None, name: str = "", cell: Any = None) -> None:
         self.label, self.value = label, value
         self._namespace, self._name, self._cell = namespace, name, cell
+        self._kept = self._content(value)
 
     def now(self) -> Any:
         """Today's value; a :class:`KeyError` or :class:`ValueError` if the name is gone."""
         return self._cell.cell_contents if self._cell is not None else self._namespace[self._name]  # type: ignore[index]
+
+    @staticmethod
+    def _content(value: Any) -> Any:
+        """What of ``value`` may change although it stays the same object."""
+        if isinstance(value, torch.Tensor):
+            return None if value.is_inference() else value._version
+        return copy.deepcopy(value) if isinstance(value, (list, dict, set)) else None
+
+    @property
+    def by_identity(self) -> bool:
+        """Is it unchanged as long as it is the same object?"""
+        return self._kept is None
 
     def place(self) -> tuple[Any, str]:
         """An object and the expression that, written after it, reads today's value."""
@@ -44,9 +59,13 @@ class Global:
             now = self.now()
         except (KeyError, ValueError):
             return f"{self.label} was {self.value!r} when captured and is gone now"
-        if now is self.value or (type(now) is type(self.value) and now == self.value):
+        if isinstance(self.value, torch.Tensor):
+            same = now is self.value and self._content(now) == self._kept
+            return None if same else f"the tensor in {self.label} was replaced or changed since the capture"
+        before = self.value if self._kept is None else self._kept
+        if (now is self.value and self._kept is None) or (type(now) is type(before) and now == before):
             return None
-        return f"{self.label} was {self.value!r} when captured and is {now!r} now"
+        return f"{self.label} was {before!r} when captured and is {now!r} now"
 
 
 def globals_read(model: nn.Module) -> list[Global]:
@@ -100,9 +119,8 @@ def _reads(function: types.FunctionType, found: dict[tuple, Global]) -> list[Any
             if step.opname not in ("LOAD_GLOBAL", "LOAD_NAME") or step.argval not in space:
                 continue
             value = space[step.argval]
-            if not isinstance(value, types.ModuleType):
-                add(space, step.argval, f"global '{step.argval}' of {file}")
-            elif following is not None and following.opname in ("LOAD_ATTR", "LOAD_METHOD") and is_users(getattr(value, "__file__", None) or "<"):
+            add(space, step.argval, f"global '{step.argval}' of {file}")
+            if following is not None and following.opname in ("LOAD_ATTR", "LOAD_METHOD") and _has_settings(value):
                 if following.argval in vars(value):
                     add(vars(value), following.argval, f"'{step.argval}.{following.argval}' of {file}")
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
@@ -122,5 +140,20 @@ def _codes(code: types.CodeType) -> list[types.CodeType]:
     return [code, *(found for c in inner for found in _codes(c))]
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, _PLAIN) or (type(value) in (tuple, frozenset) and all(map(_is_plain, value)))
+def _has_settings(value: Any) -> bool:
+    """A module or class of the user's, or an object with attributes of its own."""
+    if isinstance(value, types.ModuleType):
+        return is_users(getattr(value, "__file__", None) or "<")
+    if isinstance(value, (nn.Module, torch.Tensor, types.FunctionType)):
+        return False
+    return hasattr(value, "__dict__") and (not isinstance(value, type) or not value.__module__.startswith("torch"))
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, (*_PLAIN, torch.Tensor)):
+        return depth == 0 or not isinstance(value, torch.Tensor)
+    kind = type(value)
+    if kind not in (tuple, list, set, frozenset, dict) or depth > 3 or len(value) > 1000:
+        return False
+    items = [*value, *value.values()] if kind is dict else value
+    return all(_is_plain(item, depth + 1) for item in items)

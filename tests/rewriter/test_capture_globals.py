@@ -75,3 +75,35 @@ def test_a_global_that_is_gone_is_named(monkeypatch):
 
 def test_libraries_are_not_walked():
     assert globals_read(nn.Sequential(nn.Linear(2, 2), nn.ReLU())) == []
+
+
+SETTINGS = {"scale": 2.0, "shifts": [1.0, 2.0]}
+NAMESPACE = types.SimpleNamespace(power=2)
+TABLE = torch.ones(4)
+
+
+class ReadsSettings(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(10, 4)
+
+    def forward(self, ids):
+        return (self.table(ids).sum(1) * SETTINGS["scale"] + SETTINGS["shifts"][0]) ** NAMESPACE.power * TABLE
+
+
+@pytest.mark.parametrize("what", ["dict", "list in it", "namespace", "tensor in place", "tensor replaced"])
+def test_settings_that_change_inside(what, monkeypatch):
+    model, ids = ReadsSettings(), torch.arange(6).reshape(3, 2)
+    opt = tw.optimize(model, sample_inputs=(ids,))
+    torch.testing.assert_close(opt(ids), model(ids))
+    if what == "dict":
+        monkeypatch.setitem(SETTINGS, "scale", 5.0)
+    elif what == "list in it":
+        SETTINGS["shifts"][0] += 7.0
+    elif what == "namespace":
+        monkeypatch.setattr(NAMESPACE, "power", 3)
+    elif what == "tensor in place":
+        TABLE.mul_(3)
+    else:
+        monkeypatch.setattr(sys.modules[__name__], "TABLE", torch.full((4,), 5.0))
+    torch.testing.assert_close(opt(ids), model(ids))
