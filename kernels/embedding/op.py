@@ -10,7 +10,8 @@ each extra. The result has one tensor ``[*leading, width]`` for each slot, in th
 
 The backward gives each table what its ``grad`` says: a coalesced sparse gradient ``[rows, dim]``, a dense one, nothing, or an
 update in the backward by optimizer ``owner`` (see ``in_backward.py``). ``sample_weights`` and ``extras`` are differentiable;
-second derivatives are not provided and raise.
+second derivatives through tables and ``sample_weights`` are not provided: a backward that records itself
+(``create_graph=True``) raises ``RuntimeError`` where it reaches one of them. Extras are served in it too.
 
 Raises ``IndexError`` for an id outside its table, ``ValueError`` for offsets that decrease or do not fit, ``TypeError`` for ids
 that are not integers; each names the lookup, the table and the first bad position, before anything is written.
@@ -21,7 +22,6 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..library import DIRECT, LIBRARY, tracing
 from . import cpu, in_backward
@@ -181,7 +181,6 @@ class _Lookup(torch.autograd.Function):
         return tuple(_forward(tables, indices, offsets, weights, extras, text))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *slot_grads):
         text, owner, ticket, weighted, has_offsets = ctx.call
         spec = decode(text)
@@ -206,6 +205,10 @@ class _Lookup(torch.autograd.Function):
         wanted_weights = [False] * n_lookups
         for place, need in zip(weighted, needs[n_tables:]):
             wanted_weights[place] = need and slot_grads[spec.lookups[place].slot] is not None
+        if torch.is_grad_enabled():
+            asked = [tables[i] for i in range(n_tables) if wanted[i] or i in due]
+            _refuse_to_record([*asked, *(w for w, want in zip(weights, wanted_weights) if want)])
+            wanted, wanted_weights, kinds, due = [False] * n_tables, [False] * n_lookups, (None,) * n_tables, ()
 
         made: list[Tensor] = []
         if any(wanted) or any(wanted_weights):
@@ -246,6 +249,21 @@ def _due(text: str, needs: tuple[bool, ...], reached: tuple[bool, ...]) -> tuple
     grads = [t.grad if needs[i] and i in touched else None for i, t in enumerate(spec.tables)]
     kinds = tuple(g if g in ("sparse", "dense") else None for g in grads)
     return kinds, tuple(i for i, g in enumerate(grads) if g == "in_backward")
+
+
+def _refuse_to_record(tensors: list[Tensor]) -> None:
+    """``RuntimeError`` if the running backward, whose own derivatives were asked for, makes a gradient of one of ``tensors``: it would
+    be one without a history. The others are not on the way to what ``torch.autograd.grad`` was asked for."""
+    for tensor in tensors:
+        try:
+            reached = _accumulates(tensor)
+        except RuntimeError:  # autograd says that it is one of those that were asked for
+            reached = True
+        if reached:
+            raise RuntimeError(
+                "second derivatives through a fused lookup are not provided, and this backward was asked for with create_graph=True: "
+                "turn group_tables and pool_sequences off in the plan to differentiate twice"
+            )
 
 
 def _spread(present: list[bool], tensors: list[Tensor]) -> list[Tensor | None]:

@@ -5,6 +5,7 @@ import os
 import pytest
 import tablewright as tw
 import torch
+import torch.utils.checkpoint
 from tablewright.kernels.embedding import buffers
 from torch import nn
 
@@ -165,7 +166,7 @@ def test_a_replaced_parameter_of_the_plain_model_is_refused():
     model = Model()
     opt = tw.optimize(model, sample_inputs=batch())
     model.a.weight = nn.Parameter(torch.randn(50, 16))
-    with pytest.raises(tw.CaptureError, match="parameter 'weight' of the plain model was replaced"):
+    with pytest.raises(tw.CaptureError, match="parameter 'a.weight' of the plain model was replaced"):
         opt(*batch())
 
 
@@ -173,3 +174,69 @@ def test_a_replaced_parameter_of_the_optimized_model_is_read():
     opt = tw.optimize(Model(), sample_inputs=batch())
     opt.load_state_dict({name: torch.zeros_like(p) for name, p in opt.state_dict().items()}, assign=True)
     assert not opt(*batch()).any()
+
+
+def penalised(model, x, ids):
+    """Gradients of a loss with a gradient penalty on the dense inputs."""
+    x = x.clone().requires_grad_()
+    out = model(x, ids)
+    (grad,) = torch.autograd.grad(out.sigmoid().sum(), x, create_graph=True)
+    (out.mean() + grad.pow(2).sum()).backward()
+    return [x.grad, *(p.grad.to_dense() for p in model.parameters())]
+
+
+def test_a_gradient_penalty_on_dense_inputs():
+    """The inputs' gradient passes through the fused lookup, which writes the dense branch into its concatenation."""
+    plain, inputs = Model(), batch()
+    opt = tw.optimize(copy.deepcopy(plain), sample_inputs=batch())
+    assert opt.report.coverage["lookups"] == (2, 2)
+    for ours, expected in zip(penalised(opt, *inputs), penalised(plain, *inputs)):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize("plan", [tw.Plan(), IN_BACKWARD])
+def test_second_derivatives_of_tables_are_refused_at_once(plan):
+    opt = tw.optimize(Model(), plan, sample_inputs=batch())
+    before, weight = opt.a.weight.detach().clone(), opt.a.weight
+    with pytest.raises(RuntimeError, match="second derivatives through a fused lookup are not provided"):
+        opt(*batch()).sum().backward(create_graph=True)
+    opt.zero_grad()
+    with pytest.raises(RuntimeError, match="turn group_tables and pool_sequences off"):
+        torch.autograd.grad(opt(*batch()).sum(), weight, create_graph=True)
+    assert torch.equal(before, opt.a.weight)
+
+
+def test_second_derivatives_of_tables_without_the_fused_lookup():
+    plain, inputs = Model(), batch()
+    opt = tw.optimize(copy.deepcopy(plain), tw.Plan(passes={"group_tables": False, "pool_sequences": False}), sample_inputs=batch())
+    products = []
+    for model in (opt, plain):
+        weights = [model.a.weight, model.bottom.weight]
+        grads = torch.autograd.grad(model(*inputs).square().sum(), weights, create_graph=True)
+        products.append(torch.autograd.grad(sum(g.pow(2).sum() for g in grads), weights))
+    for ours, expected in zip(*products):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_hessian_vector_products_of_dense_weights():
+    plain, x, products = nn.Sequential(nn.Linear(64, 600), nn.Tanh(), nn.Linear(600, 1)), torch.randn(50, 64), []
+    opt = tw.optimize(copy.deepcopy(plain), tw.Plan(passes={"dense_chains": {"measure": False}}), sample_inputs=(x,))
+    assert opt.report.coverage["mlps"] == (1, 1)
+    for model in (opt, plain):
+        weight = next(model.parameters())
+        (grad,) = torch.autograd.grad(model(x).square().sum() + weight.pow(3).sum(), weight, create_graph=True)
+        products += torch.autograd.grad(grad.pow(2).sum(), weight)
+    torch.testing.assert_close(*products)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoints(use_reentrant):
+    plain, inputs, grads = Model(), batch(), []
+    opt = tw.optimize(copy.deepcopy(plain), sample_inputs=batch())
+    for model in (opt, plain):
+        x = inputs[0].clone().requires_grad_()
+        torch.utils.checkpoint.checkpoint(model, x, inputs[1], use_reentrant=use_reentrant).square().sum().backward()
+        grads.append([x.grad, *(p.grad.to_dense() for p in model.parameters())])
+    for ours, expected in zip(*grads):
+        torch.testing.assert_close(ours, expected)
