@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from ..errors import CaptureError, explain
 
+TICKET = "_tablewright_ticket"  # an attribute of the shell that is ours
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _WRAPPERS = {
     "torch._dynamo.eval_frame.OptimizedModule": "pass the module given to torch.compile, and compile the result instead",
@@ -146,6 +147,20 @@ def deep_copy(shell: nn.Module, memo: dict | None = None) -> nn.Module:
     for module in shell.modules():
         search([value for key, value in module.__dict__.items() if key not in ("_modules", "_parameters")], 4)
     return copy.deepcopy(shell, memo)
+
+
+def plain_copy(shell: nn.Module, share: bool = False) -> nn.Module:
+    """A plain model from a shell: hooks allowed again, nothing of ours left. ``share`` keeps the same parameter objects."""
+    memo: dict = {}
+    if share:
+        memo.update({id(t): t for t in [*shell.parameters(), *shell.buffers()]})
+    result = deep_copy(shell, memo)
+    result.__dict__.pop(TICKET, None)
+    for module in result.modules():
+        for name in _HOOKS:
+            if isinstance(module.__dict__[name], RefusingHooks):
+                module.__dict__[name] = OrderedDict()
+    return result
 
 
 class ShellGraph(fx.GraphModule):
