@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from torch.fx import Node
 
 from ..kernels.embedding.pooled import POOL, ROW_SUMS
-from .graph import Editor, Writes, ancestors, aten, is_op, is_pure, packet_name, stored_tensor, value_of
+from .graph import Editor, Writes, ancestors, aten, fetch, is_op, is_pure, packet_name, stored_tensor, value_of
 from .lazy import Lazy, make
 from .lookups import LookupNode, read_lookup
 from .position_weights import NONE, Ids
@@ -70,7 +70,7 @@ class PoolSequences(Pass):
             for axes in readers.row_sums:
                 _take_row_sums(editor, lookup, ids, *axes)
             for pool in readers.pools:
-                detail = _take(editor, lookup, ids, pool)
+                detail = _take(editor, lookup, ids, pool, _zeros_are_seen(lookup, context))
                 records.append(record(self.name, self.kind, APPLIED, pool.end, detail=detail, subject=_path(node)))
                 editor.graph.erase_node(pool.end)
             _take_sizes(editor, readers.sizes, lookup, ids)
@@ -131,10 +131,16 @@ def _dying(nodes: set[Node]) -> set[Node]:
 # --- making the replacement --------------------------------------------------------------------------------------------------
 
 
-def _take(editor: Editor, lookup: LookupNode, ids: Ids, pool: Pool) -> str:
+def _zeros_are_seen(lookup: LookupNode, context: Context) -> bool:
+    """Are rows whose gradient is zero seen: named in a sparse gradient, or moved by their optimizer?"""
+    table = stored_tensor(lookup.table, context.root)
+    return lookup.sparse or any(c.moves_by_zero and fetch(context.root, name) is table for name, c in context.tables.items())
+
+
+def _take(editor: Editor, lookup: LookupNode, ids: Ids, pool: Pool, zeros_are_seen: bool) -> str:
     """Replace ``pool.end`` and say how."""
     end = pool.end
-    padding, read, weights, detail = _padding_and_weights(lookup, ids, pool)
+    padding, read, weights, detail = _padding_and_weights(lookup, ids, pool, zeros_are_seen)
     kept = [axis for axis in range(ids.rank) if axis not in pool.over]
     matrix = [_matrix(x, kept, pool.over) for x in (ids.node, *weights)]
     scale = reduce(lambda a, b: Lazy(aten.mul.Tensor, (a, b)), matrix[1:]) if weights else None
@@ -152,13 +158,12 @@ def _take(editor: Editor, lookup: LookupNode, ids: Ids, pool: Pool) -> str:
     return detail
 
 
-def _padding_and_weights(lookup: LookupNode, ids: Ids, pool: Pool) -> tuple[int | None, bool, list, str]:
+def _padding_and_weights(lookup: LookupNode, ids: Ids, pool: Pool, zeros_are_seen: bool) -> tuple[int | None, bool, list, str]:
     """(padding_idx of the bag, whether its row is read, weights of each position, what to tell)."""
     # weight[ids] takes negative ids, which a mask of ids and a row to leave out see differently.
     masked = set() if lookup.wrap_negative else {w.leaves_out for w in pool.weights} - {None}
     row = masked.pop() if len(masked) == 1 else None
-    # A sparse gradient holds every id that is read, even with zeros, and an optimizer may see the difference.
-    if row is not None and (lookup.padding_idx == row or lookup.padding_idx is None and not lookup.sparse):
+    if row is not None and (lookup.padding_idx == row or lookup.padding_idx is None and not zeros_are_seen):
         weights = [w.by_position(ids) for w in pool.weights if w.leaves_out is None]
         return row, False, weights, f"a bag that leaves out id {row}, as its mask did"
     weights = [w.by_position(ids) for w in pool.weights]

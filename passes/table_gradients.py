@@ -24,13 +24,15 @@ _SPEC, _TICKET, _OWNER = 5, 6, 7  # argument positions of embedding_bags
 class Choice:
     """``grad``: "sparse", "in_backward", "none" (frozen by the plan) or "keep". ``reason`` says why it is kept; ``detail`` what
     updates the table. ``owner``: the in-backward optimizer's number. ``required``: the plan itself asked for it, so that
-    an update inside the backward, or a freeze, that another reader makes impossible is an error."""
+    an update inside the backward, or a freeze, that another reader makes impossible is an error. ``moves_by_zero``: a row that is
+    looked up moves though its gradient is zero (it decays, or has moments)."""
 
     grad: str
     detail: str = ""
     reason: str = ""
     owner: int = -1
     required: bool = False
+    moves_by_zero: bool = False
 
 
 class CannotUpdate(ValueError):

@@ -56,7 +56,8 @@ def decide(
     for name, chosen in planned.items():
         grad = "in_backward" if chosen.in_backward else "sparse"
         how = "updated inside the backward" if chosen.in_backward else "updated by opt.embedding_optimizer.step()"
-        choices[name] = Choice(grad, detail=f"{chosen.key}, {how}", owner=owner, required=True)
+        moves = chosen.key == "adam" or chosen.weight_decay != 0
+        choices[name] = Choice(grad, detail=f"{chosen.key}, {how}", owner=owner, required=True, moves_by_zero=moves)
     return Updates({name: choices[name] for name in tables}, plan_optimizer)
 
 
@@ -75,7 +76,8 @@ def _user_choice(table: Tensor, optimizer: Optimizer | None, group: dict, numeri
         reason = "torch cannot add sparse fp16 gradients on CPU, as several forwards or backwards of one step need"
     if reason is not None:
         return Choice("keep", reason=reason)
-    return Choice("sparse", detail=f"{type(optimizer).__name__} on touched rows, one fused step")
+    moves = why_not_row_wise(optimizer, group, lazy=False) is not None
+    return Choice("sparse", detail=f"{type(optimizer).__name__} on touched rows, one fused step", moves_by_zero=moves)
 
 
 def _plan_optimizer(tables: dict[str, Tensor], planned: dict[str, EmbeddingOptimizer]) -> RowUpdates:

@@ -337,6 +337,19 @@ def test_sizes_of_the_sample_are_not_baked_in(how, sample):
         torch.testing.assert_close(opt(ids), plain(ids), equal_nan=True)
 
 
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}], ids=["plain", "decays"])
+def test_a_masked_row_that_decays(options):
+    """The plan's optimizers decay the rows that are looked up, and a masked row is."""
+    model = Pooled(MASKS["mask"])
+    before = model.e.weight.detach().clone()
+    opt = tw.optimize(model, tw.Plan(embedding_optimizer=tw.RowwiseAdagrad(lr=0.5, eps=1e-3, **options)), sample_inputs=(batch(),))
+    assert opt.report.coverage["pooled"] == (1, 1)
+    opt(torch.tensor([[0, 1, 2]])).sum().backward()
+    opt.embedding_optimizer.step()
+    assert torch.equal(model.e.weight[0], before[0] * (1 - 0.5 * options.get("weight_decay", 0)))
+    assert not torch.equal(model.e.weight[1], before[1]) and torch.equal(model.e.weight[3], before[3])
+
+
 class NegativeIds(nn.Module):
     """``weight[ids]`` takes -1 as the last row, and a mask of ids sees -1."""
 
