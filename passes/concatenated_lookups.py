@@ -219,7 +219,9 @@ def _home(join: _Join, joins: list[_Join], rows: dict[Node, int], order: dict[No
         start = next((s for s in starts if other.rows[s : s + len(join.rows)] == join.rows), None)
         if start is None or len(other.rows) <= len(best) or any(order[r] > order[join.node] for r in other.rows):
             continue
-        if all(r in rows for r in other.rows[:start]):  # whose widths are the same on every batch
+        # Columns are counted: of lookups, and of what is stacked with some, they are as many on every batch.
+        counted = other.rows[:start] if join.form == "stacked" else other.rows[: start + len(join.rows)]
+        if all(r in rows for r in counted):
             best, column = other.rows, sum(rows[r] for r in other.rows[:start])
     return best, column
 

@@ -124,6 +124,45 @@ def test_a_part_written_between_two_concatenations():
     assert_sound(done, exact=True)
 
 
+def test_columns_of_no_known_number():
+    """Exported, the width of what stands beside the rows is a symbol."""
+
+    class Beside(Fields):
+        def forward(self, x, more):
+            assert not more.is_complex()  # the FX door stops here
+            return self.how(self, [t(x[:, :1].long()) for t in self.tables], more)
+
+    x = batch()
+
+    def how(m, r, more):
+        flat = torch.cat([r[0][:, 0], r[1][:, 0], more], 1)
+        return flat, torch.cat([r[0], r[1], more.unsqueeze(1)], -1), torch.cat(r, 1)
+
+    plain = Beside(how)
+    opt = tw.optimize(copy.deepcopy(plain), sample_inputs=(x, torch.rand(len(x), 5)))
+    assert opt.report.door == "export"
+    for width in (5, 3):
+        more = torch.rand(len(x), width)
+        assert all(map(torch.equal, opt(x, more), plain(x, more)))
+
+
+def test_a_part_with_columns_of_no_fixed_number():
+    """A sample of three columns says nothing of the next batch."""
+
+    class Beside(Fields):
+        def forward(self, x, more):
+            return self.how(self, [t(x[:, 0].long()) for t in self.tables], more)
+
+    def how(m, r, more):
+        return torch.cat([r[0], r[1], more, r[2]], 1), torch.cat([r[0], r[1], more], 1), torch.cat(r[:2], 1)
+
+    x = batch()
+    done = rewrite(Beside(how), (x, torch.rand(len(x), 3)), ConcatenatedLookups())
+    assert len(done.nodes("cat")) == 2, "a cat that holds it stays whole; one of lookups alone is a part of another"
+    for width in (3, 5):
+        assert_same_numbers(done.shell, done.before, done.after, [x, torch.rand(len(x), width)])
+
+
 def test_pooled_rows_join_plain_ones():
     class Mixed(nn.Module):
         def __init__(self):
