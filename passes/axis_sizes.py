@@ -58,7 +58,7 @@ def _step(node: Node, axis: int, rank: int) -> tuple[Node, int] | None:
     if is_op(node, aten.select.int):
         return source, axis + (axis >= node.args[1] % (rank + 1))  # type: ignore[operator]
     if is_op(node, aten.unsqueeze.default):
-        at = node.args[1] % rank  # type: ignore[operator]
+        at: Any = node.args[1] % rank  # type: ignore[operator]
         return (source, axis - (axis > at)) if axis != at else None
     if is_op(node, aten.embedding.default, aten.index_select.default, aten.index.Tensor):
         return _rows(node, axis, rank)

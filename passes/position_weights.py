@@ -172,7 +172,7 @@ def _kept_but(mask: Any, ids: Node, inverted: bool) -> int | None:
     if not isinstance(mask, Node) or mask.op != "call_function" or len(mask.args) < 2 or not _same_ids(mask.args[0], ids):
         return None
     number = mask.args[1]
-    if not isinstance(number, (int, float)) or number != int(number):
+    if not isinstance(number, (int, float)) or not float(number).is_integer():
         return None
     if is_op(mask, aten.ne.Scalar) and not inverted or is_op(mask, aten.eq.Scalar) and inverted:
         return int(number) if number >= 0 else None

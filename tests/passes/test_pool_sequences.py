@@ -391,3 +391,7 @@ def test_a_mask_subtracted_more_than_once(alpha):
     done = pooled(lambda e, i: (e * torch.rsub((i == 0).float(), 1, alpha=alpha).unsqueeze(-1)).sum(1))
     (bag,) = (n for n in done.after.nodes if n.target is POOL)
     assert (bag.args[2] is None) == (alpha == 1)
+
+
+def test_a_mask_by_no_id():
+    assert pooled(lambda e, i: (e * (i != float("inf")).unsqueeze(-1)).sum(1)).of("APPLIED")
