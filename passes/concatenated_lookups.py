@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from torch.fx import Node
 
-from .graph import Editor, Writes, aten, is_op, positions, value_of
+from .graph import Editor, Writes, aten, base_of, is_op, positions, value_of
 from .lookups import LookupNode, read_lookup
 from .records import APPLIED, DISABLED, SKIPPED, Record, record
 from .rule import Context, Pass
@@ -85,17 +85,22 @@ class ConcatenatedLookups(Pass):
         wanted: list[_Join] = []
         records: list[Record] = []
         readers = Counter(_home(join, joins, rows, order)[0] for join in joins)
+        returned = {base_of(n) for join in joins[:1] for n in join.node.graph.output_node().all_input_nodes}
+        given_out = Counter(_home(join, joins, rows, order)[0] for join in joins if join.node in returned)
         for join in joins:
             # A stack of lookups alone is written in place as it is; one with other rows is, if it is a cat.
             stacked = is_op(join.node, aten.stack.default) and all(row in rows for row in join.rows)
             right = join.form == "flat" or stacked
             if right and readers[_home(join, joins, rows, order)[0]] == 1:
                 continue
-            writer = next((n for n in (join.node, *join.rows) if writes.to(n) is not None), None)
-            if writer is None:
+            reason = ""
+            if any(map(writes.to, (join.node, *join.rows))):
+                reason = "the rows or their concatenation are written to in place"
+            elif join.node in returned and given_out[_home(join, joins, rows, order)[0]] > 1:
+                reason = "the concatenation is returned, and so is another of its rows: they may not share memory"
+            if not reason:
                 wanted.append(join)
             else:
-                reason = "the rows or their concatenation are written to in place"
                 records.append(record(self.name, self.kind, SKIPPED, join.node, reason))
         return wanted, records
 

@@ -111,6 +111,23 @@ def test_written_to_in_place():
     assert_sound(done)
 
 
+def test_returned_concatenations_share_no_memory():
+    class Returned(Fields):
+        def forward(self, x):
+            rows = [table(x[:, i : i + 1].long()) for i, table in enumerate(self.tables)]
+            return torch.cat(rows, 1), torch.cat(rows, -1).flatten(1)
+
+    opt = tw.optimize(Returned(None), sample_inputs=(batch(),))
+    first, second = opt(batch())
+    before = second.clone()
+    with torch.no_grad():
+        first.mul_(2)
+    assert torch.equal(before, second)
+    done = rewrite(Returned(None), (batch(),), ConcatenatedLookups())
+    assert "is returned" in done.of("SKIPPED")[0].reason
+    assert_sound(done, exact=True)
+
+
 def test_a_part_written_between_two_concatenations():
     """The inner concatenation read it before; it is not spliced into the outer one."""
 
@@ -154,7 +171,8 @@ def test_a_part_with_columns_of_no_fixed_number():
             return self.how(self, [t(x[:, 0].long()) for t in self.tables], more)
 
     def how(m, r, more):
-        return torch.cat([r[0], r[1], more, r[2]], 1), torch.cat([r[0], r[1], more], 1), torch.cat(r[:2], 1)
+        cats = torch.cat([r[0], r[1], more, r[2]], 1), torch.cat([r[0], r[1], more], 1), torch.cat(r[:2], 1)
+        return [cat * 2 for cat in cats]
 
     x = batch()
     done = rewrite(Beside(how), (x, torch.rand(len(x), 3)), ConcatenatedLookups())
