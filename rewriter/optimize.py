@@ -150,6 +150,21 @@ def _refuse_ids(variant: Variant, args: tuple, kwargs: dict) -> None:
                 )
 
 
+def _joined_widths(captured: Captured, graph: Graph) -> list[str]:
+    """Conditions: an input that a fused lookup copies beside its rows is as wide as it was in the sample."""
+    inputs = captured.guards.inputs
+    leaves = dict(zip((n for n in graph.nodes if n.op == "placeholder"), inputs.placeholders))
+    ranks = {leaf: rank for leaf, (_, rank, _) in zip(inputs.tensors, inputs.facts)}
+    found = []
+    for node in graph.nodes:
+        if node.target is OP:
+            for extra, given in zip(decode(node.args[5]).extras, node.args[4]):
+                leaf = leaves.get(given)
+                if leaf in ranks:
+                    found.append(f"S[{inputs.tensors.index(leaf)}][{ranks[leaf] - 1}] == {extra.width}")
+    return found
+
+
 def _raise_if_skipped(report: Report) -> None:
     left = [r for r in report.skipped() if r.kind == "lookups"]
     if left:
@@ -213,6 +228,8 @@ class Compiler:
             check = numeric_check(self.shell, captured, args, kwargs)
         graph, steps = self.rewrite(captured.graph, check=check)
         self.check_demands(graph, steps)
+        if args is not None:
+            captured.guards.require(_joined_widths(captured, graph))
         return Variant(captured, graph, steps, attach(self.shell, graph), unverified=args is None)
 
     def check_demands(self, graph: Graph, steps: list[Step]) -> None:

@@ -69,3 +69,23 @@ def test_a_sequence_of_length_one(sample):
     for shape in ((4, 4), (4, 1), (3, 5), (1, 2), (1, 1), (0, 3)):
         batch = ids(*shape)
         torch.testing.assert_close(opt(batch), model(batch))
+
+
+class Wide(nn.Module):
+    """A dense input of any width beside two lookups."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Embedding(30, 8), nn.Embedding(30, 8)
+
+    def forward(self, a, b, dense):
+        return torch.cat([self.a(a), self.b(b), dense], 1)
+
+
+def test_a_dense_input_of_another_width():
+    model = Wide()
+    opt = tw.optimize(model, sample_inputs=(ids(4), ids(4), torch.rand(4, 3)))
+    for width in (3, 5, 3, 1):
+        batch = ids(6), ids(6), torch.rand(6, width)
+        torch.testing.assert_close(opt(*batch), model(*batch))
+    assert len(opt._variants) == 3
