@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import importlib.machinery
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..native_library import load
 from . import buffers, reference
 from .cpu_words import DTYPES, describe_call, plan_of, rules_of, sparse_words, with_gradients
 from .reference import OptionalTensors
@@ -31,17 +31,9 @@ _OK, _BAD_INPUT, _UNSUPPORTED, _NO_MEMORY = range(4)  # enum Result of native/ca
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and why not."""
-    here = Path(__file__).parent
-    found = [here / f"_native{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES if (here / f"_native{suffix}").exists()]
-    if not found:
-        return None, f"the C++ kernels were not built (no _native library in {here}): install the package where a C++ compiler is"
-    try:
-        lib = ctypes.CDLL(str(found[0]))
-        abi = lib.tw_abi()
-    except (OSError, AttributeError) as error:
-        return None, f"the C++ kernels did not load: {error}"
-    if abi != _ABI:
-        return None, f"{found[0]} was built from other sources (interface {abi}, wanted {_ABI}); install the package again"
+    lib, why_not = load(Path(__file__).parent, "tw_abi", _ABI)
+    if lib is None:
+        return None, why_not
     word, pointer, text = ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
     for name, result, arguments in (
         ("tw_level", word, [word]),
