@@ -5,6 +5,7 @@ import pytest
 import torch
 from interaction_models import IDS, Lookups, fused
 from pass_harness import again, rewrite
+from tablewright.passes import measure
 from tablewright.passes.fuse_fm import FuseFm
 from tablewright.passes.graph import Editor
 from tablewright.rewriter.verify import copy_graph
@@ -82,14 +83,17 @@ def test_a_sum_that_goes_over_the_batch_is_left_outside():
     assert len(done.nodes("fm")) == 1 and len(done.nodes("sum")) == 1
 
 
-def test_measured_and_unmeasured():
-    """Without shapes nothing is found; with them the pass times both, and says so if it does not pay."""
-    how = PER_COLUMN["half after"]
-    assert not rewrite(Lookups(how), None, FuseFm(measure=False)).nodes("fm")
-    done = rewrite(Lookups(how), (IDS.repeat(400, 1),), FuseFm())
+def test_without_shapes_nothing_is_found():
+    assert not rewrite(Lookups(PER_COLUMN["half after"]), None, FuseFm(measure=False)).nodes("fm")
+
+
+@pytest.mark.parametrize("gain, status", [(2.0, "APPLIED"), (0.5, "SKIPPED")])
+def test_what_is_measured_decides(monkeypatch, gain, status):
+    monkeypatch.setattr(measure, "_time", lambda modules, inputs: measure.Timing(gain * 1e-3, 1e-3, measure.ROWS))
+    done = rewrite(Lookups(PER_COLUMN["half after"]), (IDS,), FuseFm())
     (found,) = done.records
-    assert found.status == "APPLIED" or found.reason.startswith("measured on the sample's shapes")
-    assert bool(done.nodes("fm")) == (found.status == "APPLIED")
+    assert found.status == status and bool(done.nodes("fm")) == (status == "APPLIED")
+    assert status == "APPLIED" or found.reason.startswith("measured on 2048 rows: the rewrite takes 1000 us and the plain ops 500 us")
 
 
 def test_the_budget_is_kept():
