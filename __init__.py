@@ -14,6 +14,7 @@ _HOME = {
     "OptimizedModel": "rewriter.optimized_model",
     "Plan": "rewriter.plan",
     "TablePlan": "rewriter.plan",
+    "Communication": "rewriter.placement",
     "SGD": "rewriter.plan",
     "Adagrad": "rewriter.plan",
     "RowwiseAdagrad": "rewriter.plan",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     )
     from .rewriter.optimize import optimize
     from .rewriter.optimized_model import OptimizedModel
+    from .rewriter.placement import Communication
     from .rewriter.plan import SGD, Adagrad, Adam, Plan, RowwiseAdagrad, TablePlan
     from .rewriter.report import Report
 

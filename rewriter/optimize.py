@@ -265,6 +265,9 @@ class Compiler:
             if id(param) in first:
                 aliases.setdefault(first[id(param)], []).append(name)
         resolved = self.plan.resolve(every, aliases)
+        spread = next((name for name, t in resolved.items() if t.sharding is not None), None)
+        if spread is not None:
+            raise PlanError(f"the plan makes table '{spread}' {resolved[spread].sharding}, which needs several ranks: a mesh was not given")
         updates = decide(read, resolved, optimizer, self.plan)
         self.tables, self.choices, self.plan_optimizer = every, updates.choices, updates.plan_optimizer
 

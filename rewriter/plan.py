@@ -10,13 +10,16 @@ passes: {group_tables: true}  # absent = default, false = off, mapping = options
 numerics: reassociated        # exact | reassociated | approximate: the loosest class of rewrite allowed
 huge_pages: true              # ask the kernel to keep big CPU tables on huge pages; moves memory, changes no value
 ```
+
+Over several ranks an entry of ``tables`` also says where: ``{sharding: row_wise, ranks: [0, 1], exchange: unique, communication:
+{forward: fp16, backward: bf16}}`` (``placement.py`` says what each word means).
 """
 from __future__ import annotations
 
 import fnmatch
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -28,6 +31,7 @@ from .. import passes as registry
 from ..passes.records import NUMERICS
 from ..passes.rule import Pass
 from .errors import PlanError, nearest
+from .placement import Communication, check_placement, check_together, communication_from
 
 
 @dataclass(frozen=True)
@@ -99,14 +103,20 @@ _OPTIMIZERS: dict[str, type[EmbeddingOptimizer]] = {c.key: c for c in (SGD, Adag
 @dataclass(frozen=True)
 class TablePlan:
     """What a plan says of the tables that one glob matches; ``None`` says nothing. ``trainable: false`` freezes them in the
-    optimized model, whatever ``requires_grad`` says."""
+    optimized model, whatever ``requires_grad`` says. The rest places them on ranks (``placement.py``)."""
 
     embedding_optimizer: EmbeddingOptimizer | None = None
     trainable: bool | None = None
+    sharding: str | None = None
+    ranks: tuple[int, ...] | None = None
+    exchange: str | None = None
+    communication: Communication | None = None
 
     def __post_init__(self) -> None:
         _check_optimizer(self.embedding_optimizer, "tables.<glob>.embedding_optimizer")
         _expect(self.trainable is None or isinstance(self.trainable, bool), "tables.<glob>.trainable", self.trainable, "true or false")
+        ranks = check_placement(self.sharding, self.ranks, self.exchange, self.communication, "tables.<glob>")
+        object.__setattr__(self, "ranks", ranks)
 
 
 @dataclass(frozen=True)
@@ -217,7 +227,7 @@ class Plan:
         """What the plan says of each table (by parameter name, ``"user.emb.weight"``). Globs match that name, its module path,
         or another name of the same parameter (``aliases``, for tied tables).
 
-        Raises :class:`PlanError` for a glob that matches no table.
+        Raises :class:`PlanError` for a glob that matches no table, and for ranks that do not go with a table's sharding.
         """
         names = {name: [name, *(aliases or {}).get(name, ())] for name in tables}
         for glob in self.tables:
@@ -234,6 +244,7 @@ class Plan:
             chosen = {
                 f.name: next((v for e in entries if (v := getattr(e, f.name)) is not None), None) for f in fields(TablePlan)
             }
+            check_together(name, chosen["sharding"], chosen["ranks"])
             resolved[name] = TablePlan(**chosen)
         return resolved
 
@@ -326,7 +337,12 @@ def _table_from(raw: Any, where: str) -> TablePlan:
     values = dict(raw)
     if values.get("embedding_optimizer") is not None:
         values["embedding_optimizer"] = _optimizer_from(values["embedding_optimizer"], f"{where}.embedding_optimizer")
-    return TablePlan(**values)
+    if values.get("communication") is not None:
+        values["communication"] = communication_from(values["communication"], f"{where}.communication")
+    try:
+        return TablePlan(**values)
+    except PlanError as error:
+        raise PlanError(str(error).replace("tables.<glob>", where, 1)) from None
 
 
 def _table_to(value: TablePlan) -> dict[str, Any]:
@@ -334,5 +350,6 @@ def _table_to(value: TablePlan) -> dict[str, Any]:
     for f in fields(value):
         setting = getattr(value, f.name)
         if setting is not None:
-            out[f.name] = _optimizer_to(setting) if isinstance(setting, EmbeddingOptimizer) else setting
+            plain = _optimizer_to(setting) if isinstance(setting, EmbeddingOptimizer) else _plain(setting)
+            out[f.name] = asdict(setting) if isinstance(setting, Communication) else plain
     return out

@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import Dot, dot_batch
+from tablewright.rewriter.placement import CODECS, EXCHANGES, SHARDINGS
 
 EXAMPLE = """
 version: 1
@@ -48,7 +49,12 @@ def _optimizers():
 
 def _plans():
     maybe = st.one_of(st.none(), _optimizers())
-    table = st.builds(tw.TablePlan, embedding_optimizer=maybe, trainable=st.sampled_from([None, True, False]))
+    table = st.builds(
+        tw.TablePlan, embedding_optimizer=maybe, trainable=st.sampled_from([None, True, False]),
+        sharding=st.sampled_from([None, *SHARDINGS]), exchange=st.sampled_from([None, *EXCHANGES]),
+        ranks=st.none() | st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True),
+        communication=st.none() | st.builds(tw.Communication, st.sampled_from(CODECS), st.sampled_from(CODECS)),
+    )  # fmt: skip
     passes = st.fixed_dictionaries(
         {},
         optional={
