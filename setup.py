@@ -11,7 +11,7 @@ import sys
 
 from setuptools import Extension, setup
 
-NATIVE = ("dropout", "embedding", "interaction")  # folders of kernels/ with C++ sources in native/
+NATIVE = ("codecs", "dropout", "embedding", "interaction")  # folders of kernels/ with C++ sources in native/
 
 
 def packages() -> list[str]:
@@ -35,6 +35,7 @@ def native(name: str) -> Extension:
         extra_compile_args=[
             *("-O3", "-std=c++14", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"),
             *threads,
+            *(("-ffp-contract=off",) if name == "codecs" else ()),  # the same bits as the reference
         ],
         extra_link_args=threads,
         language="c++",
