@@ -40,16 +40,16 @@ class LookupNode:
     padding_read: bool = False
 
 
-def read_lookup(node: Node, root: nn.Module, writes: Writes | None) -> LookupNode | Skip | None:
+def read_lookup(node: Node, root: nn.Module, writes: Writes | None, largest: bool = False) -> LookupNode | Skip | None:
     """The lookup that ``node`` makes, a :class:`Skip` if it makes one that cannot be fused, ``None`` if it makes none.
 
-    ``writes``: what the forward itself writes to; ``None`` if it does not matter."""
+    ``writes``: what the forward itself writes to; ``None`` if it does not matter. ``largest``: bags may also take the largest value."""
     if node.op != "call_function":
         return None
     if node.target is aten.embedding.default:
         found = _embedding(node)
     elif node.target in BAG_OPS:
-        found = _bag(node, root)
+        found = _bag(node, root, largest)
     elif is_op(node, aten.index_select.default, aten.index.Tensor):
         found = _indexed(node, root)
     elif node.target is POOL:
@@ -83,9 +83,9 @@ def _embedding(node: Node) -> LookupNode | Skip:
     return LookupNode(node, node, a["weight"], a["indices"], None, None, "none", padding, False, False, bool(a["sparse"]))
 
 
-def _bag(node: Node, root: nn.Module) -> LookupNode | Skip:
+def _bag(node: Node, root: nn.Module, largest: bool) -> LookupNode | Skip:
     a = arguments(node)
-    if a["mode"] not in _MODES:
+    if a["mode"] not in _MODES and not largest:
         return skip("mode='max'; the fused lookup sums and averages only", at=node)
     if a["scale_grad_by_freq"]:
         return skip("scale_grad_by_freq=True; the fused backward does not count ids", at=node)
@@ -98,7 +98,7 @@ def _bag(node: Node, root: nn.Module) -> LookupNode | Skip:
         padding += weight.shape[0]
     ids, offsets, weights = _without_arange(a["indices"], a["offsets"], a["per_sample_weights"])
     return LookupNode(
-        node, result, a["weight"], ids, offsets, weights, _MODES[a["mode"]], padding, bool(a["include_last_offset"]), False,
+        node, result, a["weight"], ids, offsets, weights, _MODES.get(a["mode"], "max"), padding, bool(a["include_last_offset"]), False,
         bool(a["sparse"]),
     )  # fmt: skip
 
