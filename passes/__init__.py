@@ -15,10 +15,11 @@ from .pool_sequences import PoolSequences
 from .remove_zero_dropout import RemoveZeroDropout
 from .rule import Pass
 from .share_repeats import ShareRepeats
+from .short_softmax import ShortSoftmax
 from .table_gradients import TableGradients
 
 DEFAULT: tuple[type[Pass], ...] = (
     RemoveZeroDropout, FuseFm, FuseDotInteraction, FusePairProducts, PoolSequences, ConcatenatedLookups,
     ShareRepeats, IdColumns, GroupTables, TableGradients, FuseCross,
-    BatchExperts, DenseChains, FastDropout,
+    BatchExperts, DenseChains, ShortSoftmax, FastDropout,
 )  # fmt: skip
