@@ -8,6 +8,7 @@ from .fast_dropout import FastDropout
 from .fuse_cross import FuseCross
 from .fuse_dot_interaction import FuseDotInteraction
 from .fuse_fm import FuseFm
+from .fuse_mlp import FuseMlp
 from .fuse_pair_products import FusePairProducts
 from .group_tables import GroupTables
 from .id_columns import IdColumns
@@ -21,5 +22,5 @@ from .table_gradients import TableGradients
 DEFAULT: tuple[type[Pass], ...] = (
     RemoveZeroDropout, FuseFm, FuseDotInteraction, FusePairProducts, PoolSequences, ConcatenatedLookups,
     ShareRepeats, IdColumns, GroupTables, TableGradients, FuseCross,
-    BatchExperts, DenseChains, ShortSoftmax, FastDropout,
+    BatchExperts, DenseChains, ShortSoftmax, FastDropout, FuseMlp,
 )  # fmt: skip

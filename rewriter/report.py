@@ -16,6 +16,7 @@ _WORDS = {
     "interactions": "fused",
     "dropouts": "removed",
     "dropout masks": "drawn faster",
+    "fused mlps": "made one call",
     "pooled": "sequences fused",
     "concatenations": "merged",
     "repeats": "computed once",

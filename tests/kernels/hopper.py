@@ -25,25 +25,29 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 
 
-def compile_for_hopper(kernel, arguments: dict[str, str], constants: dict[str, object], num_warps: int = 4) -> dict[str, int]:
-    """Facts about ``kernel`` compiled for sm_90.
+def compile_for_hopper(
+    kernel, arguments: dict[str, str], constants: dict[str, object], num_warps: int = 4, num_stages: int = 3, sm: int = 90
+) -> dict[str, int]:
+    """Facts about ``kernel`` compiled for sm_90, or another ``sm``.
 
     ``arguments``: Triton type of each run-time argument ("*i64", "i32"); pointers are taken as 16-byte aligned, as torch
-    allocates them, and a pitch as a multiple of 16. ``constants``: values of the constexpr arguments. Returns registers, spills (instructions that touch local
-    memory), loads of 16 bytes, all loads and stores of global memory, atomics and shared memory in bytes.
+    allocates them, and a pitch as a multiple of 16; "i32:16" is a number that is one too, and "1" one that is 1. ``constants``: values of
+    the constexpr arguments. Returns registers, spills (instructions that touch local memory), loads of 16 bytes (asynchronous
+    copies among them), all loads and stores of global memory, atomics, tensor core products and shared memory in bytes.
     """
     names = kernel.arg_names
+    constants = constants | {name: 1 for name, kind in arguments.items() if kind == "1"}
     source = ASTSource(
         fn=kernel,
-        signature={name: "constexpr" if name in constants else arguments[name] for name in names},
+        signature={name: "constexpr" if name in constants else arguments[name].removesuffix(":16") for name in names},
         constexprs=constants,
         attrs={
             (names.index(name),): [["tt.divisibility", 16]]
             for name, kind in arguments.items()
-            if kind.startswith("*") or name == "pitch"
+            if kind.startswith("*") or kind.endswith(":16") or name == "pitch"
         },
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": num_warps, "num_stages": num_stages})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -58,10 +62,12 @@ def compile_for_hopper(kernel, arguments: dict[str, str], constants: dict[str, o
     return {
         "registers": int(registers[1]),
         "spills": count("LDL", "STL"),
-        "loads_128": count("LDG", holding=".128"),
+        "loads_128": count("LDG", holding="128"),
         "loads": count("LDG"),
         "stores_128": count("STG", holding=".128"),
         "stores": count("STG"),
+        "hgmma": count("HGMMA"),
+        "hmma": count("HMMA"),
         "atomics": count("REDG", "RED.", "ATOM"),
         "shared": compiled.metadata.shared,
         "instructions": opcodes.total(),
@@ -144,9 +150,39 @@ def interaction_cases():
             yield f"{name} {of}", kernel, {n: kinds[n] for n in kernel.arg_names if n not in constants}, constants, options["num_warps"]
 
 
+def mlp_cases():
+    """(name, kernel, arguments, constants, warps, stages, sm) of the kernels of the fused multilayer perceptron, as ``gpu.py`` launches them."""
+    from tablewright.kernels.mlp import gpu
+    from tablewright.kernels.mlp import triton_kernels as k
+
+    numbers = {n: "i32:16" for n in ("m", "n", "k", "rows", "cols", "words", "a_row", "b_inner", "b_col", "grad_row", "count")}
+    numbers |= {"layer": "i32", "threshold": "i32", "scale": "fp32", "seed": "*i64", "bits": "*i32", "sums": "*fp32"}
+
+    def case(name, kernel, dtype, options, sm=90, **constants):
+        options = dict(options)
+        warps, stages = options.pop("num_warps", 4), options.pop("num_stages", 3)
+        kinds = {n: numbers.get(n, f"*{dtype}") for n in kernel.arg_names} | {n: "1" for n in constants.pop("ones", ())}
+        constants |= options
+        return name, kernel, {n: kinds[n] for n in kernel.arg_names if n not in constants}, constants, warps, stages, sm
+
+    for form, (kind, dtype), sm in (("square", ("bf16", tl.bfloat16), 90), ("wide", ("fp16", tl.float16), 90), ("square", ("fp16", tl.float16), 80)):
+        common = {"RELU": True, "BIASED": True, "EVEN": True, "WIDE": False, "sm": sm}
+        options, of = gpu.product_options(form), f"{form} {kind} sm_{sm}"
+        for drop in (False, True) if form == "square" else (False,):
+            name = f"product forward{' dropout' if drop else ''} {of}"
+            yield case(name, k.product_kernel, dtype, options, BACKWARD=False, DROP=drop, ones=("b_inner",), **common)
+        yield case(f"product backward {of}", k.product_kernel, dtype, options, BACKWARD=True, DROP=True, ones=("b_col",), **common)
+    for kind, dtype in DTYPES.items():
+        yield case(f"finish dropout {kind}", k.finish_kernel, dtype, gpu.FINISH_TILE, RELU=True, DROP=True)
+        yield case(f"masked {kind}", k.masked_kernel, dtype, gpu.MASKED_TILE)
+    yield case("keep", k.keep_kernel, tl.float32, {"BLOCK": 256})
+
+
+CASES = {"--embedding": embedding_cases, "--interactions": interaction_cases, "--mlp": mlp_cases}
+
+
 def main() -> None:
-    cases = interaction_cases if "--interactions" in sys.argv else embedding_cases
-    facts = {name: compile_for_hopper(*case) for name, *case in cases()}
+    facts = {name: compile_for_hopper(*case) for name, *case in CASES[sys.argv[1]]()}
     print(json.dumps(facts, indent=1))
 
 

@@ -26,7 +26,7 @@ def facts() -> dict[str, dict[str, int]]:
     kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = os.pathsep.join(p for p in sys.path if p)
     done = subprocess.run(
-        [sys.executable, str(script)], env=kept | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+        [sys.executable, str(script), "--embedding"], env=kept | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

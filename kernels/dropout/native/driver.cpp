@@ -28,11 +28,39 @@ const Kernels* kernels_of(int level) {
 int active_level = supported_level();
 const Kernels* active = kernels_of(active_level);
 
+// The words that torch's generator draws, in order; `store` hands the generator on.
+struct Stream {
+    GeneratorState* generator;
+    const Kernels* kernels;
+    uint32_t words[WORDS];
+    int64_t next;
+
+    explicit Stream(void* state) : generator(static_cast<GeneratorState*>(state)), kernels(active) {
+        for (int j = 0; j < WORDS; j++) words[j] = uint32_t(generator->words[j]);
+        next = generator->left == 1 ? WORDS : int64_t(generator->next);
+    }
+    int64_t take(uint32_t* drawn, int64_t most) {  // at least one word, at most a block
+        if (next == WORDS) {
+            kernels->next_block(words);
+            next = 0;
+        }
+        const int64_t count = WORDS - next < most ? WORDS - next : most;
+        kernels->temper(words + next, drawn, count);
+        next += count;
+        return count;
+    }
+    void store() {
+        for (int j = 0; j < WORDS; j++) generator->words[j] = words[j];
+        generator->next = uint64_t(next);
+        generator->left = int32_t(WORDS + 1 - next);
+    }
+};
+
 }  // namespace
 
 #define TW_EXPORT extern "C" __attribute__((visibility("default")))
 
-TW_EXPORT int64_t twd_abi() { return 1; }
+TW_EXPORT int64_t twd_abi() { return 2; }
 
 // The instruction set in use; a level that this CPU has makes it that one, for tests.
 TW_EXPORT int64_t twd_level(int64_t level) {
@@ -45,32 +73,55 @@ TW_EXPORT int64_t twd_level(int64_t level) {
 
 // y = dropout(x) for `count` values, and which values were kept; `state` moves on by two words a value.
 TW_EXPORT void twd_dropout(void* state, const float* x, float* y, uint8_t* kept, int64_t count, uint64_t limit, double scale) {
-    GeneratorState* generator = static_cast<GeneratorState*>(state);
-    const Kernels* kernels = active;
-    uint32_t words[WORDS], drawn[WORDS + 1];  // at most one word waits for its other half
-    for (int j = 0; j < WORDS; j++) words[j] = uint32_t(generator->words[j]);
-    int64_t next = generator->left == 1 ? WORDS : int64_t(generator->next);
+    Stream stream(state);
+    uint32_t drawn[WORDS + 1];  // at most one word waits for its other half
     int64_t waiting = 0;
     while (count > 0) {
-        if (next == WORDS) {
-            kernels->next_block(words);
-            next = 0;
-        }
-        int64_t take = WORDS - next;
-        if (take > 2 * count - waiting) take = 2 * count - waiting;
-        kernels->temper(words + next, drawn + waiting, take);
-        next += take;
-        const int64_t values = (waiting + take) / 2;
-        kernels->apply(drawn, x, y, kept, values, limit, float(scale));
-        if ((waiting = (waiting + take) % 2)) drawn[0] = drawn[2 * values];
+        const int64_t have = waiting + stream.take(drawn + waiting, 2 * count - waiting), values = have / 2;
+        stream.kernels->apply(drawn, x, y, kept, values, limit, float(scale));
+        if ((waiting = have % 2)) drawn[0] = drawn[2 * values];
         x += values;
         y += values;
         kept += values;
         count -= values;
     }
-    for (int j = 0; j < WORDS; j++) generator->words[j] = words[j];
-    generator->next = uint64_t(next);
-    generator->left = int32_t(WORDS + 1 - next);
+    stream.store();
+}
+
+// The end of a layer, in place on y [rows, cols]: ReLU if asked; dropout unless `state` is null. bits: [rows, words].
+TW_EXPORT void twd_finish(void* state, float* y, uint32_t* bits, int64_t rows, int64_t cols, int64_t relu, uint64_t limit,
+                          double scale, int64_t threads) {
+    const Kernels* kernels = active;
+    const int64_t words = (cols + 31) / 32, part = 256;
+    if (state == nullptr) {
+        (void)threads;
+#if defined(_OPENMP)
+#pragma omp parallel for num_threads(int(threads)) if (threads > 1 && rows * cols > 1 << 16)
+#endif
+        for (int64_t r = 0; r < rows; r++) kernels->finish(nullptr, y + r * cols, bits + r * words, cols, relu != 0, 0, 1.0f);
+        return;
+    }
+    Stream stream(state);
+    uint32_t drawn[2 * part];
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t c = 0; c < cols; c += part) {
+            const int64_t size = cols - c < part ? cols - c : part;
+            for (int64_t have = 0; have < 2 * size;) have += stream.take(drawn + have, 2 * size - have);
+            kernels->finish(drawn, y + r * cols + c, bits + r * words + c / 32, size, relu != 0, limit, float(scale));
+        }
+    }
+    stream.store();
+}
+
+TW_EXPORT void twd_masked(const float* grad, const uint32_t* bits, float* out, int64_t rows, int64_t cols, double scale,
+                          int64_t threads) {
+    const Kernels* kernels = active;
+    const int64_t words = (cols + 31) / 32;
+    (void)threads;
+#if defined(_OPENMP)
+#pragma omp parallel for num_threads(int(threads)) if (threads > 1 && rows * cols > 1 << 16)
+#endif
+    for (int64_t r = 0; r < rows; r++) kernels->masked(grad + r * cols, bits + r * words, out + r * cols, cols, float(scale));
 }
 
 TW_EXPORT void twd_back(const float* grad, const uint8_t* kept, float* out, int64_t count, double scale, int64_t threads) {

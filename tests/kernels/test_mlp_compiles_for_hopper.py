@@ -1,0 +1,45 @@
+"""The kernels of the fused multilayer perceptron are compiled for sm_90 and sm_80, with no GPU, and held to what makes them fast."""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="NOT TESTED: the Triton kernels, because triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def facts() -> dict[str, dict[str, int]]:
+    """Kernel case -> registers, spills, loads, ...; compiled in a process where no kernel is interpreted."""
+    script = Path(__file__).with_name("hopper.py")
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = os.pathsep.join(p for p in sys.path if p)
+    command = [sys.executable, str(script), "--mlp"]
+    done = subprocess.run(command, env=kept | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_nothing_is_spilled_and_nothing_added_atomically(facts):
+    assert len(facts) == 15
+    assert not {name: f for name, f in facts.items() if f["spills"] or f["atomics"]}
+
+
+def test_products_run_on_tensor_cores(facts):
+    products = {name: f for name, f in facts.items() if name.startswith("product")}
+    assert len(products) == 8
+    for name, f in products.items():
+        assert f["hgmma" if "sm_90" in name else "hmma"] > 0, name
+        assert f["loads_128"] >= 24 and f["stores_128"] > 0, name
+        assert f["shared"] <= (227 if "sm_90" in name else 163) * 1024, name
+
+
+def test_what_stands_behind_a_product_is_narrow(facts):
+    """Memory-bound kernels leave room for 32 warps and move 16 bytes at a time."""
+    others = {name: f for name, f in facts.items() if not name.startswith("product")}
+    assert not {name: f["registers"] for name, f in others.items() if f["registers"] > 64}
+    assert not [name for name, f in others.items() if name != "keep" and not (f["loads_128"] and f["stores_128"])]
