@@ -87,7 +87,7 @@ class Setting:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for param, part in zip(params, self.mine.state.split(self.mine.state.numel() // len(params))):
             shape = (param.shape[0],) if self.rowwise else param.shape
-            optimizer.state[param].update(step=torch.tensor(0.0), sum=part.view(shape))
+            optimizer.state[param].update(step=0, sum=part.view(shape))
         memory.use_huge_pages([self.mine.state])
 
     def step(self, model, optimizer=None):

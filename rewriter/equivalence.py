@@ -287,6 +287,6 @@ def _reference_step(optimizer: RowUpdates, plain: nn.Module) -> None:
                 lone = RowUpdates([{**{k: v for k, v in group.items() if k != "param_names"}, "params": [(name, table)]}])
                 if param in optimizer.state:
                     lone.state[table] = copy.deepcopy(optimizer.state[param])
-                update = lone._update(table, lone.param_groups[0])
+                (update,) = lone._updates([(table, lone.param_groups[0])])
                 rows, values = touched._indices().squeeze(0), touched._values()
                 reference.update_from_sparse([table.detach()], [rows], [values], [update])

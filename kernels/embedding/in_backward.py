@@ -57,8 +57,9 @@ class _Backward:
 _running: weakref.WeakValueDictionary[tuple, _Backward] = weakref.WeakValueDictionary()
 
 
-def defer(number: int, text: str, slot_grads, indices, offsets, sample_weights, tables=None) -> None:
-    """Keep one lookup group's contribution until the running backward ends. ``tables``: those that were looked up, by name.
+def defer(number: int, text: str, slot_grads, indices, offsets, sample_weights, tables=(), due=()) -> None:
+    """Keep one lookup group's contribution until the running backward ends. ``tables``: those that were looked up, of which the
+    places ``due`` are to be updated.
 
     Raises ``RuntimeError`` outside a backward, and where other tensors than the optimizer's own tables were looked up.
     """
@@ -67,16 +68,16 @@ def defer(number: int, text: str, slot_grads, indices, offsets, sample_weights, 
             "a lookup asks for its update inside the backward, but the optimizer that would make it is gone: "
             "keep the model that optimize() returned alive until backward() has run"
         )
-    for name, table in (tables or {}).items():
-        if table.data_ptr() != _owners[number].table(name).data_ptr():
+    owner = _owners[number]
+    lookups, names = _due(text)
+    for i in due:
+        mine = owner.table(names[i])
+        if tables[i] is not mine and tables[i].data_ptr() != mine.data_ptr():
             raise RuntimeError(
-                f"table '{name}' was looked up in a tensor that is not the model's own (torch.func.functional_call?), so it "
+                f"table '{names[i]}' was looked up in a tensor that is not the model's own (torch.func.functional_call?), so it "
                 "cannot be updated inside the backward: set in_backward: false in the plan"
             )
-    spec = decode(text)
-    due = [i for i, lookup in enumerate(spec.lookups) if spec.tables[lookup.table].grad == "in_backward"]
-    launch = _owners[number].launch_key(spec.tables[spec.lookups[due[0]].table].name)
-    key = (number, torch._C._current_graph_task_id(), launch)
+    key = (number, torch._C._current_graph_task_id(), owner.launch_key(names[decode(text).lookups[lookups[0]].table]))
     backward = _running.get(key)
     if backward is None:
         backward = _running[key] = _Backward()
@@ -84,9 +85,17 @@ def defer(number: int, text: str, slot_grads, indices, offsets, sample_weights, 
         engine.queue_callback(functools.partial(_finish, number, backward))
     backward.texts.append(text)
     backward.slot_grads.extend(slot_grads)
-    backward.indices.extend(indices[i] for i in due)
-    backward.offsets.extend(offsets[i] for i in due)
-    backward.sample_weights.extend(sample_weights[i] for i in due)
+    backward.indices.extend([indices[i] for i in lookups])
+    backward.offsets.extend([offsets[i] for i in lookups])
+    backward.sample_weights.extend([sample_weights[i] for i in lookups])
+
+
+@functools.lru_cache(maxsize=1024)
+def _due(text: str) -> tuple[list[int], list[str]]:
+    """The lookups of tables that are updated in the backward; the names of all tables."""
+    spec = decode(text)
+    lookups = [i for i, lookup in enumerate(spec.lookups) if spec.tables[lookup.table].grad == "in_backward"]
+    return lookups, [table.name for table in spec.tables]
 
 
 def _finish(number: int, backward: _Backward) -> None:

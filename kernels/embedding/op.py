@@ -152,103 +152,98 @@ def _fake_defer(slot_grads, indices, offsets, sample_weights, spec, owner, ticke
 
 class _Lookup(torch.autograd.Function):
     """The autograd formula. Tensors that can have a gradient are arguments of their own, in the order tables, sample weights
-    (those that are there), extras: each argument costs time. Ids and offsets are only saved, as autograd saves them, so
-    that changing them before the backward is an error, a checkpoint can drop them and a second backward is refused."""
+    (those that are there), extras: each argument costs time. Where all tables are updated in the backward none of them gets a
+    gradient: ``alone`` are the tables then, and one of them stands for all. Ids and offsets are only saved, as autograd saves
+    them, so that changing them before the backward is an error, a checkpoint can drop them and a second backward is refused."""
 
     @staticmethod
-    def forward(ctx, text, owner, ticket, indices, offsets, weighted, *tensors):
+    def forward(ctx, text, owner, ticket, indices, offsets, sample_weights, weighted, alone, *tensors):
         ctx.set_materialize_grads(False)
-        spec = decode(text)
-        n_tables, n_weights = len(spec.tables), len(weighted)
-        tables, extras = list(tensors[:n_tables]), tensors[n_tables + n_weights :]
-        weights: list[Tensor | None] = [None] * len(indices)
-        for place, tensor in zip(weighted, tensors[n_tables:]):
-            weights[place] = tensor
-        has_offsets = [o is not None for o in offsets]
-        if True not in has_offsets:
-            has_offsets = None
-        ctx.call = text, owner, ticket, weighted, has_offsets
+        n_tables, n_weights = 1 if alone else len(decode(text).tables), len(weighted)
+        tables, extras = alone or list(tensors[:n_tables]), tensors[n_tables + n_weights :]
+        given = list(map(id, offsets))
+        distinct = {at: o for at, o in zip(given, offsets) if o is not None}  # lookups often share one tensor of offsets
+        ctx.call = text, owner, ticket, weighted, given, list(distinct), [e.dtype for e in extras]
         # The rows themselves are needed for gradients of sample weights only: else tables may change before the backward, as
         # they may in nn.Embedding.
-        reads_rows = any(ctx.needs_input_grad[6 + n_tables : 6 + n_tables + n_weights])
+        reads_rows = n_weights and any(ctx.needs_input_grad[8 + n_tables : 8 + n_tables + n_weights])
         ctx.tables = None if reads_rows else tables
-        present = indices if has_offsets is None else [*indices, *(o for o in offsets if o is not None)]
-        ctx.save_for_backward(*present, *tensors[0 if reads_rows else n_tables : n_tables + n_weights])
-        ctx.extra_dtypes = [e.dtype for e in extras]
+        ctx.alone = alone and tuple([table.requires_grad for table in tables])
+        ctx.save_for_backward(*indices, *distinct.values(), *tensors[0 if reads_rows else n_tables : n_tables + n_weights])
         if tracing():
             with torch._C._AutoDispatchBelowAutograd():
-                return tuple(torch.ops.tablewright.embedding_bags(tables, indices, offsets, weights, extras, text, ticket, owner))
-        return tuple(_forward(tables, indices, offsets, weights, extras, text))
+                return tuple(
+                    torch.ops.tablewright.embedding_bags(tables, indices, offsets, sample_weights, extras, text, ticket, owner)
+                )
+        return tuple(_forward(tables, indices, offsets, sample_weights, extras, text))
 
     @staticmethod
     def backward(ctx, *slot_grads):
-        text, owner, ticket, weighted, has_offsets = ctx.call
+        text, owner, ticket, weighted, given, distinct, extra_dtypes = ctx.call
         spec = decode(text)
         n_tables, n_lookups = len(spec.tables), len(spec.lookups)
-        saved = list(ctx.saved_tensors)
-        indices, saved = saved[:n_lookups], saved[n_lookups:]
-        offsets: list[Tensor | None] = [None] * n_lookups
-        if has_offsets is not None:
-            given = sum(has_offsets)
-            offsets = _spread(has_offsets, saved[:given])
-            saved = saved[given:]
+        saved = ctx.saved_tensors
+        indices, saved = list(saved[:n_lookups]), saved[n_lookups:]
+        held = dict(zip(distinct, saved))
+        offsets: list[Tensor | None] = [held.get(at) for at in given]
+        saved = saved[len(distinct) :]
         tables = ctx.tables
         if tables is None:
-            tables, saved = saved[:n_tables], saved[n_tables:]
+            tables, saved = list(saved[:n_tables]), saved[n_tables:]
         weights: list[Tensor | None] = [None] * n_lookups
         for place, tensor in zip(weighted, saved):
             weights[place] = tensor
 
-        needs = ctx.needs_input_grad[6:]
-        kinds, due = _due(text, needs[:n_tables], tuple([g is not None for g in slot_grads]))
-        wanted = [kind is not None for kind in kinds]
+        needs = ctx.needs_input_grad[8:]
+        kinds, due, wanted = _due(text, ctx.alone or needs[:n_tables], tuple([g is not None for g in slot_grads]))
         wanted_weights = [False] * n_lookups
         for place, need in zip(weighted, needs[n_tables:]):
             wanted_weights[place] = need and slot_grads[spec.lookups[place].slot] is not None
+        traced, stands = tracing(), due and (tables[ctx.alone.index(True)] if ctx.alone else tables[due[0]])
         if torch.is_grad_enabled():
-            asked = [tables[i] for i in range(n_tables) if wanted[i] or i in due]
+            asked = [stands] if ctx.alone else [tables[i] for i in range(n_tables) if wanted[i] or i in due]
             _refuse_to_record([*asked, *(w for w, want in zip(weights, wanted_weights) if want)])
             wanted, wanted_weights, kinds, due = [False] * n_tables, [False] * n_lookups, (None,) * n_tables, ()
 
         made: list[Tensor] = []
-        if any(wanted) or any(wanted_weights):
-            call = torch.ops.tablewright.embedding_bags_backward if tracing() else _backward
+        if True in wanted or True in wanted_weights:
+            call = torch.ops.tablewright.embedding_bags_backward if traced else _backward
             made = call(list(slot_grads), tables, indices, offsets, weights, text, wanted, wanted_weights)
         if due:
-            if tracing():
+            if traced:
                 torch.ops.tablewright.embedding_bags_defer_update(list(slot_grads), indices, offsets, weights, text, owner, ticket)
-            elif _accumulates(tables[due[0]]):
-                looked_up = {spec.tables[i].name: tables[i] for i in due}
-                in_backward.defer(owner, text, list(slot_grads), indices, offsets, weights, looked_up)
+            elif _accumulates(stands):
+                in_backward.defer(owner, text, list(slot_grads), indices, offsets, weights, tables, due)
         parts = iter(made)
-        table_grads: list[Tensor | None] = []
-        for table, kind in zip(tables, kinds):
-            if kind is None:
-                table_grads.append(None)
-            elif kind == "sparse":
-                table_grads.append(_coalesced(next(parts), next(parts), table))
-            else:
-                table_grads.append(next(parts))
-        if made and not tracing():
+        table_grads: list[Tensor | None] = [None] * n_tables
+        for i, kind in enumerate(kinds):
+            if kind == "sparse":
+                table_grads[i] = _coalesced(next(parts), next(parts), tables[i])
+            elif kind is not None:
+                table_grads[i] = next(parts)
+        if made and not traced:
             _keep_coalesced(tables, table_grads)
         weight_grads = [next(parts) if wanted_weights[place] else None for place in weighted]
         extra_grads = [
             None if slot_grads[e.slot] is None else slot_grads[e.slot].narrow(-1, e.column, e.width).to(dtype)
-            for e, dtype in zip(spec.extras, ctx.extra_dtypes)
+            for e, dtype in zip(spec.extras, extra_dtypes)
         ]
-        return (None,) * 6 + (*table_grads, *weight_grads, *extra_grads)
+        return (None,) * 8 + (*(table_grads[:1] if ctx.alone else table_grads), *weight_grads, *extra_grads)
 
 
 @functools.lru_cache(maxsize=4096)
-def _due(text: str, needs: tuple[bool, ...], reached: tuple[bool, ...]) -> tuple[tuple[str | None, ...], tuple[int, ...]]:
-    """For each table the kind of gradient to make ("sparse", "dense" or None); and the tables to update in the backward.
+def _due(
+    text: str, needs: tuple[bool, ...], reached: tuple[bool, ...]
+) -> tuple[tuple[str | None, ...], tuple[int, ...], list[bool]]:
+    """For each table the kind of gradient to make ("sparse", "dense" or None); the tables to update in the backward; and for
+    each table whether it has a gradient to make.
 
     A table none of whose slots got a gradient has none either, as in plain autograd."""
     spec = decode(text)
     touched = {lookup.table for lookup in spec.lookups if reached[lookup.slot]}
     grads = [t.grad if needs[i] and i in touched else None for i, t in enumerate(spec.tables)]
     kinds = tuple(g if g in ("sparse", "dense") else None for g in grads)
-    return kinds, tuple(i for i, g in enumerate(grads) if g == "in_backward")
+    return kinds, tuple(i for i, g in enumerate(grads) if g == "in_backward"), [kind is not None for kind in kinds]
 
 
 def _refuse_to_record(tensors: list[Tensor]) -> None:
@@ -297,14 +292,20 @@ def _keep_coalesced(tables: list[Tensor], grads: list[Tensor | None]) -> None:
 
 def _autograd(tables, indices, offsets, sample_weights, extras, spec, ticket=None, owner=-1):
     traced = tracing()
-    if not torch.is_grad_enabled() and not traced:
+    if not traced and not torch.is_grad_enabled():
         return _forward(tables, indices, offsets, sample_weights, extras, spec)
-    if has_frozen(spec):
-        tables = [t.detach() if place.grad == "none" else t for t, place in zip(tables, decode(spec).tables)]
     weighted = [i for i, w in enumerate(sample_weights) if w is not None]
-    tensors = (*tables, *[sample_weights[i] for i in weighted], *extras)
+    frozen, all_in_backward = _layouts(spec)
+    if frozen:
+        tables = [t.detach() if place.grad == "none" else t for t, place in zip(tables, decode(spec).tables)]
+    alone, leaves = None, tables
+    if all_in_backward and not traced and not weighted:
+        trained = next((t for t in tables if t.requires_grad), None)
+        if trained is not None:
+            alone, leaves = tables, [trained]
+    tensors = (*leaves, *[sample_weights[i] for i in weighted], *extras) if weighted or extras else leaves
     apply = _Lookup.apply if traced else _APPLY
-    return list(apply(spec, owner, ticket, indices, offsets, weighted, *tensors))
+    return list(apply(spec, owner, ticket, indices, offsets, sample_weights, weighted, alone, *tensors))
 
 
 # Without the look through all arguments for wrappers that torch.func left behind: reading such a one raises.
@@ -312,9 +313,10 @@ _APPLY = super(torch.autograd.Function, _Lookup).apply
 
 
 @functools.lru_cache(maxsize=4096)
-def has_frozen(text: str) -> bool:
-    """Whether the spec has a table without gradient."""
-    return any(t.grad == "none" for t in decode(text).tables)
+def _layouts(text: str) -> tuple[bool, bool]:
+    """Whether the spec has a table without gradient; whether all its tables are updated in the backward."""
+    grads = [t.grad for t in decode(text).tables]
+    return "none" in grads, set(grads) == {"in_backward"}
 
 
 for _device in ("CPU", "CUDA"):
@@ -328,8 +330,9 @@ OP = torch.ops.tablewright.embedding_bags.default
 
 def call(tables, indices, offsets, sample_weights, extras, spec, ticket=None, owner=-1) -> list[Tensor]:
     """:data:`OP` without the trip through torch's dispatcher (2 us a lookup), wherever nothing needs to see the op."""
-    run = OP if torch.compiler.is_compiling() or tracing() else _autograd
-    return run(tables, indices, offsets, sample_weights, extras, spec, ticket, owner)
+    if torch.compiler.is_compiling() or tracing():
+        return OP(tables, indices, offsets, sample_weights, extras, spec, ticket, owner)
+    return _autograd(tables, indices, offsets, sample_weights, extras, spec, ticket, owner)
 
 
 DIRECT[OP] = call

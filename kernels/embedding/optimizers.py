@@ -307,26 +307,29 @@ class RowUpdates(Optimizer):
                         }
         self._index()
 
-    def _update(self, param: Tensor, group: dict) -> TableUpdate:
-        kind, state = group["kind"], self.state[param]
-        if not state:
-            state["step"] = 0  # a number: 1,000 tables of tensors would take milliseconds to count
-            rowwise_dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-            if kind == "adagrad":
-                state["sum"] = torch.zeros_like(param, dtype=rowwise_dtype)
-            elif kind == "rowwise_adagrad":
-                state["sum"] = torch.zeros(param.shape[0], dtype=rowwise_dtype, device=param.device)
-            elif kind == "adam":
-                state["exp_avg"] = torch.zeros_like(param, dtype=rowwise_dtype)
-                state["exp_avg_sq"] = torch.zeros_like(param, dtype=rowwise_dtype)
-            if self.huge_pages:
-                use_huge_pages(state.values())
-        step = _step_count(state)
-        beta1, beta2 = map(float, group["betas"])
-        return TableUpdate(
-            kind, lr=float(group["lr"]), eps=group["eps"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
-            step=step, maximize=group["maximize"], state=tuple(state[k] for k in _STATE[kind]),
-        )  # fmt: skip
+    def _updates(self, held: list[tuple[Tensor, dict]]) -> list[TableUpdate]:
+        """The updates of this step for tables, each with its param group."""
+        settings: dict[int, tuple] = {}  # of each group, read once
+        updates = []
+        for param, group in held:
+            common = settings.get(id(group))
+            if common is None:
+                rates = (float(group["lr"]), group["eps"], *map(float, group["betas"]), group["weight_decay"])
+                common = settings[id(group)] = (group["kind"], *rates), group["maximize"], _STATE[group["kind"]]
+            rule, maximize, names = common
+            state = self.state[param] or self._start(param, group["kind"])
+            updates.append(TableUpdate(*rule, _step_count(state), maximize, tuple([state[name] for name in names])))
+        return updates
+
+    def _start(self, param: Tensor, kind: str) -> dict[str, Any]:
+        state = self.state[param]
+        state["step"] = 0  # a number: 1,000 tables of tensors would take milliseconds to count
+        dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+        shape = param.shape[:1] if kind == "rowwise_adagrad" else param.shape
+        state.update((name, torch.zeros(shape, dtype=dtype, device=param.device)) for name in _STATE[kind])
+        if self.huge_pages:
+            use_huge_pages(state.values())
+        return state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None):  # type: ignore[override]
@@ -340,14 +343,16 @@ class RowUpdates(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = []
-        for group in self.param_groups:
-            for param in group["params"]:
-                if group["in_backward"] or param.grad is None:
-                    continue
-                grad = param.grad if param.grad.is_sparse else _touched_rows(param.grad)
-                work.append((param, grad, self._update(param, group)))
-        _apply(work)
+        given = [
+            (param, group, param.grad)
+            for group in self.param_groups
+            if not group["in_backward"]
+            for param in group["params"]
+            if param.grad is not None
+        ]
+        updates = self._updates([(param, group) for param, group, _ in given])
+        grads = [grad if grad.is_sparse else _touched_rows(grad) for _, _, grad in given]
+        _apply([(param, grad, update) for (param, _, _), grad, update in zip(given, grads, updates)])
         return loss
 
     def table(self, name: str) -> Tensor:
@@ -363,11 +368,17 @@ class RowUpdates(Optimizer):
         """The in-backward update of the tables of ``spec``; called once by each backward that reached them."""
         if self.guard is not None:
             self.guard.before_update()
-        reached = {lookup.table for lookup in spec.lookups if slot_grads[lookup.slot] is not None}
         held = [self._by_name[table.name] for table in spec.tables]
-        tables = [param.detach() for param, _ in held]
+        tables = [param for param, _ in held]
         # A table that was frozen since has no update, as it would have no gradient.
-        updates = [self._update(*pair) if i in reached and pair[0].requires_grad else None for i, pair in enumerate(held)]
+        due = [i for i, param in enumerate(tables) if param.requires_grad]
+        if any([g is None for g in slot_grads]):
+            reached = {lookup.table for lookup in spec.lookups if slot_grads[lookup.slot] is not None}
+            due = [i for i in due if i in reached]
+        updates: list[TableUpdate | None] = self._updates([held[i] for i in due])  # type: ignore[assignment]
+        if len(due) < len(held):
+            made = dict(zip(due, updates))
+            updates = [made.get(i) for i in range(len(held))]
         slot_grads = [None if g is None else g.to(tables[0].dtype) for g in slot_grads]
         _raise_bad_ids(tables[0])
         _implementation(tables[0]).update(spec, slot_grads, tables, indices, offsets, sample_weights, updates)
