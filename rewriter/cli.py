@@ -1,4 +1,4 @@
-"""The command line: ``python -m tablewright coverage MODULE:FACTORY ...``."""
+"""The command line: ``python -m tablewright COMMAND ...``."""
 from __future__ import annotations
 
 import argparse
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import TablewrightError, nearest
+from .viewer import command as inspect
 
 _FACTORY = """\
 MODULE is an importable module or a path to a .py file. FACTORY is a function in it that returns what is to be measured, or a
@@ -47,11 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     coverage.add_argument("--threads", type=int, help="threads of PyTorch")
     coverage.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="passed to the factories as a keyword")
     coverage.add_argument("--verbose", action="store_true", help="every reason, and torch's warnings")
+    inspect.add(commands, _FACTORY)
     args = parser.parse_args(argv)
     try:
-        return _coverage(args)
-    except TargetError as error:
-        print(f"tablewright coverage: {error}", file=sys.stderr)
+        return inspect.run(args) if args.command == inspect.NAME else _coverage(args)
+    except TablewrightError as error:
+        print(f"tablewright {args.command}: {error}", file=sys.stderr)
         return 2
 
 
@@ -62,7 +64,7 @@ def _coverage(args: argparse.Namespace) -> int:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    options = dict(_option(text) for text in args.option)
+    options = dict(option(text) for text in args.option)
     targets = [each for text in args.targets for each in find(text)]
     found, unusable = [], False
     for name, factory in targets:
@@ -83,7 +85,8 @@ def _coverage(args: argparse.Namespace) -> int:
     return 2 if unusable else 0 if all(row.ok for row in found) else 1
 
 
-def _option(text: str) -> tuple[str, Any]:
+def option(text: str) -> tuple[str, Any]:
+    """``NAME=VALUE`` with VALUE as JSON, or as it is. Raises :class:`TargetError`."""
     name, found, value = text.partition("=")
     if not found:
         raise TargetError(f"--option {text}: must be NAME=VALUE")

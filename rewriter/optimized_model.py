@@ -6,6 +6,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -244,6 +245,19 @@ class OptimizedModel(nn.Module):
         if chosen is None:
             raise KeyError(f"no pass '{step}' ran; the passes were {', '.join(s.name for s in self.steps)}")
         return str((chosen.before if before else chosen.after).python_code("self").src)
+
+    def visualize(self, path: str | Path | None = None, **options: Any) -> str:
+        """What was rewritten and why, as one self-contained page (see :func:`.viewer.visualize` for ``format=``, ``profile=`` and
+        ``sources=``). Returns its text and writes it to ``path`` where one is given."""
+        from .viewer import visualize
+
+        return visualize(self, path, **options)
+
+    def _repr_html_(self) -> str:
+        """In a notebook the model shows itself."""
+        from .viewer import embedded
+
+        return embedded(self)
 
     def check(self, *args: Any, **kwargs: Any):
         """Compare outputs, gradients and one optimizer step with the plain model on these inputs (copies of the weights are

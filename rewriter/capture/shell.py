@@ -10,10 +10,12 @@ import functools
 import types
 import weakref
 from collections import OrderedDict
+from contextlib import contextmanager
 
 import numpy
 import torch
 from torch import fx, nn
+from torch.fx import graph as fx_graph
 
 from ..errors import CaptureError, explain
 
@@ -163,6 +165,23 @@ def plain_copy(shell: nn.Module, share: bool = False) -> nn.Module:
     return result
 
 
+@contextmanager
+def _quoted_names():
+    """torch.fx writes a module's name into the code it generates between plain double quotes: a quote, a backslash or a newline in
+    the name would break that code, or run as part of it."""
+    plain, fx_graph._format_target = fx_graph._format_target, _format_target
+    try:
+        yield
+    finally:
+        fx_graph._format_target = plain
+
+
+def _format_target(base: str, target: str) -> str:
+    for part in target.split("."):
+        base = f"{base}.{part}" if part.isidentifier() else f"getattr({base}, {part!r})"
+    return base
+
+
 class ShellGraph(fx.GraphModule):
     """A GraphModule whose generated forward runs on the shell: every ``self.a.b`` in it reads the shell's ``a.b``."""
 
@@ -191,7 +210,8 @@ class ShellGraph(fx.GraphModule):
             return getattr(self._shell, name)  # plain tensors that the model keeps as attributes, constants of the capture
 
     def recompile(self):
-        code = super().recompile()
+        with _quoted_names():
+            code = super().recompile()
         cls = type(self)
         generated = cls.forward
 

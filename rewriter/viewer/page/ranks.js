@@ -1,0 +1,41 @@
+// Sharded models: what lies on which rank, how full each is, and what runs beside what.
+"use strict";
+
+function ranksPage() {
+  const { ranks } = app.data;
+  const most = Math.max(1, ...ranks.map((r) => r.memory));
+  const columns = [
+    { name: "rank", num: true, value: (r) => r.rank }, { name: "tables and shards", num: true, value: (r) => r.shards.length }, { name: "memory", num: true, value: (r) => r.memory, show: (r) => bytes(r.memory) },
+    { name: "", value: (r) => r.memory, show: (r) => meter(r.memory / most) }, { name: "predicted", num: true, value: (r) => r.seconds || 0, show: (r) => (r.seconds ? duration(r.seconds) : "") },
+    { name: "holds", value: (r) => r.shards.map((s) => s.table).join(), show: (r) => el("span.mono", short(r.shards.map((s) => `${s.table}${s.range ? " " + s.range : ""}`).join(", "), 160)) },
+  ];
+  return el("div.page", lanes(), el("h3", "Ranks"), sortable(columns, ranks, "ranks", () => {}));
+}
+
+/** Two lanes, computation and network, in the order of the graph: a collective runs from where it starts to where it is awaited. */
+function lanes() {
+  const nodes = app.ids.after.map((i) => app.data.nodes[i]);
+  const start = new Map(), bars = [];
+  let now = 0, wire = 0;
+  for (const n of nodes) {
+    const took = n.predicted || 0;
+    if (n.op === "wait_tensor") now = Math.max(now, ...(n.inputs || []).map((i) => start.get(i) || 0));
+    else if (n.wire) {
+      wire = Math.max(wire, now) + took;
+      start.set(n.name, wire);
+      bars.push({ name: n.name, lane: "wire", from: wire - took, to: wire });
+    } else if (took) {
+      bars.push({ name: n.name, lane: "work", from: now, to: now + took });
+      now += took;
+    }
+  }
+  const end = Math.max(now, wire);
+  if (!end) return el("p.faint", "No predicted times: the plan names no topology.");
+  const lane = (key) => el("div.lane", bars.filter((b) => b.lane === key).map((b) => {
+    const bar = el(key === "wire" ? "i.wire" : "i", { title: `${b.name}: ${duration(b.to - b.from)}`, onclick: () => { app.state.tab = "graph"; app.choose({ side: "after", name: b.name }); } });
+    bar.style.left = `${(b.from / end) * 100}%`;
+    bar.style.width = `${((b.to - b.from) / end) * 100}%`;
+    return bar;
+  }));
+  return el("div", el("h3", `Forward, predicted: ${duration(end)}`), el("p.soft", "computation"), lane("work"), el("p.soft", "network"), lane("wire"));
+}
