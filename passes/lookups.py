@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 
 from ..kernels.embedding.op import OP
 from ..kernels.embedding.pooled import POOL
+from ..kernels.max_pool.op import OP as MAX
 from .graph import Writes, arguments, aten, is_op, packet_name, stored_tensor, value_of
 from .records import Skip, skip
 
@@ -65,7 +66,7 @@ def tables_read(graph: Graph, root: nn.Module) -> dict[str, Tensor]:
     """The stored tensors that lookups of any form read, fused or not, by the plain model's first name for them."""
     found = {}
     for node in graph.nodes:
-        if is_op(node, aten.embedding.default, *BAG_OPS) or isinstance(read_lookup(node, root, None), LookupNode):
+        if is_op(node, aten.embedding.default, *BAG_OPS, MAX) or isinstance(read_lookup(node, root, None), LookupNode):
             tensor = stored_tensor(node.args[0], root)
             if tensor is not None:
                 found[id(tensor)] = tensor
@@ -85,13 +86,13 @@ def _embedding(node: Node) -> LookupNode | Skip:
 
 def _bag(node: Node, root: nn.Module, largest: bool) -> LookupNode | Skip:
     a = arguments(node)
-    if a["mode"] not in _MODES and not largest:
-        return skip("mode='max'; the fused lookup sums and averages only", at=node)
     if a["scale_grad_by_freq"]:
         return skip("scale_grad_by_freq=True; the fused backward does not count ids", at=node)
     readers = list(node.users)
     if any(not is_op(u, operator.getitem) or (u.args[1] != 0 and u.users) for u in readers):
         return skip("more than the pooled rows of embedding_bag is read (its bag sizes, say)", at=node)
+    if a["mode"] not in _MODES and not largest:
+        return skip("mode='max'; the fused lookup sums and averages only", at=node)
     result = next((u for u in readers if u.args[1] == 0), None)
     padding, weight = a.get("padding_idx"), stored_tensor(a["weight"], root)
     if padding is not None and padding < 0 and weight is not None:

@@ -1,6 +1,7 @@
-"""A lookup whose rows are only summed over a sequence becomes a bag: the tensor ``[batch, length, dim]`` is never made.
+"""A lookup whose rows are only summed over a sequence, or the largest taken, becomes a bag: ``[batch, length, dim]`` is never made.
 
 ``sum(E[ids] * mask.unsqueeze(2), 1)``  ->  ``embedding_pool(E, ids, mask)``  (and from there into a shared launch)
+``max(E[ids].masked_fill(ids == 0, -inf), 1)``  ->  ``embedding_max(E, ids, mask)``  (``pooled_maxima.py``)
 
 Found are sums and means over any axis of the ids, plain, multiplied by a mask or by weights for each position, filled with
 zeros, or written as a product with a ``[1, L]`` matrix, in every spelling :mod:`.sequence_readers` and :mod:`.position_weights`
@@ -25,10 +26,12 @@ from torch.fx import Node
 from ..kernels.embedding.pooled import POOL, ROW_SUMS
 from .graph import Editor, Writes, ancestors, aten, fetch, is_op, is_pure, packet_name, stored_tensor, value_of
 from .lazy import Lazy, make
-from .lookups import LookupNode, read_lookup
+from .lookups import BAG_OPS, LookupNode, read_lookup
+from .pooled_maxima import ALONE, take_bag, take_maximum
 from .position_weights import NONE, Ids
 from .records import APPLIED, DISABLED, SKIPPED, Record, Skip, record, skip
 from .rule import Context, Pass
+from .sequence_axes import arranged, as_matrix, size_of
 from .sequence_readers import Pool, Readers, read_readers
 
 _READS = (aten.embedding.default, aten.index_select.default, aten.index.Tensor)
@@ -47,6 +50,8 @@ class PoolSequences(Pass):
         writes = Writes(context.graph, context.root)
         records: list[Record] = []
         for node in list(context.graph.nodes):
+            if is_op(node, *BAG_OPS) and (made := take_bag(editor, node, context, writes, self.name)) is not None:
+                records.append(made)
             if not is_op(node, *_READS):
                 continue
             lookup = read_lookup(node, context.root, writes)
@@ -55,10 +60,10 @@ class PoolSequences(Pass):
                 records += self._unknown(node)
                 continue
             readers = read_readers(node, ids)
-            if not readers.pools and readers.misfit is None:
+            if not readers.pools and not readers.maxima and readers.misfit is None:
                 continue
             refusal = _refusal(lookup, readers, writes)
-            ends = [pool.end for pool in readers.pools] or [readers.others[0]]
+            ends = [pool.end for pool in (*readers.pools, *readers.maxima)] or [readers.others[0]]
             if refusal is not None:
                 records += [record(self.name, self.kind, SKIPPED, end, refusal.reason, subject=_path(node)) for end in ends]
                 continue
@@ -73,6 +78,11 @@ class PoolSequences(Pass):
                 detail = _take(editor, lookup, ids, pool, _zeros_are_seen(lookup, context))
                 records.append(record(self.name, self.kind, APPLIED, pool.end, detail=detail, subject=_path(node)))
                 editor.graph.erase_node(pool.end)
+            for maximum in readers.maxima:
+                detail = take_maximum(editor, lookup, ids, maximum)
+                records.append(record(self.name, self.kind, APPLIED, maximum.end, detail=detail, subject=_path(node)))
+                records.append(record(self.name, "lookups", APPLIED, node, detail=ALONE))
+                editor.graph.erase_node(maximum.end)
             _take_sizes(editor, readers.sizes, lookup, ids)
         editor.remove_dead()
         return records
@@ -106,13 +116,13 @@ def _refusal(lookup: LookupNode | Skip | None, readers: Readers, writes: Writes)
     if readers.others:
         other = readers.others[0]
         return skip(f"its rows are also read by {packet_name(other) or other.op}, so the unpooled rows are made anyway", at=other)
-    for pool in readers.pools:
+    for pool in (*readers.pools, *readers.maxima):
         # Weights are walked through as well, down to the ids: none of it may change on the way.
         walked = ancestors([pool.end], stop={lookup.node}) if lookup is not None else ()
         written = next((n for n in walked if writes.to(n) is not None), None)
         if written is not None:
             return skip(f"{packet_name(written)} is written to in place", at=written)
-    dead = _dying({n for pool in readers.pools for n in pool.passed})
+    dead = _dying({n for pool in (*readers.pools, *readers.maxima) for n in pool.passed})
     for size in readers.sizes:
         if size not in dead and not is_op(size, aten.sym_size.int, getattr):
             return skip(f"{packet_name(size)} needs the shape of its rows for more than a mask", at=size)
@@ -142,16 +152,14 @@ def _take(editor: Editor, lookup: LookupNode, ids: Ids, pool: Pool, zeros_are_se
     end = pool.end
     padding, read, weights, detail = _padding_and_weights(lookup, ids, pool, zeros_are_seen)
     kept = [axis for axis in range(ids.rank) if axis not in pool.over]
-    matrix = [_matrix(x, kept, pool.over) for x in (ids.node, *weights)]
+    matrix = [as_matrix(x, kept, pool.over) for x in (ids.node, *weights)]
     scale = reduce(lambda a, b: Lazy(aten.mul.Tensor, (a, b)), matrix[1:]) if weights else None
     value: Any = Lazy(
         POOL, (lookup.table, matrix[0], scale, -1 if padding is None else padding, read, lookup.wrap_negative, lookup.sparse)
     )
-    if len(kept) > 1:
-        value = Lazy(aten.unflatten.int, (value, 0, [_size(ids, axis) for axis in kept]))
     if pool.mean:
-        value = Lazy(aten.div.Tensor, (value, reduce(_times, [_size(ids, axis) for axis in pool.over])))
-    made = make(_arranged(value, kept, pool.axes, ids), editor, end, [lookup.node, end])
+        value = Lazy(aten.div.Tensor, (value, reduce(_times, [size_of(ids, axis) for axis in pool.over])))
+    made = make(arranged(value, kept, pool.axes, ids), editor, end, [lookup.node, end])
     if (known := value_of(end)) is not None:
         made.meta["val"] = known
     end.replace_all_uses_with(made)
@@ -170,37 +178,8 @@ def _padding_and_weights(lookup: LookupNode, ids: Ids, pool: Pool, zeros_are_see
     return lookup.padding_idx, True, weights, "a bag with its mask as weights" if weights else "a bag"
 
 
-def _matrix(value: Any, kept: list[int], over: tuple[int, ...]) -> Any:
-    """``[*kept, *over]`` as two axes."""
-    order = [*kept, *over]
-    if order != sorted(order):
-        value = Lazy(aten.permute.default, (value, order))
-    if len(over) > 1:
-        value = Lazy(aten.flatten.using_ints, (value, len(kept), -1))
-    return Lazy(aten.flatten.using_ints, (value, 0, len(kept) - 1)) if len(kept) > 1 else value
-
-
-def _size(ids: Ids, axis: int) -> Any:
-    # Never the sample's number: a graph that was traced serves batches and sequences of any size.
-    return Lazy(aten.sym_size.int, (ids.node, axis))
-
-
 def _times(a: Any, b: Any) -> Any:
     return Lazy(operator.mul, (a, b))
-
-
-def _arranged(value: Any, labels: list[int], axes: tuple[int, ...], ids: Ids) -> Any:
-    """``value`` with axes ``[*labels, D]`` as a value with ``axes``."""
-    held = [*labels, ids.rank]
-    if ids.rank not in axes:
-        value, held = Lazy(aten.squeeze.dim, (value, -1)), labels
-    order = [held.index(label) for label in axes if label != NONE]
-    if order != sorted(order):
-        value = Lazy(aten.permute.default, (value, order))
-    for at, label in enumerate(axes):
-        if label == NONE:
-            value = Lazy(aten.unsqueeze.default, (value, at))
-    return value
 
 
 def _take_row_sums(editor: Editor, lookup: LookupNode, ids: Ids, total: Node, axes: tuple[int, ...]) -> None:

@@ -104,10 +104,20 @@ def _peel(node: Any, labels: tuple[int, ...], ids: Ids) -> tuple[Any, tuple[int,
         parts = [_peel(a, labels[rank - _rank(a) :], ids) if isinstance(a, Node) else (a, ()) for a in node.args]
         if any(p is None or ids.rank in p[1] for p in parts) or node.kwargs:
             return None
-        aligned = [_aligned(v, kept, ids) if isinstance(a, Node) else a for a, (v, kept) in zip(node.args, parts)]  # type: ignore[misc]
+        aligned = [
+            _aligned(v if is_op(node, *_NOT) else _as_before(v, a), kept, ids) if isinstance(a, Node) else a
+            for a, (v, kept) in zip(node.args, parts)  # type: ignore[misc]
+        ]
         present = {label for _, kept in parts for label in kept}  # type: ignore[misc]
         return Lazy(node.target, tuple(aligned)), tuple(i if i in present else NONE for i in range(ids.rank))
     return node, labels
+
+
+def _as_before(value: Any, node: Node) -> Any:
+    """``value`` in the dtype of ``node``, from which it was peeled: casts go away, and what computes with it must not see that."""
+    known, was = value_of(value), value_of(node)
+    assert was is not None
+    return value if known is not None and known.dtype == was.dtype else Lazy(aten.to.dtype, (value, was.dtype))
 
 
 def _before(node: Node, labels: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -158,9 +168,8 @@ def _aligned(value: Any, labels: tuple[int, ...], ids: Ids) -> Any:
 def _kept_but(mask: Any, ids: Node, inverted: bool) -> int | None:
     """The row ``p`` where ``mask`` (of the shape of the ids) is one wherever the id is not ``p``, and zero where it is."""
     while isinstance(mask, (Node, Lazy)):
-        if isinstance(mask, Node) and is_op(mask, *_CASTS):
-            source = value_of(mask.args[0])
-            if source is None or not _is_zero_one(mask.args[0]):
+        if is_op(mask, *_CASTS) or isinstance(mask, Lazy) and mask.target is aten.to.dtype:
+            if not _is_zero_one(mask.args[0]):
                 break
             mask = mask.args[0]
         elif mask.target in _NOT and _is_bool(mask.args[0]):
@@ -208,7 +217,7 @@ def _is_bool(mask: Any) -> bool:
 
 def _is_zero_one(node: Any) -> bool:
     """A truth value, or one cast to a number."""
-    while is_op(node, *_CASTS) and not _is_bool(node):
+    while (is_op(node, *_CASTS) or isinstance(node, Lazy) and node.target is aten.to.dtype) and not _is_bool(node):
         node = node.args[0]
     return _is_bool(node)
 

@@ -1,18 +1,21 @@
-"""What becomes of the rows ``[*ids, D]`` of a lookup: every way in which they are summed over a sequence, and every other reader.
+"""What becomes of the rows ``[*ids, D]`` of a lookup: every way in which they are summed over a sequence, or the largest taken,
+and every other reader.
 
-The walk starts at the lookup and follows views and multiplications to sums, means and products with a ``[1, L]`` matrix.
-Axes carry labels as in :mod:`.position_weights`.
+The walk starts at the lookup and follows views and multiplications to sums, means, products with a ``[1, L]`` matrix and maxima;
+to maxima also positions that are filled with a number or have one added. Axes carry labels as in :mod:`.position_weights`.
 """
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.fx import Node
 
 from .axis_sizes import axis_source, size_source, transposed
-from .graph import arguments, aten, is_op, value_of
+from .graph import arguments, aten, is_op, packet_name, value_of
+from .lazy import Lazy
 from .position_weights import NONE, Ids, Weight, position_weight
 
 _SAME = (aten.contiguous.default, aten.clone.default, aten.alias.default, aten.to.dtype, aten._to_copy.default)
@@ -27,7 +30,8 @@ _VIEWS = (
 _TRANSPOSES = (aten.transpose.int, aten.permute.default, aten.mT.default)
 _SHAPE_ONLY = (aten.expand_as.default, aten.type_as.default, aten.view_as.default)
 _FILLED = (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
-_MAXIMUM = "it is the maximum over the sequence, masked or not; a bag sums or averages"
+_MAXIMUM = "it is a maximum over the sequence and something else, or with its places; the values over one axis of the ids are needed"
+_CHANGED = "the maximum over the sequence, and not by a mask or one number for each position"
 _COMPARISONS = tuple(
     getattr(aten, name).Scalar for name in ("ne", "eq", "gt", "ge", "lt", "le")
 )  # fmt: skip
@@ -47,12 +51,28 @@ class Pool:
     passed: tuple[Node, ...]
 
 
+@dataclass(frozen=True)
+class Maximum:
+    """``end`` is the largest of the rows along the axis ``over`` of the ids; its own axes are ``axes``. ``mode`` and ``kind`` as in
+    ``kernels/max_pool/plain.py``; ``mask`` and ``fill`` are what ``kind`` needs."""
+
+    end: Node
+    axes: tuple[int, ...]
+    over: int
+    mode: str
+    kind: str
+    mask: Weight | None
+    fill: float
+    passed: tuple[Node, ...]
+
+
 @dataclass
 class Readers:
-    """``pools``; ``row_sums``: comparisons of each row's sum with 0, as (sum, its axes); ``sizes``: readers of the shape
+    """``pools``; ``maxima``; ``row_sums``: comparisons of each row's sum with 0, as (sum, its axes); ``sizes``: readers of the shape
     alone; ``others``: who reads the rows themselves, and why a sum over the sequence did not fit, if one did not."""
 
     pools: list[Pool] = field(default_factory=list)
+    maxima: list[Maximum] = field(default_factory=list)
     row_sums: list[tuple[Node, tuple[int, ...]]] = field(default_factory=list)
     sizes: list[Node] = field(default_factory=list)
     others: list[Node] = field(default_factory=list)
@@ -61,12 +81,13 @@ class Readers:
 
 @dataclass(frozen=True)
 class _Rows:
-    """A value on the way: the rows with ``axes``, times ``weights``."""
+    """A value on the way: the rows with ``axes``, times ``weights``; then ``change``: (kind, mask, fill) of a :class:`Maximum`."""
 
     node: Node
     axes: tuple[int, ...]
     weights: tuple[Weight, ...]
     passed: tuple[Node, ...]
+    change: tuple[str, Weight, float] | None = None
 
     def at(self, node: Node, axes: tuple[int, ...], *weights: Weight) -> _Rows:
         return replace(self, node=node, axes=axes, weights=self.weights + weights, passed=(*self.passed, node))
@@ -94,13 +115,17 @@ def _step(user: Node, rows: _Rows, ids: Ids, found: Readers) -> _Rows | None:
         found.sizes.append(user)
         return None
     if _is_maximum(user, rows, ids):
+        maximum = _maximum(user, rows, ids)
+        if maximum is not None:
+            found.maxima.append(maximum)
+            return None
         found.misfit = (_MAXIMUM, user)
     if not _reads_once(user, rows.node) or (made := value_of(user)) is None:
         found.others.append(user)
         return None
-    if is_op(user, aten.sum.dim_IntList, aten.mean.dim):
+    if rows.change is None and is_op(user, aten.sum.dim_IntList, aten.mean.dim):
         return _reduced(user, rows, ids, found)
-    if is_op(user, aten.bmm.default, aten.matmul.default, aten.einsum.default):
+    if rows.change is None and is_op(user, aten.bmm.default, aten.matmul.default, aten.einsum.default):
         pool = _einsum(user, rows, ids) if is_op(user, aten.einsum.default) else _product(user, rows, ids)
         if pool is not None:
             found.pools.append(pool)
@@ -111,8 +136,8 @@ def _step(user: Node, rows: _Rows, ids: Ids, found: Readers) -> _Rows | None:
         found.misfit = (f"its weights make the rows {made.dtype}; its table is {ids.dtype}", user)
     if step is None:
         found.others.append(user)
-        if found.misfit is None and any(_is_maximum(n, rows, ids) for n in user.users):  # of masked rows
-            found.misfit = (_MAXIMUM, user)
+        if found.misfit is None and any(_is_maximum(n, rows.at(user, rows.axes), ids) for n in user.users):
+            found.misfit = (f"its rows are changed by {packet_name(user)} before {_CHANGED}", user)
     return step
 
 
@@ -121,8 +146,26 @@ def _is_maximum(node: Node, rows: _Rows, ids: Ids) -> bool:
     if not is_op(node, aten.max.dim, aten.amax.default) or len(node.args) < 2 or ids.rank < 2:
         return False
     dims: Any = node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]]
-    known = value_of(node.args[0])
+    known = value_of(rows.node)
     return known is not None and known.dim() == len(rows.axes) and any(rows.axes[d] in range(ids.rank) for d in dims)
+
+
+def _maximum(user: Node, rows: _Rows, ids: Ids) -> Maximum | None:
+    """The maximum that ``user`` takes; ``None`` where it is of more than one axis, or tells where it was found."""
+    a = arguments(user)
+    dims, mode = ([a["dim"]], "max") if is_op(user, aten.max.dim) else (list(a["dim"]), "amax")
+    rank, end = len(rows.axes), user
+    if len(dims) != 1 or len(rows.weights) + (rows.change is not None) > 1:
+        return None
+    if mode == "max":
+        parts = {u.args[1]: u for u in user.users if is_op(u, operator.getitem) and u.users}
+        if list(parts) != [0] or any(not is_op(u, operator.getitem) for u in user.users):
+            return None
+        end = parts[0]
+    at = dims[0] % rank
+    kind, mask, fill = rows.change or (("multiply", rows.weights[0], 0.0) if rows.weights else ("none", None, 0.0))
+    axes = tuple(NONE if i == at else label for i, label in enumerate(rows.axes) if a["keepdim"] or i != at)
+    return Maximum(end, axes, rows.axes[at], mode, kind, mask, fill, (*rows.passed, user, end))
 
 
 def _reads_once(user: Node, node: Node) -> bool:
@@ -141,24 +184,52 @@ def _same_rows(user: Node, rows: _Rows, ids: Ids, shape: tuple) -> _Rows | None:
     if is_op(user, *_VIEWS):
         axes = _viewed(user, rows, ids, shape)
         return None if axes is None else rows.at(user, axes)
+    if rows.change is not None:
+        return None
     other, inverted = None, False
     if is_op(user, aten.mul.Tensor):
         other = user.args[1] if user.args[0] is rows.node else user.args[0]
-    elif is_op(user, aten.where.self) and user.args[1] is rows.node and _is_zero(user.args[2]):
-        other = user.args[0]
-    elif is_op(user, aten.where.ScalarOther) and user.args[1] is rows.node and user.args[2] == 0:
-        other = user.args[0]
-    elif is_op(user, aten.masked_fill.Scalar) and user.args[0] is rows.node and user.args[2] == 0:
-        other, inverted = user.args[1], True
-    known = value_of(other)
+    elif (filled := _filled(user, rows.node)) is not None:
+        other, inverted, fill = filled
+        if fill != 0:
+            weight = _weight(other, rows, ids, shape, inverted)
+            ready = weight is not None and not rows.weights
+            return replace(rows.at(user, rows.axes), change=("keep", weight, fill)) if ready else None  # type: ignore[arg-type]
+    elif is_op(user, aten.add.Tensor, aten.sub.Tensor) and len(user.args) == 2 and not user.kwargs and not rows.weights:
+        first = user.args[0] is rows.node
+        weight = _weight(user.args[1] if first else user.args[0], rows, ids, shape, False) if first or is_op(user, aten.add.Tensor) else None
+        if weight is None:
+            return None
+        if is_op(user, aten.sub.Tensor):
+            weight = replace(weight, value=Lazy(aten.neg.default, (weight.value,)))
+        return replace(rows.at(user, rows.axes), change=("add", weight, 0.0))
+    weight = _weight(other, rows, ids, shape, inverted)
+    return None if weight is None else rows.at(user, rows.axes, weight)
+
+
+def _filled(user: Node, node: Node) -> tuple[Any, bool, float] | None:
+    """(mask, whether its true positions are those filled, with what), where ``user`` fills positions of ``node``."""
+    if is_op(user, aten.masked_fill.Scalar) and user.args[0] is node:
+        mask, inverted, fill = user.args[1], True, user.args[2]
+    elif is_op(user, aten.where.self) and node in user.args[1:]:
+        mask, inverted = user.args[0], user.args[2] is node
+        fill = _number(user.args[1 if inverted else 2])
+    elif is_op(user, aten.where.ScalarOther) and user.args[1] is node:
+        mask, inverted, fill = user.args[0], False, user.args[2]
+    else:
+        return None
+    return (mask, inverted, float(fill)) if isinstance(fill, (int, float)) else None
+
+
+def _weight(other: Any, rows: _Rows, ids: Ids, shape: tuple, inverted: bool) -> Weight | None:
+    """``other``, with which the rows are multiplied, filled or shifted, as one number for each position."""
+    known, rank = value_of(other), len(rows.axes)
     if known is None or len(shape) != rank or not 0 < known.dim() <= rank:
         return None
     axes = rows.axes[rank - known.dim() :]
     if any(label == NONE and size != 1 for label, size in zip(axes, known.shape)):
         return None  # the rows are repeated
-    assert isinstance(other, Node)
-    weight = position_weight(other, axes, ids, inverted)
-    return None if weight is None else rows.at(user, rows.axes, weight)
+    return position_weight(other, axes, ids, inverted)
 
 
 def _width(rows: _Rows, ids: Ids) -> Any:
@@ -234,10 +305,12 @@ def _label_of(size: Any, rows: _Rows, ids: Ids) -> int | None:
     return labels[0] if len(labels) == 1 else None
 
 
-def _is_zero(node: Any) -> bool:
+def _number(node: Any) -> Any:
+    """The number that all of a tensor is."""
     if is_op(node, aten.zeros_like.default, aten.zeros.default):
-        return True
-    return is_op(node, aten.scalar_tensor.default, aten.full.default, aten.full_like.default) and node.args[-1] == 0
+        return 0
+    made = is_op(node, aten.scalar_tensor.default, aten.full.default, aten.full_like.default)
+    return node.args[-1] if made else None
 
 
 def _reduced(user: Node, rows: _Rows, ids: Ids, found: Readers) -> _Rows | None:

@@ -13,6 +13,8 @@ from torch.fx import Node
 from ..kernels.embedding.op import OP
 from ..kernels.embedding.pooled import ROW_SUMS
 from ..kernels.embedding.spec import decode
+from ..kernels.max_pool.op import GRAD
+from ..kernels.max_pool.op import OP as MAX
 from .graph import Editor, packet_name, stored_tensor
 from .records import APPLIED, SKIPPED, Record
 from .rule import Context, Pass
@@ -50,11 +52,16 @@ class TableGradients(Pass):
     def run(self, context: Context) -> list[Record]:
         editor = Editor(context.graph, self.name)
         fused = [n for n in context.graph.nodes if n.target is OP]
-        readers = _other_readers(context)
+        names = _names(context)
+        maxima = {n: names.get(id(stored_tensor(n.args[0], context.root))) for n in context.graph.nodes if n.target is MAX}
+        readers = _other_readers(context, names)
         held = {table.name for node in fused for table in decode(node.args[_SPEC]).tables}  # type: ignore[arg-type]
+        held |= {name for name in maxima.values() if name is not None}
         records, grads = [], {}
         for table, choice in context.tables.items():
             other = readers.get(table)
+            if choice.grad == "in_backward":  # of which a maximum is no part
+                other = other or next((n for n, name in maxima.items() if name == table), None)
             reason = choice.reason
             if not reason and other is not None:
                 reason = f"it is also read by {packet_name(other) or other.op}, which is not a fused lookup"
@@ -75,6 +82,9 @@ class TableGradients(Pass):
                 records.append(Record(self.kind, APPLIED, table, self.name, detail=choice.detail))
         for node in fused:
             _set(editor, node, grads)
+        for node, table in maxima.items():
+            if table in grads:
+                node.args = (*node.args[:GRAD], grads[table].grad, *node.args[GRAD + 1 :])
         return records
 
 
@@ -89,17 +99,22 @@ def _set(editor: Editor, node: Node, choices: dict[str, Choice]) -> None:
         node.args = (*node.args[:_TICKET], ticket, owners.pop())
 
 
-def _other_readers(context: Context) -> dict[str, Node]:
-    """For each stored tensor's canonical name, a reader that is not a fused lookup and may train it."""
+def _names(context: Context) -> dict[int, str]:
+    """The canonical names of stored tensors, by identity."""
     names: dict[int, str] = {}
     for name, tensor in context.root.named_parameters(remove_duplicate=False):
         names.setdefault(id(tensor), name)
+    return names
+
+
+def _other_readers(context: Context, names: dict[int, str]) -> dict[str, Node]:
+    """For each stored tensor's canonical name, a reader that is not a fused lookup and may train it."""
     found: dict[str, Any] = {}
     for node in context.graph.nodes:
         tensor = stored_tensor(node, context.root)
         if tensor is None or id(tensor) not in names:
             continue
         for user in node.users:
-            if user.target not in (OP, ROW_SUMS):  # row sums have no gradient
+            if user.target not in (OP, ROW_SUMS, MAX):  # row sums have no gradient
                 found[names[id(tensor)]] = user
     return found

@@ -56,6 +56,7 @@ SUMS = {
     "matrix of ones": lambda e, i: torch.bmm(torch.ones_like(i, dtype=e.dtype).unsqueeze(1), e).squeeze(1),
 }
 MASKS = {
+    "one minus a cast mask, repeated": lambda e, i: (e * (1 - (i == 0).float().unsqueeze(2).repeat_interleave(DIM, 2))).sum(1),
     "mask": lambda e, i: (e * mask(i).unsqueeze(2)).sum(1),
     "mask, other side": lambda e, i: (mask(i)[:, :, None].float() * e).sum(dim=1),
     "above 0": lambda e, i: (e * (i > 0).unsqueeze(-1).float()).sum(1),
@@ -217,9 +218,11 @@ SKIPS = {
     "an FM": (lambda e, i: e.sum(1) ** 2 - (e * e).sum(1), "also read by mul"),
     "returned": (lambda e, i: torch.cat([e.flatten(1), e.sum(1)], 1), "also read by"),
     "attention": (lambda e, i: (e * (e @ torch.ones(DIM, 1)).softmax(1)).sum(1), "also read by matmul"),
-    "maximum": (lambda e, i: e.max(1)[0], "maximum over the sequence"),
-    "masked maximum": (lambda e, i: e.masked_fill((i == 0).unsqueeze(2), -1e9).amax(1), "maximum over the sequence"),
-    "lowered, maximum": (lambda e, i: (e - (i == 0).float().unsqueeze(2) * 1e9).max(dim=1)[0], "maximum over the sequence"),
+    "places of the maximum": (lambda e, i: e.max(1)[0] + e.max(1)[1], "maximum over the sequence and something else"),
+    "maximum of both axes": (lambda e, i: e.amax((1, 2)), "maximum over the sequence and something else"),
+    "masked, read twice": (lambda e, i: (m := e.masked_fill((i == 0).unsqueeze(2), -1e9)).amax(1) + m.sum(1), "also read by sum"),
+    "filled and shifted": (lambda e, i: (e.masked_fill((i == 0)[..., None], -9.0) - i[..., None]).amax(1) + e.amax(1), "changed by sub before"),
+    "shifted by columns": (lambda e, i: (e - torch.rand(DIM)).amax(1) + e.amax(1), "changed by sub before"),
     "two columns of weights": (lambda e, i: e.sum(1) + (e * mask(i).unsqueeze(2)).cumsum(1)[:, -1], "also read by cumsum"),
     "both axes": (lambda e, i: e.sum((1, 2)), "columns at once"),
     "another dtype": (lambda e, i: e.sum(1, dtype=torch.float64), "float64"),
