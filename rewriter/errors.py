@@ -3,9 +3,7 @@ from __future__ import annotations
 
 import difflib
 
-
-class TablewrightError(Exception):
-    """Base of every error that ``optimize``, its plans, its passes and its exports raise on purpose."""
+from ..kernels.errors import TablewrightError as TablewrightError
 
 
 class CaptureError(TablewrightError):
