@@ -21,6 +21,10 @@ _HOME = {
     "Adam": "rewriter.plan",
     "Report": "rewriter.report",
     "Equivalence": "rewriter.equivalence",
+    "export_serving": "rewriter.serving.export",
+    "export_delta": "rewriter.serving.export",
+    "load_serving": "rewriter.serving.predictor",
+    "Predictor": "rewriter.serving.predictor",
     "TablewrightError": "rewriter.errors",
     "CaptureError": "rewriter.errors",
     "PlanError": "rewriter.errors",
@@ -28,11 +32,31 @@ _HOME = {
     "VerifyError": "rewriter.errors",
     "ExportError": "rewriter.errors",
     "InBackwardError": "rewriter.errors",
+    "ServingError": "kernels.errors",
+    "InputError": "kernels.errors",
+    "InputTypeError": "kernels.errors",
+    "IdOutOfRange": "kernels.errors",
+    "UnknownTable": "kernels.errors",
+    "CorruptShard": "kernels.errors",
+    "VersionSkew": "kernels.errors",
+    "StoreIncomplete": "kernels.errors",
+    "StoreUnavailable": "kernels.errors",
 }
 
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from .kernels.errors import (
+        CorruptShard,
+        IdOutOfRange,
+        InputError,
+        InputTypeError,
+        ServingError,
+        StoreIncomplete,
+        StoreUnavailable,
+        UnknownTable,
+        VersionSkew,
+    )
     from .rewriter.equivalence import Equivalence
     from .rewriter.errors import (
         CaptureError,
@@ -48,6 +72,8 @@ if TYPE_CHECKING:
     from .rewriter.placement import Communication
     from .rewriter.plan import SGD, Adagrad, Adam, Plan, RowwiseAdagrad, TablePlan
     from .rewriter.report import Report
+    from .rewriter.serving.export import export_delta, export_serving
+    from .rewriter.serving.predictor import Predictor, load_serving
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from ..kernels.gather.op import BAG, GATHER
-from .graph import Editor, Writes, aten, stored_tensor, value_of
+from .graph import Editor, Writes, ancestors, aten, stored_tensor, value_of
 from .lookups import LookupNode, read_lookup
 from .records import APPLIED, DISABLED, SKIPPED, Record, Skip, record
 from .rule import Context, Pass
@@ -40,11 +40,16 @@ class LowerToServing(Pass):
             elif lookup is not None and lookup.result is not None:
                 found.append(lookup)
         names, others = table_names(root), _other_readers(graph, root, found)
+        nodes = {each.node for each in found}
+        staged = {each.node for each in found if ancestors(p for p in (each.ids, each.offsets, each.sample_weights) if p is not None) & nodes}
         for lookup in found:
             table: Tensor = stored_tensor(lookup.table, root)  # type: ignore[assignment]
             size, other = table.numel() * table.element_size(), others.get(id(table))
             if other is not None:
                 reason = f"its table is also read by {other.name}, which is not a lookup that can leave the graph; the table stays inside"
+                records.append(record(self.name, self.kind, SKIPPED, lookup.node, reason))
+            elif lookup.node in staged:
+                reason = "its ids or weights come from rows of another lookup; all rows are fetched at once, so its table stays inside"
                 records.append(record(self.name, self.kind, SKIPPED, lookup.node, reason))
             elif table.dtype == torch.float64:
                 reason = "its table is float64 and stays inside the graph; rows outside are float32 at most"

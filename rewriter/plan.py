@@ -9,6 +9,7 @@ tables:                       # globs on module paths; every matching entry appl
 passes: {group_tables: true}  # absent = default, false = off, mapping = options
 numerics: reassociated        # exact | reassociated | approximate: the loosest class of rewrite allowed
 huge_pages: true              # ask the kernel to keep big CPU tables on huge pages; moves memory, changes no value
+serving: {inline_below: 0}    # tables of fewer bytes stay inside the graph that tw.export_serving writes
 ```
 
 Over several ranks an entry of ``tables`` also says where: ``{sharding: row_wise, ranks: [0, 1], exchange: unique, communication:
@@ -120,6 +121,17 @@ class TablePlan:
 
 
 @dataclass(frozen=True)
+class ServingPlan:
+    """What a plan says of exports. ``inline_below``: tables of fewer bytes stay inside the serving graph."""
+
+    inline_below: int = 0
+
+    def __post_init__(self) -> None:
+        ok = type(self.inline_below) is int and self.inline_below >= 0
+        _expect(ok, "serving.inline_below", self.inline_below, "a number of bytes, 0 or more")
+
+
+@dataclass(frozen=True)
 class Plan:
     """A plan. Fields are the keys of its text form; see the module's example. Raises :class:`PlanError` on anything unknown,
     with the nearest match."""
@@ -129,12 +141,18 @@ class Plan:
     passes: Mapping[str, bool | Mapping[str, Any]] = field(default_factory=dict)
     numerics: str = "reassociated"
     huge_pages: bool = True
+    serving: ServingPlan = field(default_factory=ServingPlan)
     version: int = 1
 
     def __post_init__(self) -> None:
         _expect(self.version == 1 and type(self.version) is int, "version", self.version, "1")
         _expect(self.numerics in NUMERICS, "numerics", self.numerics, " | ".join(NUMERICS))
         _expect(isinstance(self.huge_pages, bool), "huge_pages", self.huge_pages, "true or false")
+        _expect(isinstance(self.serving, (ServingPlan, Mapping)), "serving", self.serving, "a mapping, as {inline_below: 4096}")
+        if isinstance(self.serving, Mapping):
+            for key in self.serving:
+                _known(key, [f.name for f in fields(ServingPlan)], "serving", "key")
+            object.__setattr__(self, "serving", ServingPlan(**self.serving))
         _check_optimizer(self.embedding_optimizer, "embedding_optimizer")
         _expect(isinstance(self.tables, Mapping), "tables", self.tables, "a mapping from globs to settings")
         _expect(isinstance(self.passes, Mapping), "passes", self.passes, "a mapping from pass names to true, false or options")
@@ -184,6 +202,8 @@ class Plan:
         out["numerics"] = self.numerics
         if not self.huge_pages:
             out["huge_pages"] = False
+        if self.serving != ServingPlan():
+            out["serving"] = {"inline_below": self.serving.inline_below}
         return out
 
     @staticmethod

@@ -1,0 +1,40 @@
+"""Each row is asked for once, however many lookups of a request name it: what lies in front of every store behind a network."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from .tables import Table
+
+
+class Unique:
+    """A store over another one, which then gets each table at most once, with ascending ids that are all different."""
+
+    wants_unique = False
+
+    def __init__(self, store, tables: Mapping[str, Table]) -> None:
+        self.store = store
+        self._names, self._tables = list(tables), list(tables.values())
+        self._number = {name: i for i, name in enumerate(tables)}
+        # the rows of all tables in one numbering
+        self._first = np.concatenate([[0], np.cumsum([t.rows for t in tables.values()], dtype=np.int64)])
+
+    def lookup_many(self, requests: Sequence[tuple[str, np.ndarray]]) -> list[np.ndarray]:
+        """See :class:`.request.Store`."""
+        numbers = [self._number[name] for name, _ in requests]
+        every, place = np.unique(np.concatenate([ids + self._first[k] for k, (_, ids) in zip(numbers, requests)]), return_inverse=True)
+        edges = np.searchsorted(every, self._first)
+        wanted = sorted({k for k in numbers if edges[k + 1] > edges[k]})
+        rows = self.store.lookup_many([(self._names[k], every[edges[k] : edges[k + 1]] - self._first[k]) for k in wanted])
+        by_table = dict(zip(wanted, rows))
+        found, start = [], 0
+        for k, (_, ids) in zip(numbers, requests):
+            mine = place[start : start + len(ids)]
+            start += len(ids)
+            table = self._tables[k]
+            found.append(by_table[k].take(mine - edges[k], 0) if len(ids) else np.empty((0, table.width), table.stored))
+        return found
+
+    def close(self) -> None:
+        self.store.close()

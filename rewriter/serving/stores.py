@@ -1,0 +1,23 @@
+"""From ``store="..."`` to the store of one version. Imports no torch, and what a kind of store needs only when it is asked for."""
+from __future__ import annotations
+
+from ...kernels.gather.local import LocalStore
+from ...kernels.gather.request import Store
+from ...kernels.gather.unique import Unique
+from ..errors import nearest
+from .manifest import Manifest
+
+_KINDS = ("local", "flight", "redis-cluster")
+
+
+def open_store(manifest: Manifest, spec: str = "local", *, deadline_ms: float = 50, cache_rows: int = 0, verify: str = "full") -> Store:
+    """The rows of ``manifest``'s version. Raises ``ValueError`` for an unknown ``spec``, and what the store raises."""
+    kind, _, address = spec.partition("://")
+    if kind not in _KINDS or bool(address) != (kind != "local"):
+        raise ValueError(f"store is '{spec}'{nearest(kind, _KINDS)}; it must be 'local', 'flight://host:port,...' or 'redis-cluster://host:port,...'")
+    if not deadline_ms > 0 or cache_rows < 0:
+        raise ValueError(f"deadline_ms is {deadline_ms} and cache_rows {cache_rows}; they must be above 0 and at least 0")
+    manifest.verify(verify, graphs_only=kind != "local")
+    if kind == "local":
+        return LocalStore(manifest.tables, manifest.root, manifest.base)
+    raise ValueError(kind)
