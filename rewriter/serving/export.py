@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from torch import Tensor, nn
+
+try:
+    import onnx
+    import onnxscript  # noqa: F401  (the exporter of torch needs it)
+except ImportError as error:
+    raise ImportError("exports for serving need onnx and onnxscript: pip install 'tablewright[export]'") from error
 
 from ...kernels.gather.local import LocalStore
 from ...kernels.gather.tables import CODECS, Table
@@ -127,7 +132,7 @@ def _write(root: Path, home: Path, name: str, graph: ServingGraph, proto: onnx.M
         put(DEFAULTS, (root / DEFAULTS).read_bytes())
     previous = home / manifests.CURRENT
     raw: dict[str, Any] = {
-        "format": manifests.FORMAT, "model": home.absolute().name, "version": name, 
+        "format": manifests.FORMAT, "model": home.absolute().name, "version": name,
         "previous": previous.read_text().strip() if previous.is_file() else None,
         "producer": {"package": "tablewright", "torch": torch.__version__, "onnx": onnx.__version__},
         "base": None if base is None else {"version": base.version, "digest": base.digest},

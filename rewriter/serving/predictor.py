@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
+
+try:
+    import onnxruntime
+except ImportError as error:
+    raise ImportError("serving needs ONNX Runtime: pip install 'tablewright[serving]'") from error
 
 from ...kernels.errors import ServingError, VersionSkew
 from ...kernels.gather.request import Lookups, Store
@@ -135,7 +139,7 @@ class _Session:
 
     def __call__(self, env: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         try:
-            return self._session.run(self.outputs, {name: env[name] for name in self.inputs})
+            return self._session.run(self.outputs, {name: env[name] for name in self.inputs})  # type: ignore[return-value]
         except Exception as error:
             shapes = ", ".join(f"{name} {list(env[name].shape)}" for name in self.inputs)
             raise ServingError(f"{self._file} failed on {shapes}: {error}") from error

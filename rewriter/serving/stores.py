@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from ...kernels.gather.local import LocalStore
 from ...kernels.gather.request import Store
-from ...kernels.gather.unique import Unique
 from ..errors import nearest
 from .manifest import Manifest
 

@@ -11,7 +11,18 @@ import tablewright as tw
 import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
-from serving_models import EveryLookup, arrays, close, every_lookup_inputs, exported, plain, towers, trained, two_towers_inputs, without_torch
+from serving_models import (
+    EveryLookup,
+    arrays,
+    close,
+    every_lookup_inputs,
+    exported,
+    plain,
+    towers,
+    trained,
+    two_towers_inputs,
+    without_torch,
+)
 from tablewright.kernels.codecs.op import decode
 from tablewright.rewriter.serving import manifest as manifests
 from torch import nn
