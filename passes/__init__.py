@@ -12,6 +12,7 @@ from .fuse_mlp import FuseMlp
 from .fuse_pair_products import FusePairProducts
 from .group_tables import GroupTables
 from .id_columns import IdColumns
+from .mixed_precision import MixedPrecision
 from .pool_sequences import PoolSequences
 from .remove_zero_dropout import RemoveZeroDropout
 from .rule import Pass
@@ -22,5 +23,5 @@ from .table_gradients import TableGradients
 DEFAULT: tuple[type[Pass], ...] = (
     RemoveZeroDropout, FuseFm, FuseDotInteraction, FusePairProducts, PoolSequences, ConcatenatedLookups,
     ShareRepeats, IdColumns, GroupTables, TableGradients, FuseCross,
-    BatchExperts, DenseChains, ShortSoftmax, FastDropout, FuseMlp,
+    BatchExperts, MixedPrecision, DenseChains, ShortSoftmax, FastDropout, FuseMlp,
 )  # fmt: skip

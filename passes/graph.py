@@ -39,6 +39,11 @@ class Editor:
         node.update_arg(index, value)
         self._stamp(node, [node], node.meta.get("val"))
 
+    def replace_input(self, node: Node, old: Node, new: Node) -> None:
+        """``node`` reads ``new`` wherever it read ``old``."""
+        node.replace_input_with(old, new)
+        self._stamp(node, [node], node.meta.get("val"))
+
     def replace(self, old: Node, new: Node) -> None:
         """``new`` takes every use of ``old``, which goes away."""
         old.replace_all_uses_with(new)

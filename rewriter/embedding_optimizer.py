@@ -44,6 +44,11 @@ def decide(
                     f"{type(optimizer).__name__} passed as optimizer=. Build that one without the tables "
                     "(opt.dense_parameters() lists the others), or take embedding_optimizer out of the plan"
                 )
+            if wish.embedding_optimizer.in_backward and plan.precision == "fp16":
+                raise PlanError(
+                    f"the plan updates table '{name}' inside the backward and computes in fp16, whose gradients need loss scaling: the table "
+                    "would take scaled gradients. Say precision: bf16, or in_backward: false"
+                )
             planned[name] = wish.embedding_optimizer
         elif id(table) in claimed:
             choices[name] = _user_choice(table, optimizer, claimed[id(table)], plan.numerics)

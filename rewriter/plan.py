@@ -8,6 +8,7 @@ tables:                       # globs on module paths; every matching entry appl
   "frozen.*": {trainable: false}
 passes: {group_tables: true}  # absent = default, false = off, mapping = options
 numerics: reassociated        # exact | reassociated | approximate: the loosest class of rewrite allowed
+precision: fp32               # fp32 | bf16 | fp16: of the dense part; parameters, tables and updates stay fp32
 huge_pages: true              # ask the kernel to keep big CPU tables on huge pages; moves memory, changes no value
 serving: {inline_below: 0}    # tables of fewer bytes stay inside the graph that tw.export_serving writes
 ```
@@ -29,6 +30,7 @@ import yaml
 from torch import nn
 
 from .. import passes as registry
+from ..passes.mixed_precision import PRECISIONS, MixedPrecision
 from ..passes.records import NUMERICS
 from ..passes.rule import Pass
 from .errors import PlanError, nearest
@@ -140,6 +142,7 @@ class Plan:
     tables: Mapping[str, TablePlan] = field(default_factory=dict)
     passes: Mapping[str, bool | Mapping[str, Any]] = field(default_factory=dict)
     numerics: str = "reassociated"
+    precision: str = "fp32"
     huge_pages: bool = True
     serving: ServingPlan = field(default_factory=ServingPlan)
     version: int = 1
@@ -147,6 +150,7 @@ class Plan:
     def __post_init__(self) -> None:
         _expect(self.version == 1 and type(self.version) is int, "version", self.version, "1")
         _expect(self.numerics in NUMERICS, "numerics", self.numerics, " | ".join(NUMERICS))
+        _expect(self.precision in PRECISIONS, "precision", self.precision, " | ".join(PRECISIONS))
         _expect(isinstance(self.huge_pages, bool), "huge_pages", self.huge_pages, "true or false")
         _expect(isinstance(self.serving, (ServingPlan, Mapping)), "serving", self.serving, "a mapping, as {inline_below: 4096}")
         if isinstance(self.serving, Mapping):
@@ -176,6 +180,16 @@ class Plan:
                 _expect(isinstance(setting, bool), f"passes.{name}", setting, "true, false or a mapping of options")
             chosen[name] = setting
         object.__setattr__(self, "passes", MappingProxyType(chosen))
+        self._check_precision()
+
+    def _check_precision(self) -> None:
+        """``precision`` asks for an approximate rewrite by name, so ``numerics: reassociated`` does not forbid it."""
+        setting = self.passes.get(MixedPrecision.name, True)
+        if isinstance(setting, Mapping) and "precision" in setting:
+            raise PlanError(f"passes.{MixedPrecision.name}.precision: say precision: {setting['precision']} at the top of the plan")
+        if self.precision != "fp32" and (setting is False or self.numerics == "exact"):
+            why = "numerics: exact" if self.numerics == "exact" else f"passes.{MixedPrecision.name}: false"
+            raise PlanError(f"precision is {self.precision}, which {why} forbids; take one of them out of the plan")
 
     def __hash__(self) -> int:
         return hash(json.dumps(self.to_dict()))
@@ -200,6 +214,8 @@ class Plan:
         if self.passes:
             out["passes"] = {n: s if isinstance(s, bool) else {k: _plain(v) for k, v in s.items()} for n, s in self.passes.items()}
         out["numerics"] = self.numerics
+        if self.precision != "fp32":
+            out["precision"] = self.precision
         if not self.huge_pages:
             out["huge_pages"] = False
         if self.serving != ServingPlan():
@@ -275,6 +291,8 @@ class Plan:
             setting = self.passes.get(cls.name, True)
             if setting is False:
                 made.append(Disabled(cls, f"the plan says passes.{cls.name}: false"))
+            elif cls is MixedPrecision:
+                made.append(cls(precision=self.precision))
             elif NUMERICS.index(cls.numerics) > NUMERICS.index(self.numerics):
                 made.append(Disabled(cls, f"it is {cls.numerics}, and the plan allows {self.numerics} at most"))
             else:

@@ -21,6 +21,7 @@ _WORDS = {
     "concatenations": "merged",
     "repeats": "computed once",
     "id columns": "cut at once",
+    "ops": "in low precision",
 }
 _MAX_LINES = 25
 

@@ -1,7 +1,8 @@
 """``tablewright::cross``: one matrix cross layer of DCN v2, ``x0 * (x W^T + b) + c + x``.
 
 ``x0`` and ``x`` ``[*, dim]``, ``weight`` ``[dim, dim]``, ``bias`` (``b``) and ``shift`` (``c``) ``[dim]`` or none -> ``[*, dim]``, of any floating
-dtype on any device. After the product there is one pass over memory (``addcmul``) instead of two or three, and the backward
+dtype on any device; where ``weight`` (and ``bias``) are of a lower precision than ``x0`` and ``x``, the product is made in it and everything
+else in that of ``x``. After the product there is one pass over memory (``addcmul``) instead of two or three, and the backward
 adds the residual's gradient in place; the product itself is ``dense/gemm.py``'s. A kernel of its own for the rest would gain
 nothing: at batch 2048 and dim 429 the elementwise part is 4 % of the layer. A backward
 that is differentiated again (``create_graph=True``) runs through plain PyTorch ops.
@@ -24,7 +25,7 @@ LIBRARY.define("cross_backward(Tensor grad, Tensor x0, Tensor x, Tensor y, Tenso
 
 def reference(x0: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None) -> Tensor:
     """The same in plain, differentiable PyTorch."""
-    out = x0 * F.linear(x, weight, bias) + x
+    out = x0 * F.linear(x.to(weight.dtype), weight, bias) + x
     return out if shift is None else out + shift
 
 
@@ -32,7 +33,7 @@ def _forward(x0, x, weight, bias, shift) -> tuple[Tensor, Tensor]:
     """The layer's value, and ``x W^T + b`` for the backward."""
     if x0.shape != x.shape:
         raise ValueError(f"x0 has shape {tuple(x0.shape)} and x {tuple(x.shape)}; they must be equal")
-    y = gemm.linear(x, weight, bias)
+    y = gemm.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
     if shift is None:
         return torch.addcmul(x, x0, y), y
     return torch.addcmul(shift, x0, y).add_(x), y
@@ -50,12 +51,13 @@ def _backward(
     made = []
     if wanted[0]:
         made.append(grad * y)
+    low = inner.to(weight.dtype)
     if wanted[1]:
-        made.append(gemm.input_gradient(inner, weight, again).add_(grad))
+        made.append(gemm.input_gradient(low, weight, again).to(x.dtype).add_(grad))
     if wanted[2]:
-        made.append(gemm.weight_gradient(inner, x, again))
+        made.append(gemm.weight_gradient(low, x.to(weight.dtype), again))
     if wanted[3]:
-        made.append(inner.reshape(-1, inner.shape[-1]).sum(0))
+        made.append(low.reshape(-1, low.shape[-1]).sum(0))
     if wanted[4]:
         made.append(grad.reshape(-1, grad.shape[-1]).sum(0))
     return made
@@ -77,7 +79,7 @@ class _Cross(torch.autograd.Function):
         x0, x, y, weight, bias = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad)
         if torch.is_grad_enabled():
-            y = F.linear(x, weight, bias)  # autograd knows what this one was made from
+            y = F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)  # autograd knows what this one was made from
         run = backward_of(_backward, torch.ops.tablewright.cross_backward)
         made = iter(run(grad, x0, x, y, weight, wanted))
         return tuple(next(made) if want else None for want in wanted)
@@ -104,8 +106,8 @@ def _fake_forward(x0, x, weight, bias, shift):
 @torch.library.register_fake("tablewright::cross_backward", lib=LIBRARY)
 def _fake_backward(grad, x0, x, y, weight, wanted):
     dim = weight.shape[0]
-    shapes = (x0.shape, x.shape, weight.shape, (dim,), (dim,))
-    return [x.new_empty(shape) for shape, want in zip(shapes, wanted) if want]
+    like = (x0, x, weight, weight.new_empty(dim), x.new_empty(dim))
+    return [t.new_empty(t.shape) for t, want in zip(like, wanted) if want]
 
 
 for _device in ("CPU", "CUDA"):

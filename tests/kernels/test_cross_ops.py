@@ -105,3 +105,24 @@ def test_second_derivatives(full):
     given = (x, tensor(1, 4), tensor(4), *((tensor(1), tensor(1), tensor(4), tensor(4)) if full else [None] * 4))
     for run in (vector.call, vector.OP):
         assert torch.autograd.gradgradcheck(lambda x0, *t, run=run: run(x0, list(t[:2]), list(t[2:4]), list(t[4:])), given)
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+def test_a_low_weight_makes_the_product_low_and_nothing_else(shifted):
+    torch.manual_seed(0)
+    x0, x, shift, seed = (torch.randn(6, 5) for _ in range(4))
+    x0, x, shift = x0.requires_grad_(), x.requires_grad_(), shift[0].clone().requires_grad_() if shifted else None
+    weight, bias = (torch.randn(s).bfloat16().requires_grad_() for s in ((5, 5), (5,)))
+    leaves = [t for t in (x0, x, weight, bias, shift) if t is not None]
+    results = []
+    for run in (matrix.call, matrix.reference, matrix.OP):
+        out = run(x0, x, weight, bias, shift)
+        assert out.dtype == torch.float32
+        results.append([out, *torch.autograd.grad(out, leaves, seed)])
+    for made in (results[0], results[2]):
+        for a, b in zip(made, results[1]):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=5e-2)
+    residual = matrix.call(x0, x, torch.zeros_like(weight), None, None)
+    assert torch.equal(residual, x), "the residual is not rounded"
+    torch.library.opcheck(matrix.OP, (x0, x, weight, bias, shift), raise_exception=True)

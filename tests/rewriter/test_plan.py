@@ -64,7 +64,9 @@ def _plans():
     )
     numerics = st.sampled_from(["exact", "reassociated", "approximate"])
     globs = st.dictionaries(st.text(min_size=1, max_size=8), table, max_size=3)
-    return st.builds(tw.Plan, embedding_optimizer=maybe, tables=globs, passes=passes, numerics=numerics)
+    low = st.sampled_from(["fp32", "bf16", "fp16"])
+    plans = st.builds(tw.Plan, embedding_optimizer=maybe, tables=globs, passes=passes, numerics=numerics)
+    return st.builds(lambda plan, p: plan if plan.numerics == "exact" else dataclasses.replace(plan, precision=p), plans, low)
 
 
 @settings(max_examples=60, deadline=None)
@@ -121,6 +123,8 @@ def test_a_plan_cannot_be_changed():
         ({"tables": {"a": False}}, ["tables.a is False", "mapping"]),
         ({"tables": ["a"]}, ["tables", "mapping"]),
         ({"numerics": "bitwise"}, ["numerics is 'bitwise'", "exact | reassociated | approximate"]),
+        ({"precision": "fp8"}, ["precision is 'fp8'", "fp32 | bf16 | fp16"]),
+        ({"precision": "bf16", "numerics": "exact"}, ["precision is bf16, which numerics: exact forbids"]),
         ({"version": True}, ["version is True", "1"]),
         ({"version": 2}, ["version is 2", "1"]),
     ],
