@@ -27,13 +27,14 @@ from ..kernels.dense import casts, group
 from ..kernels.dense import op as dense
 from ..kernels.embedding.op import OP as LOOKUPS
 from ..kernels.interaction.op import DOT_INTERACTION
+from ..kernels.mlp import op as mlp
 from .graph import Editor, Writes, ancestors, aten, fetch, is_op, packet_name, stored_tensor, value_of
 from .records import APPLIED, DISABLED, SKIPPED, Record, record
 from .rule import Context, Pass
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-_LOW = (dense.OP, group.OP)  # ops of ours that compute in the dtype of their inputs
+_LOW = (dense.OP, group.OP, mlp.OP)  # ops of ours that compute in the dtype of their inputs
 _WEIGHTS = {matrix.OP: (2, 3)}  # ops that take low weights (at these places) and keep everything else in float32
 _OURS = {  # why the others take float32
     LOOKUPS: "tables, lookups and their updates stay in float32",
