@@ -94,7 +94,7 @@ const layout = {
   },
 
   _begin() {
-    const source = `${byId("dagre").textContent};const HEAD=${HEAD},PAD=${PAD};${place.toString()};${grid.toString()};onmessage=(e)=>{const{job,top,edges}=e.data;try{postMessage({job,placed:place(top,edges,dagre)})}catch(error){postMessage({job,error:String(error.message||error)})}}`;
+    const source = `${byId("layout-library").textContent};const HEAD=${HEAD},PAD=${PAD};${place.toString()};${grid.toString()};onmessage=(e)=>{const{job,top,edges}=e.data;try{postMessage({job,placed:place(top,edges,dagre)})}catch(error){postMessage({job,error:String(error.message||error)})}}`;
     try {
       this.worker = new Worker(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
       this.worker.onmessage = ({ data }) => {
@@ -110,7 +110,7 @@ const layout = {
 
   /** Where no worker may start, dagre becomes a script of the page (its hash is in the page's policy). */
   _inPage() {
-    if (typeof dagre === "undefined") document.head.append(Object.assign(document.createElement("script"), { textContent: byId("dagre").textContent }));
+    if (typeof dagre === "undefined") document.head.append(Object.assign(document.createElement("script"), { textContent: byId("layout-library").textContent }));
     return dagre;
   },
 };
