@@ -33,8 +33,10 @@ def visualize(
     if isinstance(profile, tuple):
         from .profile import time_nodes
 
-        profile = time_nodes(model, *profile)
-    data = graph_data(model, profile, sources)
+        seconds: Mapping[str, float] | None = time_nodes(model, *profile)
+    else:
+        seconds = profile
+    data = graph_data(model, seconds, sources)
     text = page(data) if format == "html" else json.dumps(data if format == "json" else model_explorer(data))
     if path is not None:
         Path(path).write_text(text, encoding="utf-8")
