@@ -25,13 +25,13 @@ def visualize(
 
     ``format``: "html" (a page that opens from ``file://`` and asks the network for nothing), "json" (the data of that page), or
     "model-explorer" (JSON for Google's Model Explorer, for very large graphs). ``profile``: seconds of each node by name, or a
-    tuple of inputs, on which every node is timed now (see :func:`.profile.time_nodes`). ``sources=False``: leave out the lines of
+    tuple of inputs, on which every node is timed now (see :func:`.timing.time_nodes`). ``sources=False``: leave out the lines of
     the user's files. Raises :class:`PlanError` for another format, and ``OSError`` where the file cannot be written.
     """
     if format not in FORMATS:
         raise PlanError(f"visualize() writes {', '.join(FORMATS)}; format is {format!r}")
     if isinstance(profile, tuple):
-        from .profile import time_nodes
+        from .timing import time_nodes
 
         seconds: Mapping[str, float] | None = time_nodes(model, *profile)
     else:

@@ -9,7 +9,7 @@ import torch
 from tablewright.rewriter.errors import PlanError
 from tablewright.rewriter.viewer import visualize
 from tablewright.rewriter.viewer.graph_data import graph_data
-from tablewright.rewriter.viewer.profile import time_nodes
+from tablewright.rewriter.viewer.timing import time_nodes
 from torch import nn
 from viewer_models import Hostile, dlrm, optimized
 
