@@ -15,6 +15,8 @@ _HOME = {
     "Plan": "rewriter.plan",
     "TablePlan": "rewriter.plan",
     "Communication": "rewriter.placement",
+    "Topology": "rewriter.planner.topology",
+    "Measured": "rewriter.planner.forecast",
     "SGD": "rewriter.plan",
     "Adagrad": "rewriter.plan",
     "RowwiseAdagrad": "rewriter.plan",
@@ -71,6 +73,8 @@ if TYPE_CHECKING:
     from .rewriter.optimized_model import OptimizedModel
     from .rewriter.placement import Communication
     from .rewriter.plan import SGD, Adagrad, Adam, Plan, RowwiseAdagrad, TablePlan
+    from .rewriter.planner.forecast import Measured
+    from .rewriter.planner.topology import Topology
     from .rewriter.report import Report
     from .rewriter.serving.export import export_delta, export_serving
     from .rewriter.serving.predictor import Predictor, load_serving

@@ -146,6 +146,7 @@ class Plan:
     huge_pages: bool = True
     serving: ServingPlan = field(default_factory=ServingPlan)
     version: int = 1
+    forecast: ClassVar[Any] = None  # of one that the planner made: no part of what the plan says
 
     def __post_init__(self) -> None:
         _expect(self.version == 1 and type(self.version) is int, "version", self.version, "1")
@@ -198,9 +199,28 @@ class Plan:
         return Plan.from_dict, (self.to_dict(),)
 
     @staticmethod
-    def auto(model: nn.Module, *, sample_inputs: Any = None) -> Plan:
-        """The plan that ``"auto"`` means: every exact or reassociated rewrite, and the user's own optimizer."""
-        return Plan()
+    def auto(
+        model: nn.Module, *, sample_inputs: Any = None, sample_kwargs: Mapping[str, Any] | None = None, topology: Any = None,
+        optimizer: Any = None, constraints: Plan | None = None,
+    ) -> Plan:  # fmt: skip
+        """The plan that ``"auto"`` means: every exact or reassociated rewrite, and the user's own optimizer.
+
+        With a ``topology`` (a preset's name, a YAML file, a :class:`~.planner.topology.Topology`) also where each table goes, for
+        ``sample_inputs`` as the batch of one rank; ``model`` may be on the meta device. ``optimizer`` (or its name) says how much state a
+        table has; ``constraints`` is a plan that the result agrees with. The result's ``forecast`` has the reasons, and is printed
+        with it. Raises :class:`PlanError`, also where the model does not fit, naming the table.
+        """
+        if topology is None:
+            return constraints or Plan()
+        from .planner.auto import auto_plan
+
+        return auto_plan(model, topology, sample_inputs, sample_kwargs, optimizer, constraints)
+
+    def __str__(self) -> str:
+        """The plan as YAML; what was predicted for it as comments."""
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=130)
+        said = "" if self.forecast is None else "\n".join(f"# {line}".rstrip() for line in str(self.forecast).splitlines()) + "\n"
+        return said + text
 
     # --- text ----------------------------------------------------------------------------------------------------------------
 
@@ -253,9 +273,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write this plan as YAML, or as JSON if ``path`` ends so."""
-        raw = self.to_dict()
-        text = json.dumps(raw, indent=2) + "\n" if str(path).endswith(".json") else yaml.safe_dump(raw, sort_keys=False)
-        Path(path).write_text(text)
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n" if str(path).endswith(".json") else str(self))
 
     # --- meaning -------------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,1 @@
+"""The planner: which table goes where, what that costs, and whether it fits."""

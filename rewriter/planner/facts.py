@@ -5,7 +5,6 @@ one batch would hold as many different ids as the sample does; an exponent of 0 
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,8 @@ import numpy as np
 @dataclass(frozen=True)
 class TableFacts:
     """``rows`` x ``dim`` of ``itemsize`` bytes. On one rank and step ``ids`` ids are looked up, of which ``unique`` are different, and ``bags``
-    results are made. ``state``: bytes of optimizer state for each row; ``trained``: does it have
-    gradients. ``alpha``: the exponent of Zipf's law. ``sample``: the different ids seen and how often each, sorted; ``None`` counts them as spread evenly over the rows.
+    results are made. ``state``: bytes of optimizer state for each value, ``row_state``: for each row; ``trained``: does
+    it have gradients. ``alpha``: the exponent of Zipf's law. ``sample``: the different ids seen and how often each, sorted; ``None`` counts them as spread evenly over the rows.
     ``pooled``: ids are summed into bags; else each id has its own result. ``assumed`` says what was not known."""
 
     name: str
@@ -29,6 +28,7 @@ class TableFacts:
     alpha: float = 0.0
     itemsize: int = 4
     state: float = 0.0
+    row_state: float = 0.0
     trained: bool = True
     pooled: bool = True
     sample: tuple[np.ndarray, np.ndarray] | None = None
@@ -37,7 +37,11 @@ class TableFacts:
     @property
     def bytes(self) -> float:
         """Weights and optimizer state of the whole table."""
-        return self.rows * (self.dim * self.itemsize + self.state)
+        return self.held(self.rows, self.dim)
+
+    def held(self, rows: Any, columns: Any) -> Any:
+        """Weights and optimizer state of a part of it."""
+        return rows * (columns * (self.itemsize + self.state) + self.row_state)
 
     def unique_in(self, batches: float) -> float:
         """Different ids of so many ranks' batches together."""
@@ -45,14 +49,19 @@ class TableFacts:
 
     def shares(self, parts: int) -> tuple[np.ndarray, np.ndarray]:
         """Of the ids, and of the different ids, the part that falls into each of ``parts`` even ranges of rows."""
-        rows = math.ceil(self.rows / parts)
-        even = np.array([max(0, min(rows, self.rows - i * rows)) for i in range(parts)]) / self.rows
+        counts = even(self.rows, parts)
         if self.sample is None or not len(self.sample[0]):
-            return even, even
-        where = np.minimum(self.sample[0] // rows, parts - 1)
+            return counts / self.rows, counts / self.rows
+        where = np.searchsorted(np.cumsum(counts), self.sample[0], side="right")
         seen = np.bincount(where, weights=self.sample[1], minlength=parts)
         different = np.bincount(where, minlength=parts)
         return seen / seen.sum(), different / different.sum()
+
+
+def even(size: int, parts: int) -> np.ndarray:
+    """How many rows (or columns) each part gets: the first ones take what is left over."""
+    base, more = divmod(size, parts)
+    return np.array([base + (i < more) for i in range(parts)], dtype=float)
 
 
 def with_ids(

@@ -13,6 +13,7 @@
     inter_node_gb_s: 25       # what one rank sends to ranks of other nodes at once
     call_us: 5                # of any op
     message_us: 20            # of any collective
+    shard_us: 0.5             # of each shard in a step: its part of the launches, on the rank that holds it and on those that ask it
     reserved: 0.1             # part of the memory that is not planned with: the allocator's, the communication library's
 """
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Topology:
     nodes: int = 1
     call_us: float = 5.0
     message_us: float = 20.0
+    shard_us: float = 0.5
     reserved: float = 0.1
     name: str = ""
     source: str = ""
@@ -55,7 +57,7 @@ class Topology:
                 good, needed = isinstance(value, str), "a text"
             elif f.name in ("ranks", "nodes"):
                 good, needed = type(value) is int and value >= 1, "a whole number from 1"
-            elif f.name in ("call_us", "message_us", "inter_node_gb_s"):
+            elif f.name in ("call_us", "message_us", "shard_us", "inter_node_gb_s"):
                 good, needed = _is_number(value) and value >= 0, "a number from 0"
             elif f.name == "reserved":
                 good, needed = _is_number(value) and 0 <= value < 1, "a part from 0 to less than 1"
@@ -123,7 +125,7 @@ class Topology:
         """A topology from itself, plain values, the name of a preset ("8xh100", "16x8xh100" for 16 nodes), or a YAML file."""
         if isinstance(where, Topology):
             return where
-        if isinstance(where, Mapping):
+        if not isinstance(where, (str, Path)):
             return Topology.from_dict(where)
         text = str(where)
         if not text.endswith((".yaml", ".yml")):

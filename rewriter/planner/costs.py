@@ -1,0 +1,218 @@
+"""The ways to place a table on the ranks of a topology, and what each costs in a training step: seconds, bytes sent, bytes held.
+
+A sharded table is a set of blocks, each a range of rows and of columns on one rank, as the exchange knows them. A step of a block with a
+part ``p`` of the ids (``q`` of the different ones) and ``d`` columns, where each of R ranks has ``n`` ids, ``u`` of them different, in ``b`` bags of
+``h = n / b``:
+
+==========  =====================================  =========================================  =====================================
+exchange    rows read at the owner                 results ``r`` sent to each rank            ids sent by each rank
+==========  =====================================  =========================================  =====================================
+pooled      ``R n p``                              ``b (1 - (1 - p)^h)``: bags with a part    ``n p``, and an offset for each bag
+unique      ``R u q``                              ``u q``                                    ``u q``
+==========  =====================================  =========================================  =====================================
+
+The owner reads those rows (the first time here and there in memory, then from caches) and writes the results; backward it reads their gradients, sums them for each row that was read, and reads
+and writes each different row of the R batches with its state. Ids go to the owner, results come from it, gradients go back, each in
+an all-to-all, encoded as ``communication`` says. The other side merges (or pools) results on every rank. ``data_parallel`` tables are
+read where they are; rows of their gradients go to every rank. All-to-alls and arithmetic are added up: overlap is not counted on.
+"""
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ...kernels.codecs.op import row_bytes
+from ..errors import PlanError
+from ..placement import Communication
+from ..plan import TablePlan
+from .facts import TableFacts, even
+from .option import Option
+from .topology import GB, Topology
+
+_ID = 8  # bytes
+_LEAST_COLUMNS = 8  # of a column shard: narrower rows do not fill a cache line's worth of work
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """One way to place a table. Arrays have one entry for each block: ``rows`` and ``columns``; seconds on its rank for ``lookup`` and
+    ``update``; bytes between it and each other rank: ``ids`` in, ``results`` out, ``gradients`` in. ``merge``: seconds on every rank.
+    ``gathered``: bytes that each rank sends to each other one (data_parallel)."""
+
+    sharding: str
+    exchange: str
+    communication: Communication
+    rows: np.ndarray
+    columns: np.ndarray
+    lookup: np.ndarray
+    update: np.ndarray
+    ids: np.ndarray
+    results: np.ndarray
+    gradients: np.ndarray
+    merge: float
+    gathered: float = 0.0
+
+    def __str__(self) -> str:
+        if self.sharding == "data_parallel":
+            return self.sharding
+        over = f" over {len(self.rows)}" if len(self.rows) > 1 else ""
+        return f"{self.sharding}{over}, {self.exchange}"
+
+
+def options_of(facts: TableFacts, topology: Topology, wish: TablePlan | None = None) -> list[Option]:
+    """Every way that ``wish`` (a resolved entry of a plan) allows. Raises :class:`PlanError` where there is none."""
+    wish = wish or TablePlan()
+    key = replace(facts, name="", assumed="") if facts.sample is None else None
+    plain = TablePlan(sharding=wish.sharding, ranks=wish.ranks, exchange=wish.exchange, communication=wish.communication)
+    found = _cached(key, topology, plain) if key is not None else list(_options(facts, topology, plain))
+    if not found:
+        on = f" on ranks {list(wish.ranks)}" if wish.ranks is not None else f" over {topology.ranks} ranks"
+        raise PlanError(f"table '{facts.name}' of {facts.rows} rows and {facts.dim} columns cannot be {wish.sharding or 'sharded'}{on}")
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached(facts: TableFacts, topology: Topology, wish: TablePlan) -> list[Option]:
+    return list(_options(facts, topology, wish))
+
+
+def _options(facts: TableFacts, topology: Topology, wish: TablePlan) -> Iterator[Option]:
+    ranks, node = topology.ranks, topology.ranks_per_node
+    if ranks == 1:
+        yield _option(facts, topology, wish, "data_parallel", (), ())
+        return
+    sizes = _parts(ranks)
+    fixed = wish.ranks
+    if fixed is not None:
+        sizes = [len(fixed)]
+    nodes = topology.nodes if fixed is None else len({r // node for r in fixed})
+
+    def ways() -> Iterator[tuple[str, int, int]]:  # sharding, parts of columns, parts of rows
+        yield "data_parallel", 0, 0
+        yield "table_wise", 1, 1
+        for k in sizes:
+            yield "row_wise", 1, k
+        for k in sizes:
+            yield "column_wise", k, 1
+        yield "table_row_wise", 1, node if fixed is None else len(fixed)
+        for n in _parts(nodes) if fixed is None else [nodes]:
+            yield "grid_shard", n, node if fixed is None else len(fixed) // nodes
+
+    for sharding, columns, rows in ways():
+        if wish.sharding not in (None, sharding):
+            continue
+        if sharding == "data_parallel":
+            yield _option(facts, topology, wish, sharding, (), ())
+            continue
+        least = 1 if wish.sharding is not None else _LEAST_COLUMNS
+        if rows > max(facts.rows, 1) or (columns > 1 and facts.dim // columns < least) or (fixed is not None and columns * rows != len(fixed)):
+            continue
+        if wish.sharding is None and sharding in ("table_row_wise", "grid_shard") and topology.nodes == 1:
+            continue  # inside one node they are row_wise and column_wise
+        for exchange in ("pooled", "unique") if wish.exchange in (None, "auto") else (wish.exchange,):
+            yield _option(facts, topology, wish, sharding, even(facts.dim, columns), facts.shares(rows), exchange)
+
+
+def _parts(most: int) -> list[int]:
+    """Into how many parts a table may be cut: 2 to 8, then in steps of about a fifth, and ``most``."""
+    found, k = set(), 2
+    while k < most:
+        found.add(k)
+        k = k + 1 if k < 8 else k + max(1, k // 5)
+    return sorted(found | {most})
+
+
+def _option(facts, topology, wish, sharding: str, columns, shares, exchange: str = "none") -> Option:
+    travel = wish.communication or Communication()
+    if sharding == "data_parallel":
+        return _replicated(facts, topology, travel)
+    way = _blocks(facts, topology, sharding, np.asarray(columns), shares, exchange, travel)
+    r = topology.ranks
+    each = np.array([topology.all_to_all(1.0)]) * (way.ids + way.results + way.gradients)
+    costs = way.lookup + way.update + each + topology.shard_us * 1e-6
+    pooled = facts.pooled and exchange == "pooled"
+    results = way.results / np.array([_row_bytes(travel.forward, d, facts) for d in way.columns]) * way.columns * facts.itemsize
+    memory = facts.held(way.rows, way.columns) + r * (way.ids + 2 * results)
+    memory = memory + (facts.unique_in(r) * (way.rows / max(facts.rows, 1)) * way.columns * facts.itemsize if facts.trained else 0.0)
+    merged = float(results.sum()) + 2 * facts.bags * facts.dim * facts.itemsize + (0.0 if pooled else facts.ids * _ID)
+    everywhere = way.merge + len(way.rows) * topology.shard_us * 1e-6
+    width = 1
+    if wish.ranks is not None:
+        costs, memory, width = _at(costs, wish.ranks, r), _at(memory, wish.ranks, r), r
+    elif sharding in ("table_row_wise", "grid_shard"):
+        width = topology.ranks_per_node
+    elif len(costs) == r and sharding == "row_wise":
+        width = r
+    return Option(costs, memory, width, everywhere, merged, way)
+
+
+def _at(values: np.ndarray, ranks: tuple[int, ...], world: int) -> np.ndarray:
+    """Each block's value at its own rank."""
+    found = np.zeros(world)
+    found[list(ranks)] = values
+    return found
+
+
+def _row_bytes(codec: str, columns: float, facts: TableFacts) -> float:
+    return columns * facts.itemsize if codec == "fp32" else row_bytes(codec, int(columns))
+
+
+def _blocks(
+    facts: TableFacts, topology: Topology, sharding: str, columns: np.ndarray, shares: tuple[np.ndarray, np.ndarray], exchange: str,
+    travel: Communication,
+) -> Way:  # fmt: skip
+    r, s = topology.ranks, facts.itemsize
+    ids_share, unique_share = (np.tile(share, len(columns)) for share in shares)
+    rows = np.tile(even(facts.rows, len(shares[0])), len(columns))
+    d = np.repeat(columns, len(shares[0]))
+    if exchange == "unique":
+        read = results = facts.unique * unique_share
+        numbers = read
+    else:
+        read = facts.ids * ids_share
+        if facts.pooled and facts.bags:
+            results = facts.bags * (1 - (1 - ids_share) ** max(facts.ids / facts.bags, 1.0))
+            numbers = read + results
+        else:
+            results, numbers = read, read
+    touched = facts.unique_in(r) * unique_share
+    fast, scattered = topology.memory_gb_s * GB, topology.lookup_gb_s * GB
+    lookup = _seconds_to_read(r * read, touched, d * s, topology) + r * results * d * s / fast
+    update = np.zeros(len(d))
+    if facts.trained:
+        update = r * (results + read) * d * s / fast + touched * (2 * d * (s + facts.state) + 2 * facts.row_state) / scattered
+    back = np.array([_row_bytes(travel.backward, x, facts) for x in d]) * (1.0 if facts.trained else 0.0)
+    out = np.array([_row_bytes(travel.forward, x, facts) for x in d])
+    merged = float((results * d).sum()) * s + facts.bags * facts.dim * s
+    merge = (2.0 if facts.trained else 1.0) * merged / fast + 2 * facts.ids * _ID / fast
+    if exchange == "unique":  # sorted ids, and rows that came back are read for each id
+        pooling = facts.ids * facts.dim * s
+        merge += (2.0 if facts.trained else 1.0) * pooling / fast + 8 * facts.ids * _ID / fast
+    return Way(sharding, exchange, travel, rows, d, lookup, update, numbers * _ID, results * out, results * back, merge)
+
+
+def _seconds_to_read(rows, different, row_bytes, topology: Topology):
+    """Rows, so many of them for the first time."""
+    different = np.minimum(rows, different)
+    return different * row_bytes / (topology.lookup_gb_s * GB) + (rows - different) * row_bytes / (topology.memory_gb_s * GB)
+
+
+def _replicated(facts: TableFacts, topology: Topology, travel: Communication) -> Option:
+    """Read where it is; the rows of gradients go to every rank, which adds them up and updates its own copy."""
+    r, s, d = topology.ranks, facts.itemsize, facts.dim
+    fast, scattered = topology.memory_gb_s * GB, topology.lookup_gb_s * GB
+    seconds = float(_seconds_to_read(facts.ids, facts.unique, d * s, topology)) + facts.bags * d * s / fast
+    gathered = memory = 0.0
+    if facts.trained:
+        gathered = facts.unique * (_ID + d * s) if r > 1 else 0.0
+        seconds += (facts.bags + facts.ids) * d * s / fast
+        seconds += facts.unique_in(r) * (2 * d * (s + facts.state) + 2 * facts.row_state) / scattered
+        seconds += topology.all_to_all(gathered) + (2 * r * facts.unique * d * s / fast if r > 1 else 0.0)
+        memory = (r * facts.unique if r > 1 else facts.unique) * (_ID + d * s)
+    none = np.zeros(0)
+    way = Way("data_parallel", "none", travel, none, none, none, none, none, none, none, seconds, gathered)
+    held = facts.bytes + memory + 2 * facts.bags * d * s
+    return Option((), (), 1, seconds + topology.shard_us * 1e-6, held, way)

@@ -1,0 +1,91 @@
+"""What each way of placing a table costs, against numbers counted by hand."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tablewright as tw
+from tablewright.rewriter.planner.costs import options_of
+from tablewright.rewriter.planner.facts import TableFacts, with_ids
+
+FAST = tw.Topology(ranks=4, memory_gib=1, memory_gb_s=1e9, lookup_gb_s=1e9, tflops=1, intra_node_gb_s=1, shard_us=0, call_us=0, message_us=0)
+B, N, U, D, ROWS = 100, 400, 150, 16, 1000
+FACTS = TableFacts("t", ROWS, D, N, B, U)
+
+
+def way(sharding, exchange=None, facts=FACTS, topology=FAST, **more):
+    (option,) = options_of(facts, topology, tw.TablePlan(sharding=sharding, exchange=exchange, **more))
+    return option
+
+
+def test_table_wise_pooled():
+    option = way("table_wise", "pooled", ranks=(2,))
+    found = option.label
+    assert found.ids.tolist() == [8 * (N + B)] and found.results.tolist() == [4 * B * D] and found.gradients.tolist() == [4 * B * D]
+    seconds = 3 * (8 * (N + B) + 2 * 4 * B * D) / 1e9  # to and from each of three other ranks
+    assert np.asarray(option.costs).tolist() == pytest.approx([0, 0, seconds, 0], rel=1e-6)
+    assert option.memory[2] > ROWS * D * 4 and not np.asarray(option.memory)[[0, 1, 3]].any()
+
+
+def test_unique_ids_travel_once():
+    found = way("table_wise", "unique", ranks=(0,)).label
+    assert found.ids.tolist() == [8 * U] and found.results.tolist() == [4 * U * D]
+
+
+def test_row_wise_pooled_sends_the_bags_that_a_range_has_a_part_of():
+    found = way("row_wise", "pooled", ranks=(0, 1, 2, 3)).label
+    bags = B * (1 - 0.75**4)
+    assert found.results.tolist() == pytest.approx([4 * bags * D] * 4)
+    assert found.ids.tolist() == pytest.approx([8 * (N / 4 + bags)] * 4)
+
+
+def test_row_wise_follows_the_skew_of_the_sample():
+    skewed = with_ids("t", ROWS, D, [np.zeros(N, dtype=int)], B)
+    found = way("row_wise", "unique", skewed, ranks=(0, 1, 2, 3)).label
+    assert found.results.tolist() == [4 * D, 0, 0, 0]
+
+
+def test_columns_are_cut_and_ids_go_to_every_one_of_them():
+    found = way("column_wise", "pooled", ranks=(0, 1, 3)).label
+    assert found.columns.tolist() == [6, 5, 5]
+    assert found.results.tolist() == [4 * B * d for d in (6, 5, 5)] and found.ids.tolist() == [8 * (N + B)] * 3
+
+
+def test_codecs_shrink_what_they_encode():
+    found = way("table_wise", "pooled", ranks=(0,), communication=tw.Communication(forward="int8", backward="bf16")).label
+    assert found.results.tolist() == [B * (D + 8)] and found.gradients.tolist() == [B * 2 * D]
+
+
+def test_frozen_tables_send_no_gradients_and_unpooled_lookups_one_row_for_each_id():
+    frozen = TableFacts("t", ROWS, D, N, B, U, trained=False)
+    found = way("table_wise", "pooled", frozen, ranks=(0,)).label
+    assert found.gradients.tolist() == [0] and found.update.tolist() == [0]
+    sequence = TableFacts("t", ROWS, D, N, N, U, pooled=False)
+    assert way("table_wise", "pooled", sequence, ranks=(0,)).label.results.tolist() == [4 * N * D]
+
+
+def test_data_parallel_sends_rows_of_gradients_and_holds_all_of_it():
+    option = way("data_parallel")
+    assert option.label.gathered == U * (8 + 4 * D) and len(option.costs) == 0
+    assert option.everywhere_memory > FACTS.bytes
+    assert option.everywhere == pytest.approx(3 * U * (8 + 4 * D) / 1e9, rel=1e-3)
+
+
+def test_every_way_holds_the_whole_table_once():
+    for option in options_of(FACTS, FAST):
+        if option.label.sharding != "data_parallel":
+            w = option.label
+            assert (w.rows * w.columns).sum() == ROWS * D, str(w)
+            assert w.lookup.min() >= 0 and len(option.costs) % option.width == 0
+
+
+def test_what_the_plan_allows():
+    every = {str(o.label) for o in options_of(FACTS, FAST)}
+    assert {"data_parallel", "table_wise, pooled", "row_wise over 4, unique", "column_wise over 2, pooled"} <= every
+    assert not any(w.startswith(("grid", "table_row")) for w in every)  # of one node: they are row_wise
+    nodes = tw.Topology(**{**vars(FAST), "nodes": 2, "inter_node_gb_s": 1.0})
+    assert {"grid_shard over 4, pooled", "table_row_wise over 2, unique"} <= {str(o.label) for o in options_of(FACTS, nodes)}
+    only = options_of(FACTS, FAST, tw.TablePlan(exchange="unique"))
+    assert {o.label.exchange for o in only} == {"unique", "none"}
+    assert [str(o.label) for o in options_of(FACTS, FAST.with_ranks(1))] == ["data_parallel"]
+    tiny = TableFacts("t", 2, 4, N, B, 2)
+    assert max(len(o.label.rows) for o in options_of(tiny, FAST)) == 2  # two rows are not cut in three, nor four columns
