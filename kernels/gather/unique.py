@@ -36,5 +36,9 @@ class Unique:
             found.append(by_table[k].take(mine - edges[k], 0) if len(ids) else np.empty((0, table.width), table.stored))
         return found
 
+    def stats(self) -> dict[str, int]:
+        """What the store counts."""
+        return getattr(self.store, "stats", dict)()
+
     def close(self) -> None:
         self.store.close()

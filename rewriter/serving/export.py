@@ -153,7 +153,7 @@ def _write(root: Path, home: Path, name: str, graph: ServingGraph, proto: onnx.M
     put(PARITY, (root / PARITY).read_bytes())
     raw["digest"] = manifests.digest_of(raw)
     write_bytes(root / manifests.NAME, [json.dumps(raw, indent=1).encode()], root)
-    manifests.Manifest(root, raw, written).verify("size", graphs_only=base is not None)
+    manifests.Manifest(root, raw, written).verify("size")
 
 
 def _record(root: Path, version: Version, graph: ServingGraph) -> dict[str, Any]:

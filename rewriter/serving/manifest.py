@@ -17,13 +17,13 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...kernels.errors import CorruptShard, VersionSkew
-from ...kernels.gather.tables import Shard, Table
+from ...kernels.gather.tables import Table
 from ..errors import ExportError
 
 FORMAT = 1
@@ -57,27 +57,27 @@ class Manifest:
         """Directory of the version that this one is a delta of."""
         return None if self.raw["base"] is None else self.root.parent / self.raw["base"]["version"]
 
-    def files(self) -> Iterator[tuple[Path, int, str]]:
-        """Every file with its size and sha256; of a delta also the base's shards."""
+    def graph_files(self) -> Iterator[tuple[Path, int, str]]:
+        """Everything but rows: path, size and sha256."""
         for name, each in self.raw["files"].items():
             yield self.root / name, each["bytes"], each["sha256"]
-        for table in self.tables.values():
-            home = self.base or self.root
-            shards: list[tuple[Path, Shard]] = [(home, s) for s in table.shards]
-            if table.changes is not None:
-                shards += [(self.root, table.changes.ids), (self.root, table.changes.rows)]
-            for place, shard in shards:
-                yield place / shard.file, shard.bytes, shard.sha256
 
-    def verify(self, how: str = "full", graphs_only: bool = False) -> None:
+    def row_files(self, served: Callable[[int, int], bool]) -> Iterator[tuple[Path, int, str]]:
+        """The rows' files, of a delta with its base's; of shards only those with ``served(table, shard)``, in numbers."""
+        for number, table in enumerate(self.tables.values()):
+            for k, shard in enumerate(table.shards):
+                if served(number, k):
+                    yield (self.base or self.root) / shard.file, shard.bytes, shard.sha256
+            if table.changes is not None:
+                for shard in (table.changes.ids, table.changes.rows):
+                    yield self.root / shard.file, shard.bytes, shard.sha256
+
+    def verify(self, how: str = "full", served: Callable[[int, int], bool] = lambda table, shard: True, rows: bool = True) -> None:
         """Raises :class:`CorruptShard` naming the first file that is not what was exported. ``how``: "full" compares checksums
         (about 1 GB/s), "size" only sizes, which does not notice a flipped bit."""
         if how not in ("full", "size"):
             raise ValueError(f"verify is {how!r}; it must be 'full' or 'size'")
-        own = {self.root / name for name in self.raw["files"]}
-        for path, size, sha256 in self.files():
-            if graphs_only and path not in own:
-                continue
+        for path, size, sha256 in (*self.graph_files(), *(self.row_files(served) if rows else ())):
             found = path.stat().st_size if path.is_file() else -1
             if found != size:
                 has = "is missing" if found < 0 else f"has {found} bytes"

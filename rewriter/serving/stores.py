@@ -1,8 +1,11 @@
 """From ``store="..."`` to the store of one version. Imports no torch, and what a kind of store needs only when it is asked for."""
 from __future__ import annotations
 
+from ...kernels.gather.hot_rows import HotRows
 from ...kernels.gather.local import LocalStore
+from ...kernels.gather.published import Published
 from ...kernels.gather.request import Store
+from ...kernels.gather.unique import Unique
 from ..errors import nearest
 from .manifest import Manifest
 
@@ -16,7 +19,26 @@ def open_store(manifest: Manifest, spec: str = "local", *, deadline_ms: float = 
         raise ValueError(f"store is '{spec}'{nearest(kind, _KINDS)}; it must be 'local', 'flight://host:port,...' or 'redis-cluster://host:port,...'")
     if not deadline_ms > 0 or cache_rows < 0:
         raise ValueError(f"deadline_ms is {deadline_ms} and cache_rows {cache_rows}; they must be above 0 and at least 0")
-    manifest.verify(verify, graphs_only=kind != "local")
+    if cache_rows and kind == "local":
+        raise ValueError("cache_rows is for remote stores: local rows are in memory as it is")
+    manifest.verify(verify, rows=kind == "local")
     if kind == "local":
         return LocalStore(manifest.tables, manifest.root, manifest.base)
-    raise ValueError(kind)
+    store: Store
+    if kind == "flight":
+        from ...kernels.gather.flight import FlightStore
+
+        store = FlightStore(address, manifest.tables, manifest.digest, deadline_ms / 1e3)
+    else:
+        from ...kernels.gather.redis_rows import RedisStore
+
+        store = RedisStore(address, published(manifest), deadline_ms / 1e3)
+    if cache_rows:
+        store = HotRows(store, manifest.tables, cache_rows)
+    return Unique(store, manifest.tables)
+
+
+def published(manifest: Manifest) -> Published:
+    """What a Redis store needs to know of the version."""
+    base = None if manifest.base is None else manifest.raw["base"]["digest"]
+    return Published(manifest.model, manifest.digest, manifest.tables, base, manifest.root)

@@ -1,0 +1,115 @@
+"""Rows that are asked for often stay in this process: a cache in front of a remote store, of one version and so never stale.
+
+Four-way set associative, in numpy: rows of equal size share an array of ``sets x 4`` slots. A row that is hit gains one use, up to a
+limit; a row that misses takes one from the least used of its set, and its place when none is left, so one-off rows do not drive
+frequent ones out. Exact: a row comes from the slot that has its number, else from the store.
+"""
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+import numpy as np
+
+from .local import Requests
+from .tables import Table
+
+_WAYS, _MOST_USES = 4, 15
+
+
+class _Slots:
+    """The rows of all tables with one row size."""
+
+    def __init__(self, sets: int, row_bytes: int) -> None:
+        self.numbers = np.full((sets, _WAYS), -1, np.int64)
+        self.uses = np.zeros((sets, _WAYS), np.int8)
+        self.rows = np.empty((sets * _WAYS, row_bytes), np.uint8)
+
+    def find(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The set of each, whether it is there, and the rows of those that are. ``numbers`` are all different."""
+        sets = (mixed(numbers) % np.uint64(len(self.numbers))).astype(np.int64)
+        same = self.numbers[sets] == numbers[:, None]
+        there = same.any(1)
+        slots = sets[there] * _WAYS + same[there].argmax(1)
+        flat = self.uses.reshape(-1)
+        flat[slots] = np.minimum(flat[slots] + 1, _MOST_USES)
+        return sets, there, self.rows.take(slots, 0)
+
+    def offer(self, numbers: np.ndarray, sets: np.ndarray, rows: np.ndarray) -> None:
+        """Rows that were not there; of several for one set the first."""
+        sets, first = np.unique(sets, return_index=True)
+        ways = self.uses[sets].argmin(1)
+        left = self.uses[sets, ways] - 1
+        taken = left < 0
+        self.uses[sets, ways] = np.maximum(left, 0)
+        sets, ways, first = sets[taken], ways[taken], first[taken]
+        self.numbers[sets, ways] = numbers[first]
+        self.rows[sets * _WAYS + ways] = rows[first]
+
+
+class HotRows:
+    """A store over ``store`` that keeps about ``rows`` rows of ``tables``. Asks and is asked as ``Unique`` does. Thread-safe."""
+
+    wants_unique = True
+
+    def __init__(self, store, tables: Mapping[str, Table], rows: int) -> None:
+        self.store, self._tables = store, tables
+        first = np.concatenate([[0], np.cumsum([t.rows for t in tables.values()], dtype=np.int64)])
+        self._first = {name: first[i] for i, name in enumerate(tables)}
+        sizes = [t.row_bytes for t in tables.values()]
+        self._slots = {size: _Slots(max(1, rows * sizes.count(size) // len(sizes) // _WAYS), size) for size in set(sizes)}
+        self._lock = threading.Lock()
+        self._hits = self._misses = 0
+
+    def lookup_many(self, requests: Requests) -> list[np.ndarray]:
+        """See :class:`.request.Store`."""
+        by_size: dict[int, list[int]] = {}
+        for k, (name, _) in enumerate(requests):
+            by_size.setdefault(self._tables[name].row_bytes, []).append(k)
+        found = [np.empty((len(ids), self._tables[name].row_bytes), np.uint8) for name, ids in requests]
+        missing: dict[int, np.ndarray] = {}
+        kept = []
+        for size, members in by_size.items():
+            numbers = np.concatenate([requests[k][1] + self._first[requests[k][0]] for k in members])
+            with self._lock:
+                sets, there, rows = self._slots[size].find(numbers)
+                self._hits += len(rows)
+                self._misses += len(numbers) - len(rows)
+            kept.append((size, members, numbers, sets, there))
+            edges = np.cumsum([0, *(len(requests[k][1]) for k in members)])
+            row = 0
+            for k, a, b in zip(members, edges, edges[1:]):
+                mine = there[a:b]
+                count = int(mine.sum())
+                found[k][mine] = rows[row : row + count]
+                row += count
+                if count < b - a:
+                    missing[k] = ~mine
+        if missing:
+            order = list(missing)
+            fetched = self.store.lookup_many([(requests[k][0], requests[k][1][missing[k]]) for k in order])
+            for k, rows in zip(order, fetched):
+                found[k][missing[k]] = np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), -1)
+            for size, members, numbers, sets, there in kept:
+                rows = np.concatenate([found[k] for k in members])
+                with self._lock:
+                    self._slots[size].offer(numbers[~there], sets[~there], rows[~there])
+        return [rows.view(self._tables[name].stored) for rows, (name, _) in zip(found, requests)]
+
+    def stats(self) -> dict[str, int]:
+        """Hits and misses, and what the store itself counts."""
+        with self._lock:
+            own = {"hits": self._hits, "misses": self._misses}
+        return {**getattr(self.store, "stats", dict)(), **own}
+
+    def close(self) -> None:
+        self.store.close()
+
+
+def mixed(numbers: np.ndarray) -> np.ndarray:
+    """Bits of ``numbers`` spread over 64 (the finalizer of SplitMix64: Steele, Lea and Flood, 2014), so that no pattern of ids, such as
+    one last digit, fills a few sets or partitions only. Returns uint64."""
+    z = numbers.astype(np.uint64)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

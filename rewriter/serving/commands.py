@@ -1,0 +1,67 @@
+"""The commands of serving: ``serve``, ``serve-shards`` and ``publish``. They need no torch."""
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+import threading
+from pathlib import Path
+
+
+def add_commands(commands) -> None:
+    """Add them to the command line."""
+    shards = commands.add_parser("serve-shards", help="serve rows of exported models to other processes, over Arrow Flight")
+    shards.add_argument("directory", help="the model's directory, with its versions")
+    shards.add_argument("--port", type=int, default=7200, help="0: a free one, which is printed (default 7200)")
+    shards.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1; there is no encryption and no login)")
+    shards.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="which part of the rows, of how many (default 0/1: all)")
+    shards.add_argument("--verify", choices=("full", "size"), default="full", help="check checksums, or sizes only")
+    shards.set_defaults(run=_serve_shards)
+    publish = commands.add_parser("publish", help="write a version's rows to a Redis Cluster")
+    publish.add_argument("directory", help="the model's directory (its current version), or one version's")
+    publish.add_argument("address", metavar="redis-cluster://HOST:PORT,...")
+    publish.add_argument("--retire", metavar="VERSION", help="take this version of the model out of the cluster afterwards")
+    publish.set_defaults(run=_publish)
+
+
+def _part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not int(found[1]) < int(found[2]):
+        raise argparse.ArgumentTypeError(f"'{text}' is not I/N with I from 0 to N - 1")
+    return int(found[1]), int(found[2])
+
+
+def _serve_shards(args: argparse.Namespace) -> int:
+    from . import manifest as manifests
+    from .shard_server import ShardServer
+
+    home = Path(args.directory)
+    if (home / manifests.NAME).is_file():
+        home = home.parent  # a version's directory: serve it and its siblings
+    server = ShardServer(home, args.part, args.host, args.port, args.verify)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
+    print(f"part {args.part[0]} of {args.part[1]} of {home} on {args.host}:{server.port}", flush=True)
+    server.serve()
+    return 0
+
+
+def _publish(args: argparse.Namespace) -> int:
+    from ...kernels.gather.local import LocalStore
+    from ...kernels.gather.redis_rows import publish, retire
+    from . import manifest as manifests
+    from .stores import published
+
+    kind, _, address = args.address.partition("://")
+    if kind != "redis-cluster" or not address:
+        print(f"tablewright publish: '{args.address}' is not redis-cluster://host:port,...", file=sys.stderr)
+        return 2
+    manifest = manifests.read(args.directory)
+    manifest.verify("full")
+    count = publish(published(manifest), LocalStore(manifest.tables, manifest.root, manifest.base), address)
+    print(f"{count} rows of {manifest.model} {manifest.version} ({manifest.digest[:12]}) are in {args.address}")
+    if args.retire:
+        retire(published(manifests.read(manifest.root.parent / args.retire)), address)
+        print(f"version {args.retire} was taken out")
+    return 0
