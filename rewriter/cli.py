@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import TablewrightError, nearest
-from .viewer import command as inspect
+from .serving import commands as serving
 
 _FACTORY = """\
 MODULE is an importable module or a path to a .py file. FACTORY is a function in it that returns what is to be measured, or a
@@ -32,6 +32,11 @@ class TargetError(TablewrightError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in serving.NAMES:
+        return serving.main(argv)  # in a serving image there is no torch to import
+    from .viewer import command as inspect
+
     parser = argparse.ArgumentParser(prog="python -m tablewright", description="Tablewright's commands.")
     commands = parser.add_subparsers(dest="command", required=True)
     coverage = commands.add_parser(
@@ -49,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     coverage.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="passed to the factories as a keyword")
     coverage.add_argument("--verbose", action="store_true", help="every reason, and torch's warnings")
     inspect.add(commands, _FACTORY)
+    serving.add_commands(commands)
     args = parser.parse_args(argv)
     try:
         return inspect.run(args) if args.command == inspect.NAME else _coverage(args)

@@ -68,7 +68,7 @@ class FlightStore:
         self._preferred = [os.getpid() % len(node) for node in self._nodes]
         self._pool = ThreadPoolExecutor(max(1, 4 * (len(self._nodes) - 1)), thread_name_prefix="tablewright-rows")
         self._lock = threading.Lock()
-        self._counts = dict.fromkeys(("requests", "rows", "bytes", "failovers"), 0)
+        self._counts: dict[str, int] = dict.fromkeys(("requests", "rows", "bytes", "failovers"), 0)
         for number in range(len(self._nodes)):
             self._prepare(number)
 

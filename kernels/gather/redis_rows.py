@@ -123,7 +123,7 @@ class RedisStore:
         self._slots = [key_slot(key) for key in self._keys[0]]  # the hash tag alone decides
         self._lock = threading.Lock()
         self._idle: dict[tuple[str, int], list] = {}
-        self._counts = dict.fromkeys(("requests", "rows", "bytes"), 0)
+        self._counts: dict[str, int] = dict.fromkeys(("requests", "rows", "bytes"), 0)
         self._owners = self._map(time.monotonic() + 5)
         self._check()
 

@@ -6,7 +6,12 @@ import re
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+
+from ..errors import TablewrightError
+
+NAMES = ("serve", "serve-shards", "publish")
 
 
 def add_commands(commands) -> None:
@@ -23,6 +28,18 @@ def add_commands(commands) -> None:
     publish.add_argument("address", metavar="redis-cluster://HOST:PORT,...")
     publish.add_argument("--retire", metavar="VERSION", help="take this version of the model out of the cluster afterwards")
     publish.set_defaults(run=_publish)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one of them; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tablewright")
+    add_commands(parser.add_subparsers(dest="command", required=True))
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (TablewrightError, ImportError, OSError) as error:
+        print(f"tablewright {args.command}: {error}", file=sys.stderr)
+        return 2
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -1,0 +1,112 @@
+"""Every store gives the rows of the version: shard servers over Flight, a Redis Cluster, and a cache in front of either."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tablewright as tw
+from serving_models import arrays, close, every_lookup_inputs, exported, plain, without_torch
+from serving_nodes import address, redis_cluster, shard_servers  # noqa: F401  (a fixture)
+from tablewright.kernels.gather.hot_rows import HotRows, mixed
+from tablewright.kernels.gather.local import LocalStore
+from tablewright.kernels.gather.redis_rows import publish
+from tablewright.kernels.gather.unique import Unique
+from tablewright.rewriter.serving import manifest as manifests
+from tablewright.rewriter.serving.stores import open_store, published
+
+WAIT = 5000  # ms: these tests are about rows, on a machine that may be busy
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    with shard_servers(exported(3)[1], 3) as running:
+        yield running
+
+
+def _rows(store, manifest, seed=0):
+    """All rows of all tables, some of them twice and in no order."""
+    rng = np.random.default_rng(seed)
+    asked = [(name, rng.permutation(np.concatenate([np.arange(t.rows), rng.integers(0, t.rows, 20)]))) for name, t in manifest.tables.items()]
+    return store.lookup_many(asked + asked[:2] + [(asked[0][0], np.empty(0, np.int64))])
+
+
+def _same(got, wanted) -> bool:
+    return len(got) == len(wanted) and all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(got, wanted))
+
+
+@pytest.mark.parametrize("cache_rows", [0, 40, 1000])
+def test_shard_servers_give_the_rows_of_the_files(nodes, cache_rows):
+    manifest = manifests.read(exported(3)[1])
+    local, remote = open_store(manifest), open_store(manifest, address(nodes), deadline_ms=WAIT, cache_rows=cache_rows)
+    for seed in range(4):
+        assert _same(_rows(remote, manifest, seed), _rows(local, manifest, seed))
+    remote.close()
+
+
+def test_one_request_a_node_and_each_row_once(nodes):
+    model, home = exported(3)
+    p = tw.load_serving(home, address(nodes), deadline_ms=WAIT)
+    before = p.stats()["store"]
+    inputs = every_lookup_inputs(30, 3)
+    assert close(p(**arrays(inputs))["score"], plain(model, inputs)["score"])
+    after = p.stats()["store"]
+    wanted = [("user", inputs["history"]), ("user", inputs["user"]), ("item", inputs["item"]), ("item", inputs["values"]),
+              ("recent", inputs["values"] % 40), ("best", inputs["history"] % 40), ("weighted", inputs["history"] % 33),
+              ("short", inputs["item"] % 30), ("free", inputs["user"] % 20)]  # fmt: skip
+    different = {(name, int(i)) for name, ids in wanted for i in ids.reshape(-1)}
+    assert after["requests"] - before["requests"] == 3 and after["rows"] - before["rows"] == len(different)
+    p.close()
+
+
+def test_the_client_needs_no_torch(nodes):
+    code = f"import tablewright as tw\np = tw.load_serving({str(exported(3)[1])!r}, {address(nodes)!r}, deadline_ms={WAIT}, cache_rows=100)\nprint(p.version)"
+    assert without_torch(code) == manifests.current(exported(3)[1])
+
+
+def test_a_redis_cluster_gives_the_rows_of_the_files(redis_cluster):  # noqa: F811
+    model, home = exported()
+    manifest = manifests.read(home)
+    local = open_store(manifest)
+    count = publish(published(manifest), local, redis_cluster.address.partition("://")[2])
+    assert count == sum(t.rows for t in manifest.tables.values())
+    for cache_rows in (0, 60):
+        remote = open_store(manifest, redis_cluster.address, deadline_ms=WAIT, cache_rows=cache_rows)
+        for seed in range(3):
+            assert _same(_rows(remote, manifest, seed), _rows(local, manifest, seed))
+        remote.close()
+    p = tw.load_serving(home, redis_cluster.address, deadline_ms=WAIT)
+    before, inputs = p.stats()["store"]["requests"], every_lookup_inputs(9, 5)
+    assert close(p(**arrays(inputs))["score"], plain(model, inputs)["score"])
+    assert p.stats()["store"]["requests"] - before == 3
+    p.close()
+
+
+def test_the_cache_is_exact_and_spares_the_store():
+    manifest = manifests.read(exported()[1])
+    inner = LocalStore(manifest.tables, manifest.root)
+    asked = []
+    plain_lookup = inner.lookup_many
+    inner.lookup_many = lambda requests: asked.append(sum(len(ids) for _, ids in requests)) or plain_lookup(requests)  # type: ignore[method-assign]
+    cache = HotRows(inner, manifest.tables, 120)
+    store, rng = Unique(cache, manifest.tables), np.random.default_rng(0)
+    for _ in range(300):
+        requests = [(name, np.minimum(rng.zipf(1.6, 12) - 1, t.rows - 1)) for name, t in manifest.tables.items()]
+        assert _same(store.lookup_many(requests), plain_lookup(requests))
+    stats = store.stats()
+    assert stats["misses"] == sum(asked) and stats["hits"] > 2 * stats["misses"]
+
+
+def test_ids_with_one_last_digit_are_spread():
+    for numbers in (np.arange(0, 10_000_000, 1000), np.arange(10_000) << 20):
+        counts = np.bincount((mixed(numbers) % np.uint64(24)).astype(int), minlength=24)
+        assert counts.min() > 0.8 * counts.mean() and counts.max() < 1.2 * counts.mean()
+
+
+@pytest.mark.parametrize("store, said", [
+    ("flight:/localhost:1", "store is 'flight:/localhost:1'"), ("redis://localhost:1", "did you mean 'redis-cluster'"),
+    ("flight://localhost", "must be host:port"), ("local://x", "store is"), ("redis-cluster://localhost:x", "must be host:port"),
+])  # fmt: skip
+def test_wrong_addresses_are_named(store, said):
+    with pytest.raises(ValueError, match=said):
+        tw.load_serving(exported()[1], store)
+    with pytest.raises(ValueError, match="cache_rows"):
+        tw.load_serving(exported()[1], cache_rows=5)
