@@ -26,7 +26,7 @@ OptionalTensors = Sequence["Tensor | None"]
 
 
 @dataclass
-class _Reads:
+class Reads:
     """One lookup, unrolled: the id at place i reads ``rows[i]`` for bag ``bag[i]``, scaled by ``scale[i]`` (None = 1)."""
 
     rows: Tensor  # int64 [n]
@@ -58,17 +58,21 @@ def check_inputs(
     for lookup, ids, offs, weights in zip(spec.lookups, indices, offsets, sample_weights, strict=True):
         check_shapes(lookup, ids, offs, weights)
         if offs is not None:
-            _check_offsets(lookup, spec.tables[lookup.table], ids, offs)
-        _check_ids(spec, lookup, ids, offs)
+            check_offsets(lookup, spec.tables[lookup.table], ids, offs)
+        check_ids(spec, lookup, ids, offs)
     leading: dict[int, tuple[tuple[int, ...], str]] = {}
     for lookup, ids, offs in zip(spec.lookups, indices, offsets, strict=True):
-        shape = leading_shape(lookup, ids, offs)
-        first, name = leading.setdefault(lookup.slot, (shape, lookup.name))
-        if shape != first:
-            raise ValueError(
-                f"lookups {name!r} and {lookup.name!r} write one tensor, but their leading shapes differ: "
-                f"{list(first)} and {list(shape)}"
-            )
+        check_leading(lookup, ids, offs, leading)
+
+
+def check_leading(lookup: Lookup, ids: Tensor, offsets: Tensor | None, seen: dict[int, tuple[tuple[int, ...], str]]) -> None:
+    """Raise ValueError where a lookup does not have the leading shape of the others of its slot, which are in ``seen``."""
+    shape = leading_shape(lookup, ids, offsets)
+    first, name = seen.setdefault(lookup.slot, (shape, lookup.name))
+    if shape != first:
+        raise ValueError(
+            f"lookups {name!r} and {lookup.name!r} write one tensor, but their leading shapes differ: {list(first)} and {list(shape)}"
+        )
 
 
 def leading_shape(lookup: Lookup, ids: Tensor, offsets: Tensor | None) -> tuple[int, ...]:
@@ -105,7 +109,7 @@ def forward(
 
     for lookup, ids, offs, weights in zip(spec.lookups, indices, offsets, sample_weights, strict=True):
         table, dim = tables[lookup.table], spec.tables[lookup.table].dim
-        reads = _reads(spec, lookup, ids, offs, weights, acc)
+        reads = unroll(spec, lookup, ids, offs, weights, acc)
         target = slot(lookup.slot, reads.leading).narrow(-1, lookup.column, dim)
         rows = table.detach()[reads.rows]
         if lookup.pooling == "none":
@@ -184,7 +188,7 @@ def sample_weight_gradients(
         if slot_grads[lookup.slot] is None:
             continue
         grad = _lookup_gradient(spec, lookup, slot_grads, acc)
-        reads = _reads(spec, lookup, ids, offs, None, acc, keep_padding=True)
+        reads = unroll(spec, lookup, ids, offs, None, acc, keep_padding=True)
         left_out = None if lookup.left_out is None else reads.rows == lookup.left_out
         dots = (grad[reads.bag] * tables[lookup.table].detach()[reads.rows].to(acc)).sum(-1)
         if left_out is not None:
@@ -266,7 +270,8 @@ def check_shapes(lookup: Lookup, ids: Tensor, offsets: Tensor | None, weights: T
             raise ValueError(f"{where} got sample weights of shape {list(weights.shape)} for ids of shape {list(ids.shape)}")
 
 
-def _check_offsets(lookup: Lookup, table: Table, ids: Tensor, offsets: Tensor) -> None:
+def check_offsets(lookup: Lookup, table: Table, ids: Tensor, offsets: Tensor) -> None:
+    """Raise ValueError for offsets that decrease, do not start at 0 or pass the end."""
     where, which = f"offsets of lookup {lookup.name!r}", f" (table {table.name!r})"
     if offsets.numel() == 0:
         return
@@ -283,7 +288,8 @@ def _check_offsets(lookup: Lookup, table: Table, ids: Tensor, offsets: Tensor) -
         )
 
 
-def _check_ids(spec: GroupSpec, lookup: Lookup, ids: Tensor, offsets: Tensor | None) -> None:
+def check_ids(spec: GroupSpec, lookup: Lookup, ids: Tensor, offsets: Tensor | None) -> None:
+    """Raise IndexError for the first id outside the table."""
     table = spec.tables[lookup.table]
     flat = ids.reshape(-1)
     if offsets is not None:
@@ -306,7 +312,7 @@ def _last_id(lookup: Lookup, flat: Tensor, offsets: Tensor) -> int:
     return int(offsets[-1]) if lookup.include_last_offset else flat.numel()
 
 
-def _reads(
+def unroll(
     spec: GroupSpec,
     lookup: Lookup,
     ids: Tensor,
@@ -314,7 +320,7 @@ def _reads(
     weights: Tensor | None,
     acc: torch.dtype,
     keep_padding: bool = False,
-) -> _Reads:
+) -> Reads:
     """Unroll one lookup. Padding ids of a bag are dropped (or kept and marked, with ``keep_padding``)."""
     rows = ids.reshape(-1).to(torch.int64)
     leading = leading_shape(lookup, ids, offsets)
@@ -336,7 +342,7 @@ def _reads(
     if lookup.pooling == "mean":
         counts = torch.bincount(bag, minlength=leading[0])
         scale = counts[bag].to(acc).reciprocal()
-    return _Reads(rows, bag, scale, trained, leading)
+    return Reads(rows, bag, scale, trained, leading)
 
 
 def _lookup_gradient(spec: GroupSpec, lookup: Lookup, slot_grads: OptionalTensors, acc: torch.dtype) -> Tensor:
@@ -362,7 +368,7 @@ def _summed(
     for lookup, ids, offs, weights in zip(spec.lookups, indices, offsets, sample_weights, strict=True):
         if not wanted[lookup.table] or slot_grads[lookup.slot] is None:
             continue
-        reads = _reads(spec, lookup, ids, offs, weights, acc)
+        reads = unroll(spec, lookup, ids, offs, weights, acc)
         values = _lookup_gradient(spec, lookup, slot_grads, acc)[reads.bag]
         if reads.scale is not None:
             values = values * reads.scale[:, None]

@@ -1,0 +1,120 @@
+"""``tablewright.exchange_ids`` and ``received_bags``: row numbers travel to the ranks that hold the rows.
+
+::
+
+    exchange_ids(header, payload, spec, rank, group) -> (header_in, payload_in)
+    received_bags(header_in, payload_in, spec, rank) -> [rows_0, offsets_0, rows_1, ...]
+
+``exchange_ids`` sends what ``route_ids`` made. ``header_in`` int64 ``[ranks, streams of this rank, 3]`` is there when it returns;
+``payload_in`` is still on its way (``finish`` or ``received_bags`` waits). Two collectives: the header has a known size, and
+tells whether all ranks make the same exchange.
+``received_bags`` gives for each stream of this rank the row numbers from all ranks, and, unless the stream is deduplicated or
+unpooled, the offsets of their bags (else an empty tensor).
+
+Raises what ``route_ids`` refused, on the rank where it did; :class:`~.errors.PeerError` on the others.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..library import DIRECT, LIBRARY, tracing
+from . import route_ids
+from .errors import PeerError
+from .spec import HEADER, ExchangeSpec, decode
+from .work import all_to_all, finish
+
+_REFUSED = -1
+
+LIBRARY.define("exchange_ids(Tensor header, Tensor payload, str spec, int rank, str group) -> (Tensor, Tensor)")
+LIBRARY.define("received_bags(Tensor header_in, Tensor payload_in, str spec, int rank) -> Tensor[]")
+
+
+def id_counts(spec: ExchangeSpec, announced: list[list[int]]) -> int:
+    """How many numbers of payload the streams announce."""
+    return sum(rows + (bags if ragged else 0) for bags, rows, ragged in announced)
+
+
+def _exchange(header: Tensor, payload: Tensor, text: str, rank: int, group: str) -> tuple[Tensor, Tensor]:
+    spec = decode(text)
+    counts_out, counts_in = spec.header_splits(rank)
+    announced, refused = header.tolist(), route_ids.refusal()
+    state = _REFUSED if refused is not None else spec.checksum
+    wire = [number for mine in spec.of_rank for number in (state, *(n for k in mine for n in announced[k]))]
+    there = torch.tensor(wire, device=payload.device)
+    arrived = finish(all_to_all(there, counts_out, counts_in, group, "the exchange of id counts")).cpu().view(spec.world, -1)
+    if refused is not None:
+        raise refused
+    for source, theirs in enumerate(arrived[:, 0].tolist()):
+        if theirs == _REFUSED:
+            raise PeerError(f"rank {source} was given ids or offsets that cannot be looked up, and stopped; its own error says which")
+        if theirs != spec.checksum:
+            raise PeerError(
+                f"rank {source} makes another exchange of ids than rank {rank} ({theirs:x}, here {spec.checksum:x}): the ranks do not "
+                "call the same models in the same order, or optimized them by different plans"
+            )
+    header_in = arrived[:, 1:].reshape(spec.world, len(spec.of_rank[rank]), HEADER)
+    expected = header_in.tolist()
+    out = [id_counts(spec, [announced[k] for k in mine]) for mine in spec.of_rank]
+    inward = [id_counts(spec, streams) for streams in expected]
+    return header_in, all_to_all(payload, out, inward, group, "the exchange of ids")
+
+
+@torch.library.register_fake("tablewright::exchange_ids", lib=LIBRARY)
+def _fake_exchange(header, payload, spec, rank, group):
+    parsed = decode(spec)
+    header_in = header.new_empty(parsed.world, len(parsed.of_rank[rank]), HEADER)
+    return header_in, payload.new_empty(torch.library.get_ctx().new_dynamic_size())
+
+
+def _is_single(spec: ExchangeSpec, k: int) -> bool:
+    """Whether every bag of a stream is one row."""
+    stream = spec.streams[k]
+    return stream.unique or spec.group.lookups[stream.lookups[0]].pooling == "none"
+
+
+def _received(header_in: Tensor, payload_in: Tensor, text: str, rank: int) -> list[Tensor]:
+    spec = decode(text)
+    finish(payload_in)
+    streams = spec.of_rank[rank]
+    rows: list[list[Tensor]] = [[] for _ in streams]
+    lengths: list[list[Tensor]] = [[] for _ in streams]
+    at = 0
+    for source in header_in.tolist():
+        for place, (bags, count, ragged) in enumerate(source):
+            if not _is_single(spec, streams[place]) and bags:
+                if ragged:
+                    lengths[place].append(payload_in[at : at + bags])
+                else:
+                    lengths[place].append(payload_in.new_full((bags,), count // bags))
+            at += bags if ragged else 0
+            rows[place].append(payload_in[at : at + count])
+            at += count
+    out = []
+    for place, k in enumerate(streams):
+        out.append(torch.cat(rows[place]))
+        if _is_single(spec, k):
+            out.append(payload_in.new_empty(0))
+        else:
+            sizes = torch.cat([payload_in.new_zeros(1), *lengths[place]]).to(torch.int64)
+            out.append(sizes.cumsum(0)[:-1])
+    return out
+
+
+@torch.library.register_fake("tablewright::received_bags", lib=LIBRARY)
+def _fake_received(header_in, payload_in, spec, rank):
+    parsed, context, out = decode(spec), torch.library.get_ctx(), []
+    for k in parsed.of_rank[rank]:
+        out.append(payload_in.new_empty(context.new_dynamic_size()))
+        single = _is_single(parsed, k)
+        out.append(payload_in.new_empty(0 if single else context.new_dynamic_size(), dtype=payload_in.dtype if single else torch.int64))
+    return out
+
+
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("exchange_ids", _exchange, _device)
+    LIBRARY.impl("received_bags", _received, _device)
+EXCHANGE = torch.ops.tablewright.exchange_ids.default
+RECEIVED = torch.ops.tablewright.received_bags.default
+DIRECT[EXCHANGE] = lambda *args: (EXCHANGE if tracing() else _exchange)(*args)
+DIRECT[RECEIVED] = lambda *args: (RECEIVED if tracing() else _received)(*args)

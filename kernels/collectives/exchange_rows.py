@@ -1,0 +1,181 @@
+"""``tablewright.pack_rows``, ``send_rows`` and ``wait_rows``: looked-up rows travel back to the ranks that asked; gradients the same way
+in reverse.
+
+::
+
+    pack_rows(slots, anchor, header_in, spec, rank) -> sent          owner: its answers, in the order in which they go out
+    send_rows(sent, header_in, header, spec, rank, group) -> wire    starts the collective
+    wait_rows(sent, wire, header_in, header, spec, rank, group) -> received
+
+``slots``: one tensor ``[bags of all ranks, columns]`` for each stream of this rank. ``sent`` and ``received`` are flat, in the tables'
+dtype: for each rank and stream ``bags x columns`` numbers. ``anchor``: any tensor that requires a gradient, so that the backward runs
+on a rank without shards too. The backward of ``wait_rows`` starts the collective of the gradients and that of ``pack_rows`` waits for
+it: what the graph has between the two runs meanwhile, in the backward as in the forward. Gradients are summed by the owner's lookup.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..library import DIRECT, LIBRARY, tracing
+from .spec import ExchangeSpec, decode
+from .wire import decoded, encoded, wire_sizes
+from .work import all_to_all, finish
+
+LIBRARY.define("pack_rows(Tensor[] slots, Tensor anchor, Tensor header_in, str spec, int rank) -> Tensor")
+LIBRARY.define("send_rows(Tensor sent, Tensor header_in, Tensor header, str spec, int rank, str group) -> Tensor")
+LIBRARY.define("wait_rows(Tensor sent, Tensor wire, Tensor header_in, Tensor header, str spec, int rank, str group) -> Tensor")
+
+
+# --- layout ------------------------------------------------------------------------------------------------------------------
+
+
+def outgoing(spec: ExchangeSpec, rank: int, header_in: Tensor) -> list[list[tuple[int, int]]]:
+    """(stream, bags) of what this rank answers, for each rank that asked."""
+    return [list(zip(spec.of_rank[rank], (bags for bags, _, _ in streams))) for streams in header_in.tolist()]
+
+
+def incoming(spec: ExchangeSpec, header: Tensor) -> list[list[tuple[int, int]]]:
+    """(stream, bags) of what this rank is answered, for each rank that answers."""
+    bags = header[:, 0].tolist()
+    return [[(k, bags[k]) for k in mine] for mine in spec.of_rank]
+
+
+def numbers_in(spec: ExchangeSpec, parts: list[list[tuple[int, int]]]) -> int:
+    """How many numbers a flat tensor in that layout has."""
+    return sum(bags * spec.streams[k].shard.columns for rank in parts for k, bags in rank)
+
+
+def _exchange(flat: Tensor, spec: ExchangeSpec, out: list, into: list, direction: str, group: str) -> Tensor:
+    """Start the collective; a flat tensor of wire elements that is being filled."""
+    codecs = wire_sizes(spec, direction)
+    wire = encoded(flat, spec, out, codecs)
+    counts_out, counts_in = ([sum(codecs.size(k, bags) for k, bags in rank) for rank in parts] for parts in (out, into))
+    what = "the exchange of rows" if direction == "forward" else "the exchange of rows' gradients"
+    return all_to_all(wire, counts_out, counts_in, group, what)
+
+
+# --- pack --------------------------------------------------------------------------------------------------------------------
+
+
+def _pack(slots, anchor: Tensor, header_in: Tensor, text: str, rank: int) -> Tensor:
+    spec = decode(text)
+    parts = outgoing(spec, rank, header_in)
+    taken = [0] * len(slots)
+    pieces = []
+    for streams in parts:
+        for place, (_, bags) in enumerate(streams):
+            pieces.append(slots[place][taken[place] : taken[place] + bags].reshape(-1))
+            taken[place] += bags
+    return torch.cat(pieces) if pieces else anchor.new_empty(0, dtype=spec.torch_dtype)
+
+
+@torch.library.register_fake("tablewright::pack_rows", lib=LIBRARY)
+def _fake_pack(slots, anchor, header_in, spec, rank):
+    return anchor.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=decode(spec).torch_dtype)
+
+
+class _Pack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, text, rank, header_in, anchor, *slots):
+        ctx.call = text, rank, header_in, [slot.shape for slot in slots]
+        return _pack(slots, anchor, header_in, text, rank)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        text, rank, header_in, shapes = ctx.call
+        spec, grad = decode(text), _arrived(grad)
+        pieces: list[list[Tensor]] = [[] for _ in shapes]
+        at = 0
+        for streams in outgoing(spec, rank, header_in):
+            for place, (k, bags) in enumerate(streams):
+                size = bags * spec.streams[k].shard.columns
+                pieces[place].append(grad[at : at + size])
+                at += size
+        made = []
+        for k, shape, found in zip(spec.of_rank[rank], shapes, pieces):
+            made.append(torch.cat(found).view(shape) if spec.streams[k].trained else None)
+        return None, None, None, None, *made
+
+
+def _pack_autograd(slots, anchor, header_in, spec, rank):
+    if not torch.is_grad_enabled() or tracing() or not any(s.trained for s in decode(spec).streams):
+        return _pack(slots, anchor, header_in, spec, rank)
+    return _Pack.apply(spec, rank, header_in, anchor, *slots)
+
+
+# --- send and wait -----------------------------------------------------------------------------------------------------------
+
+
+def _send(sent: Tensor, header_in: Tensor, header: Tensor, text: str, rank: int, group: str) -> Tensor:
+    spec = decode(text)
+    return _exchange(sent.detach(), spec, outgoing(spec, rank, header_in), incoming(spec, header), "forward", group)
+
+
+@torch.library.register_fake("tablewright::send_rows", lib=LIBRARY)
+def _fake_send(sent, header_in, header, spec, rank, group):
+    return sent.new_empty(torch.library.get_ctx().new_dynamic_size())
+
+
+def _wait(sent, wire: Tensor, header_in: Tensor, header: Tensor, text: str, rank: int, group: str) -> Tensor:
+    spec = decode(text)
+    return decoded(finish(wire), spec, incoming(spec, header), wire_sizes(spec, "forward"))
+
+
+@torch.library.register_fake("tablewright::wait_rows", lib=LIBRARY)
+def _fake_wait(sent, wire, header_in, header, spec, rank, group):
+    return sent.new_empty(torch.library.get_ctx().new_dynamic_size())
+
+
+# Gradients on their way, by the storage of the tensor that autograd carries in their place; see _Wait.backward.
+_arriving: dict[int, tuple[Tensor, Tensor, ExchangeSpec, list]] = {}
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sent, wire, header_in, header, text, rank, group):
+        ctx.call = header_in, header, text, rank, group
+        return _wait(sent, wire, header_in, header, text, rank, group).detach()
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise RuntimeError("second derivatives through sharded lookups are not provided (create_graph=True)")
+        header_in, header, text, rank, group = ctx.call
+        spec = decode(text)
+        asked = outgoing(spec, rank, header_in)
+        wire = _exchange(grad.contiguous(), spec, incoming(spec, header), asked, "backward", group)
+        # Autograd wants a gradient of the shape of ``sent``. Nobody but pack_rows reads ``sent``, so this one reaches it as it is.
+        carrier = wire.new_empty(1, dtype=grad.dtype).expand(numbers_in(spec, asked))
+        _arriving[carrier.untyped_storage()._cdata] = (carrier, wire, spec, asked)
+        return carrier, None, None, None, None, None, None
+
+
+def _arrived(carrier: Tensor) -> Tensor:
+    """The gradients that ``carrier`` stands for, when they are there."""
+    found = _arriving.pop(carrier.untyped_storage()._cdata, None)
+    if found is None:
+        raise RuntimeError("the gradient of sharded rows was changed on its way (a hook, or another reader of the packed rows)")
+    _, wire, spec, asked = found
+    return decoded(finish(wire), spec, asked, wire_sizes(spec, "backward"))
+
+
+def _wait_autograd(sent, wire, header_in, header, spec, rank, group):
+    if not sent.requires_grad or tracing():
+        with torch._C._AutoDispatchBelowAutograd():
+            return _wait(sent, wire, header_in, header, spec, rank, group)
+    return _Wait.apply(sent, wire, header_in, header, spec, rank, group)
+
+
+def _wait_kernel(sent, wire, header_in, header, spec, rank, group):
+    return _wait(sent, wire, header_in, header, spec, rank, group)
+
+
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("pack_rows", _pack, _device)
+    LIBRARY.impl("send_rows", _send, _device)
+    LIBRARY.impl("wait_rows", _wait_kernel, _device)
+PACK, SEND, WAIT = (getattr(torch.ops.tablewright, name).default for name in ("pack_rows", "send_rows", "wait_rows"))
+DIRECT[PACK] = lambda *args: PACK(*args) if tracing() else _pack_autograd(*args)
+DIRECT[SEND] = lambda *args: (SEND if tracing() else _send)(*args)
+DIRECT[WAIT] = lambda *args: WAIT(*args) if tracing() else _wait_autograd(*args)

@@ -1,0 +1,170 @@
+"""What one exchange of lookups does, as data: which rank holds which part of each table, and what travels between ranks.
+
+Vocabulary: a *shard* is a block of a table (a range of rows and of columns) on one rank. A *stream* is what goes to one shard for
+one lookup: its *bags*, each a run of row numbers. The owner answers a stream with one row (of the shard's columns) for each bag:
+the bag's sum. With ``unique`` exchange a stream serves all lookups of the table, and its bags are the distinct rows they read, one
+each; the requester pools them itself. Bags that have no row in a shard are not sent there.
+
+An :class:`ExchangeSpec` is the static half of an exchange, the same text on all ranks; ranks count within the process group.
+"""
+from __future__ import annotations
+
+import functools
+import json
+import zlib
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+
+from ..embedding.spec import Extra, GroupSpec, Lookup, Table
+
+HEADER = 3  # numbers that announce a stream: bags, rows, and whether the bags' lengths follow (they differ)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows ``[row, row + rows)`` and columns ``[column, column + columns)`` of a table, on ``rank``."""
+
+    rank: int
+    row: int
+    rows: int
+    column: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class TableLayout:
+    """Where one table lives. ``sharding``: TorchRec's name for it; ``shards``: at most one on each rank (none: ``data_parallel``).
+    ``exchange``: "pooled" or "unique". ``forward``, ``backward``: the codec of rows and of their gradients."""
+
+    name: str
+    rows: int
+    dim: int
+    sharding: str
+    shards: tuple[Shard, ...] = ()
+    exchange: str = "pooled"
+    forward: str = "fp32"
+    backward: str = "fp32"
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every rank holds the whole table."""
+        return not self.shards
+
+    def on(self, rank: int) -> Shard | None:
+        """What ``rank`` holds; ``None``: nothing."""
+        return next((s for s in self.shards if s.rank == rank), None)
+
+    @property
+    def columns_split(self) -> bool:
+        """Whether rows are cut, so that no rank holds a whole one."""
+        return any(s.columns != self.dim for s in self.shards)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What goes to one shard. ``lookups``: the one it serves, or with ``unique`` all of them. ``padding``: the row (of the table)
+    that gets no gradient. ``trained``: whether gradients go back."""
+
+    shard: Shard
+    table: int
+    lookups: tuple[int, ...]
+    unique: bool = False
+    padding: int | None = None
+    trained: bool = True
+    forward: str = "fp32"
+    backward: str = "fp32"
+
+
+@dataclass(frozen=True)
+class ExchangeSpec:
+    """``group``: the lookups (whole tables), and where each pooled lookup's result goes: slots, and ``extras`` that are copied in
+    beside them. ``streams``: ordered by rank, the same on all ranks. ``dtype``: of the tables."""
+
+    world: int
+    group: GroupSpec
+    streams: tuple[Stream, ...]
+    dtype: str
+
+    def encode(self) -> str:
+        """The canonical text."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @cached_property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @cached_property
+    def of_rank(self) -> tuple[tuple[int, ...], ...]:
+        """The streams that go to each rank."""
+        return tuple(tuple(i for i, s in enumerate(self.streams) if s.shard.rank == r) for r in range(self.world))
+
+    @cached_property
+    def id_dtype(self) -> torch.dtype:
+        """Row numbers travel as int32 wherever they fit."""
+        return torch.int32 if all(s.shard.rows < 2**31 for s in self.streams) else torch.int64
+
+    @cached_property
+    def pooled_streams(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """(lookup, its streams) of each lookup that is pooled by the owners."""
+        return tuple(
+            (i, found) for i in range(len(self.group.lookups))
+            if (found := tuple(k for k, s in enumerate(self.streams) if not s.unique and s.lookups == (i,)))
+        )  # fmt: skip
+
+    @cached_property
+    def unique_groups(self) -> tuple[UniqueGroup, ...]:
+        """What is deduplicated together."""
+        keys = dict.fromkeys((s.table, s.padding, s.lookups) for s in self.streams if s.unique)
+        groups = []
+        for table, padding, lookups in keys:
+            mine = [k for k, s in enumerate(self.streams) if s.unique and (s.table, s.padding, s.lookups) == (table, padding, lookups)]
+            ranges = sorted({(self.streams[k].shard.row, self.streams[k].shard.rows) for k in mine})
+            parts = []
+            for row, rows in ranges:
+                same = [k for k in mine if self.streams[k].shard.row == row]
+                parts.append((row, rows, tuple(sorted(same, key=lambda k: self.streams[k].shard.column))))
+            groups.append(UniqueGroup(table, lookups, tuple(parts)))
+        return tuple(groups)
+
+    def header_splits(self, rank: int) -> tuple[list[int], list[int]]:
+        """How many header numbers go to, and come from, each rank: a state, and :data:`HEADER` for each stream."""
+        return [1 + HEADER * len(mine) for mine in self.of_rank], [1 + HEADER * len(self.of_rank[rank])] * self.world
+
+    @cached_property
+    def checksum(self) -> int:
+        """A number by which ranks see that they make the same exchange."""
+        return zlib.crc32(self.encode().encode())
+
+
+@dataclass(frozen=True)
+class UniqueGroup:
+    """Lookups whose rows are deduplicated together. ``parts``: (first row, rows, streams in the order of their columns) for each
+    range of rows."""
+
+    table: int
+    lookups: tuple[int, ...]
+    parts: tuple[tuple[int, int, tuple[int, ...]], ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def decode(text: str) -> ExchangeSpec:
+    """The spec that :meth:`ExchangeSpec.encode` wrote; equal texts give the same object."""
+    raw = json.loads(text)
+    group = raw["group"]
+    return ExchangeSpec(
+        raw["world"],
+        GroupSpec(
+            tuple(Table(**t) for t in group["tables"]), tuple(Lookup(**k) for k in group["lookups"]), tuple(group["slots"]),
+            tuple(Extra(**e) for e in group["extras"]),
+        ),
+        tuple(Stream(**{**s, "shard": Shard(**s["shard"]), "lookups": tuple(s["lookups"])}) for s in raw["streams"]),
+        raw["dtype"],
+    )  # fmt: skip
+
+
+def starts_of(sizes: list[int]) -> list[int]:
+    """Where each part begins in their concatenation."""
+    return [0, *accumulate(sizes)][:-1]
