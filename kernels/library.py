@@ -34,3 +34,11 @@ def backward_of(function: Callable, op: Callable) -> Callable:
     if torch.is_grad_enabled():
         return functools.partial(function, again=True)
     return op if tracing() else function
+
+
+def size_from_data() -> Any:
+    """In a fake implementation: a size that only the data decides. 0 where the trace knows no symbols."""
+    try:
+        return torch.library.get_ctx().new_dynamic_size()
+    except torch._subclasses.fake_tensor.DynamicOutputShapeException:
+        return 0

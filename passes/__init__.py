@@ -16,6 +16,7 @@ from .mixed_precision import MixedPrecision
 from .pool_sequences import PoolSequences
 from .remove_zero_dropout import RemoveZeroDropout
 from .rule import Pass
+from .shard_tables import ShardTables
 from .share_repeats import ShareRepeats
 from .short_softmax import ShortSoftmax
 from .table_gradients import TableGradients
@@ -25,3 +26,4 @@ DEFAULT: tuple[type[Pass], ...] = (
     ShareRepeats, IdColumns, GroupTables, TableGradients, FuseCross,
     BatchExperts, MixedPrecision, DenseChains, ShortSoftmax, FastDropout, FuseMlp,
 )  # fmt: skip
+OVER_RANKS: tuple[type[Pass], ...] = (ShardTables,)  # then, where a model runs over several ranks; no plan leaves them out

@@ -25,7 +25,7 @@ from .records import APPLIED, DISABLED, SKIPPED, Record, Skip, record
 class Context:
     """What a pass works on. ``root`` holds the parameters that ``get_attr`` nodes name. ``tables`` says how each table is to be
     updated (see ``table_gradients.py``). ``budget`` limits how many rewrites may still be made (bisection); ``None`` is no limit.
-    ``timings``: what ``measure.py`` has timed."""
+    ``timings``: what ``measure.py`` has timed. ``sharding``: where tables live (``shard_tables.py``), over several ranks."""
 
     graph: Graph
     root: nn.Module
@@ -33,6 +33,7 @@ class Context:
     budget: int | None = None
     made: int = 0
     timings: dict[Any, Any] = field(default_factory=dict)
+    sharding: Any = None
 
     def allowed(self) -> bool:
         """Take one rewrite from the budget."""
@@ -50,6 +51,7 @@ class Pass:
     name: ClassVar[str]
     kind: ClassVar[str]
     numerics: ClassVar[str] = "reassociated"
+    alone: ClassVar[bool] = True  # the graph that it makes runs on one rank by itself
 
     def run(self, context: Context) -> list[Record]:
         """Change ``context.graph`` and say what was done to what."""

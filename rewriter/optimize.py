@@ -5,11 +5,13 @@ import copy
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.fx import Graph
 from torch.optim import Optimizer
 
@@ -18,6 +20,7 @@ from ..kernels.embedding.op import OP
 from ..kernels.embedding.optimizers import RowUpdates, row_wise
 from ..kernels.embedding.spec import decode
 from ..kernels.memory import use_huge_pages
+from ..passes import OVER_RANKS
 from ..passes.lookups import tables_read
 from ..passes.records import APPLIED
 from ..passes.table_gradients import Choice
@@ -32,10 +35,11 @@ from .in_backward_guard import InBackwardGuard, drop_placeholders
 from .methods import FORWARD, samples_of
 from .optimized_model import OptimizedModel, Variant, refuse_optimized, with_signature_of
 from .pipeline import Check, Step, run_passes
-from .plan import Plan
+from .plan import Plan, TablePlan
 from .programs import merged, program_variant, tables_of
 from .report import Report
 from .samples import Samples
+from .sharding import Ranks, ShardedTables, prepare, start
 
 _MAX_VARIANTS = 16
 VERIFY = ("structure", "numerics")
@@ -44,7 +48,7 @@ VERIFY = ("structure", "numerics")
 def optimize(
     model: nn.Module, plan: Plan | str | Path | Mapping[str, Any] = "auto", *, optimizer: Optimizer | None = None,
     sample_inputs: Any = None, sample_kwargs: Mapping[str, Any] | None = None, verify: str = "structure",
-    copy: bool = False, on_skip: str = "report", methods: Sequence[str] = (),
+    copy: bool = False, on_skip: str = "report", methods: Sequence[str] = (), mesh: DeviceMesh | None = None,
 ) -> Any:  # fmt: skip
     """A drop-in for ``model`` whose lookups are table-batched and whose tables are updated row by row.
 
@@ -60,6 +64,10 @@ def optimize(
     same tables; the others run plainly on the shared weights. Then ``sample_inputs`` may map names to the inputs of each:
     ``{"forward": (ids,), "calculate_loss": (batch,)}``. A method without any is tried with those of ``forward``, and else
     captured at its first call.
+
+    ``mesh``: a ``torch.distributed`` DeviceMesh of one dimension, or two (nodes, ranks in a node). The result then runs over those
+    ranks: each feeds its own batch, tables live where the plan says (``data_parallel`` where it says nothing), gradients are averaged
+    as DistributedDataParallel does, and weights start as rank 0 has them. ``optimizer`` then holds this rank's blocks of the tables.
 
     What cannot be captured as one graph runs in pieces, or plainly, with the reason at the top of the report.
 
@@ -78,13 +86,13 @@ def optimize(
     samples = samples_of(model, methods, sample_inputs, sample_kwargs)
     return optimize_with_samples(
         model, _plan(plan, model, sample_inputs), samples, optimizer, verify=verify, duplicate=copy, on_skip=on_skip,
-        started=started,
+        started=started, ranks=None if mesh is None else Ranks.of(mesh),
     )  # fmt: skip
 
 
 def optimize_with_samples(
     model: nn.Module, plan: Plan, samples: dict[str, Samples], optimizer: Optimizer | None = None, *, verify: str = "structure",
-    duplicate: bool = False, on_skip: str = "report", started: float | None = None,
+    duplicate: bool = False, on_skip: str = "report", started: float | None = None, ranks: Ranks | None = None,
 ) -> Any:  # fmt: skip
     """:func:`optimize` after its arguments have been read."""
     started = time.perf_counter() if started is None else started
@@ -92,14 +100,19 @@ def optimize_with_samples(
         model = copy.deepcopy(model)
     drop_placeholders(model)
     shell = clone_shell(model)
-    compiler = Compiler(shell, {} if duplicate else dict(model.named_modules()), plan, samples, verify)
+    compiler = Compiler(shell, {} if duplicate else dict(model.named_modules()), plan, samples, verify, ranks)
     with CAPTURING:
         variants = compiler.compile_all(optimizer)
+    if compiler.sharded is not None:
+        compiler.sharded.spread(shell)
+        compiler.sharded.cut(shell, optimizer)
     result = with_signature_of(model, [name for name in samples if name != FORWARD])(shell, compiler, plan)
     result._variants.extend(variants)
     if not duplicate:
         result._watched.extend(watch(model, shell))
     result.__dict__["_embedding_optimizer"] = compiler.plan_optimizer
+    if compiler.sharded is not None:
+        start(compiler.sharded, result)
     result.__dict__["_guard"] = InBackwardGuard.of(result)
     huge = use_huge_pages(_big_memory(compiler, optimizer)) if plan.huge_pages else 0
     result.__dict__["_report"] = compiler.report(variants, time.perf_counter() - started, copied=duplicate, huge=huge)
@@ -176,15 +189,19 @@ class Compiler:
     """Makes variants of one model: once in ``optimize``, and again when a guard of all present ones fails."""
 
     def __init__(
-        self, shell: nn.Module, originals: Mapping[str, nn.Module], plan: Plan, samples: dict[str, Samples], verify: str
-    ) -> None:
+        self, shell: nn.Module, originals: Mapping[str, nn.Module], plan: Plan, samples: dict[str, Samples], verify: str,
+        ranks: Ranks | None = None,
+    ) -> None:  # fmt: skip
         self.shell = shell
+        self.ranks = ranks
+        self.sharded: ShardedTables | None = None
         self.originals = {path: weakref.ref(module) for path, module in originals.items()}
         self.plan = plan
         self.samples = samples
         self.verify = verify
         self.tables: dict[str, Tensor] = {}
         self.choices: dict[str, Choice] = {}
+        self.resolved: dict[str, TablePlan] = {}
         self.plan_optimizer: RowUpdates | None = None
         self.user_optimizer: weakref.ref | None = None
         self.row_wise_tables: list[str] = []
@@ -208,11 +225,20 @@ class Compiler:
         for each in captured:
             read.update(tables_of(each, self.shell))
         self._decide(read, optimizer)
+        if self.ranks is not None:
+            self.sharded = ShardedTables(self.ranks, self.tables, self.resolved)
+            self.sharded.refuse_programs(captured)
+            self.choices = self.sharded.choices(self.choices)
         return [self._rewritten(each, self.samples[each.entry].args, self.samples[each.entry].kwargs) for each in captured]
 
     def compile(self, entry: str, args: Any, kwargs: Any) -> Variant:
         """A variant for such inputs: capture, and run the plan's passes."""
-        return self._rewritten(self._capture(entry, args, kwargs), args, kwargs)
+        with self.whole():
+            return self._rewritten(self._capture(entry, args, kwargs), args, kwargs)
+
+    def whole(self) -> AbstractContextManager:
+        """The shell with whole tables, as a capture needs them."""
+        return nullcontext() if self.sharded is None else self.sharded.whole_tables(self.shell)
 
     def _capture(self, entry: str, args: Any, kwargs: Any, more: Any = None) -> Captured:
         alive = {path: module for path, ref in self.originals.items() if (module := ref()) is not None}
@@ -221,6 +247,8 @@ class Compiler:
 
     def _rewritten(self, captured: Captured, args: Any, kwargs: Any) -> Variant:
         self.shell.__dict__.setdefault(TICKET, torch.zeros((), dtype=torch.int64))
+        if self.ranks is not None:
+            prepare(self.shell)
         if captured.program is not None:
             return program_variant(self, captured)
         check = None
@@ -249,8 +277,10 @@ class Compiler:
 
     def rewrite(self, graph: Graph, budget: int | None = None, check: Check | None = None) -> tuple[Graph, list[Step]]:
         """Run the passes on a captured graph; ``budget`` limits how many rewrites are made."""
-        passes = self.plan.make_passes()
-        return run_passes(graph, self.shell, passes, self.choices, budget=budget, numeric_check=check)
+        passes, sharding = self.plan.make_passes(), None
+        if self.sharded is not None:
+            passes, sharding = [*passes, *(cls() for cls in OVER_RANKS)], self.sharded.sharding
+        return run_passes(graph, self.shell, passes, self.choices, budget=budget, numeric_check=check, sharding=sharding)
 
     def _decide(self, read: dict[str, Tensor], optimizer: Optimizer | None) -> None:
         modules = dict(self.shell.named_modules())
@@ -264,10 +294,10 @@ class Compiler:
         for name, param in self.shell.named_parameters(remove_duplicate=False):
             if id(param) in first:
                 aliases.setdefault(first[id(param)], []).append(name)
-        resolved = self.plan.resolve(every, aliases)
+        resolved = self.resolved = self.plan.resolve(every, aliases)
         spread = next((name for name, t in resolved.items() if t.sharding is not None), None)
-        if spread is not None:
-            raise PlanError(f"the plan makes table '{spread}' {resolved[spread].sharding}, which needs several ranks: a mesh was not given")
+        if spread is not None and self.ranks is None:
+            raise PlanError(f"the plan makes table '{spread}' {resolved[spread].sharding}, which needs several ranks: a mesh was not given (mesh=)")
         updates = decide(read, resolved, optimizer, self.plan)
         self.tables, self.choices, self.plan_optimizer = every, updates.choices, updates.plan_optimizer
 

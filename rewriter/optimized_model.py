@@ -100,6 +100,7 @@ class OptimizedModel(nn.Module):
         set_plain("_report", Report(()))
         set_plain("_embedding_optimizer", None)
         set_plain("_guard", None)
+        set_plain("_sharded", None)  # over several ranks: who holds what
         set_plain("_watched", [])  # what is shared with the plain model
         self.training = shell.training
         self.register_load_state_dict_post_hook(_follow_loaded)  # also runs where a parent module loads
@@ -160,7 +161,8 @@ class OptimizedModel(nn.Module):
                 failure = variant.captured.guards.failure(args, kwargs)
                 if failure is None and variant.unverified:
                     variant.unverified = False
-                    failure = verify(self._shell, variant.captured, args, kwargs)
+                    with self._compiler.whole():
+                        failure = verify(self._shell, variant.captured, args, kwargs)
                     if failure is not None:
                         self._variants.remove(variant)
                         break

@@ -12,6 +12,7 @@ from torch.fx import Graph
 from ..passes.graph import packet_name
 from ..passes.records import APPLIED, DISABLED, REJECTED, Record
 from ..passes.rule import Context, Pass
+from ..passes.shard_tables import CannotShard, Sharding
 from ..passes.table_gradients import CannotUpdate
 from .errors import PassError, PlanError, VerifyError
 from .plan import Disabled
@@ -42,27 +43,31 @@ class Step:
 
 def run_passes(
     graph: Graph, shell: nn.Module, passes: list[Pass | Disabled], tables: dict, *, budget: int | None = None,
-    numeric_check: Check | None = None,
+    numeric_check: Check | None = None, sharding: Sharding | None = None,
 ) -> tuple[Graph, list[Step]]:  # fmt: skip
     """The rewritten graph and a :class:`Step` for each pass; ``graph`` itself is not changed.
 
     ``budget``: at most so many rewrites in all. ``numeric_check(before, after)`` raises :class:`VerifyError` on a difference;
-    then, as on a structural fault, that pass is rolled back. Raises :class:`PassError` if a pass itself breaks.
+    then, as on a structural fault, that pass is rolled back. ``sharding``: where tables live, over several ranks; graphs that exchange
+    with other ranks are not checked by numbers. Raises :class:`PassError` if a pass itself breaks.
     """
     steps: list[Step] = []
     made = 0
+    elsewhere = () if sharding is None else {n for n, t in sharding.layouts.items() if not t.replicated and t.on(sharding.rank) is None}
     for item in passes:
         if isinstance(item, Disabled):
             found = _what_it_would_do(item, graph, shell, tables)
             steps.append(Step(item.cls.name, DISABLED, found, 0.0, 0.0, graph, graph))
             continue
         started = time.perf_counter()
-        context = Context(copy_graph(graph), shell, tables, None if budget is None else budget - made)
+        context = Context(copy_graph(graph), shell, tables, None if budget is None else budget - made, sharding=sharding)
         try:
             records = item.run(context)
         except CannotUpdate as error:
             failed = next((r.reason for s in steps if s.status == REJECTED for r in s.records), "")
             raise PlanError(f"{error}. {failed}" if failed else str(error)) from None
+        except CannotShard as error:
+            raise PlanError(str(error)) from None
         except Exception as error:
             done = ", ".join(s.name for s in steps) or "none"
             raise PassError(
@@ -73,10 +78,12 @@ def run_passes(
         status, after = "ran", context.graph
         if context.made:
             try:
-                check_structure(graph, after, shell)
-                if numeric_check is not None:
+                check_structure(graph, after, shell, elsewhere)
+                if numeric_check is not None and item.alone:
                     numeric_check(graph, after)
             except VerifyError as error:
+                if not item.alone:  # without it the model does not run at all
+                    raise PassError(f"the check after pass '{item.name}' failed: {error}. Please report this") from error
                 reason = f"the check after the pass failed, so it was rolled back: {error}"
                 records = [replace(r, status=REJECTED, reason=reason) if r.status == APPLIED else r for r in records]
                 status, after = REJECTED, graph

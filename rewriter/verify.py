@@ -1,7 +1,7 @@
 """Is the rewritten graph still the plain model? Structure after every pass; numbers on request."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -74,8 +74,8 @@ def propagate(graph: Graph, shell: nn.Module, before: Graph | None = None) -> bo
     return True
 
 
-def check_structure(before: Graph, after: Graph, shell: nn.Module) -> None:
-    """Lint, origins, inputs, outputs, stored tensors, shapes and dtypes. Raises :class:`VerifyError` naming the first fault."""
+def check_structure(before: Graph, after: Graph, shell: nn.Module, elsewhere: Container[str] = ()) -> None:
+    """Lint, origins, inputs, outputs, stored tensors (``elsewhere``: those that another rank reads), shapes and dtypes. Raises :class:`VerifyError` naming the first fault."""
     try:
         after.lint()
     except RuntimeError as error:
@@ -86,9 +86,9 @@ def check_structure(before: Graph, after: Graph, shell: nn.Module) -> None:
     was, now = ([n.target for n in g.nodes if n.op == "placeholder"] for g in (before, after))
     if was != now:
         raise VerifyError(f"the inputs changed from {was} to {now}")
-    lost = _stored(before, shell) - _stored(after, shell)
+    lost = [n for n in _names(shell, _stored(before, shell) - _stored(after, shell)) if n not in elsewhere]
     if lost:
-        raise VerifyError(f"the graph no longer reads {', '.join(sorted(map(str, _names(shell, lost))))}")
+        raise VerifyError(f"the graph no longer reads {', '.join(sorted(lost))}")
     old_values = _outputs(before)
     try:
         known = propagate(after, shell, before)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..library import DIRECT, LIBRARY, tracing
+from ..library import DIRECT, LIBRARY, size_from_data, tracing
 from . import route_ids
 from .errors import PeerError
 from .spec import HEADER, ExchangeSpec, decode
@@ -64,7 +64,7 @@ def _exchange(header: Tensor, payload: Tensor, text: str, rank: int, group: str)
 def _fake_exchange(header, payload, spec, rank, group):
     parsed = decode(spec)
     header_in = header.new_empty(parsed.world, len(parsed.of_rank[rank]), HEADER)
-    return header_in, payload.new_empty(torch.library.get_ctx().new_dynamic_size())
+    return header_in, payload.new_empty(size_from_data())
 
 
 def _is_single(spec: ExchangeSpec, k: int) -> bool:
@@ -103,11 +103,11 @@ def _received(header_in: Tensor, payload_in: Tensor, text: str, rank: int) -> li
 
 @torch.library.register_fake("tablewright::received_bags", lib=LIBRARY)
 def _fake_received(header_in, payload_in, spec, rank):
-    parsed, context, out = decode(spec), torch.library.get_ctx(), []
+    parsed, out = decode(spec), []
     for k in parsed.of_rank[rank]:
-        out.append(payload_in.new_empty(context.new_dynamic_size()))
+        out.append(payload_in.new_empty(size_from_data()))
         single = _is_single(parsed, k)
-        out.append(payload_in.new_empty(0 if single else context.new_dynamic_size(), dtype=payload_in.dtype if single else torch.int64))
+        out.append(payload_in.new_empty(0 if single else size_from_data(), dtype=payload_in.dtype if single else torch.int64))
     return out
 
 

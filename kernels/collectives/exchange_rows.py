@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..library import DIRECT, LIBRARY, tracing
+from ..library import DIRECT, LIBRARY, size_from_data, tracing
 from .spec import ExchangeSpec, decode
 from .wire import decoded, encoded, wire_sizes
 from .work import all_to_all, finish
@@ -72,7 +72,7 @@ def _pack(slots, anchor: Tensor, header_in: Tensor, text: str, rank: int) -> Ten
 
 @torch.library.register_fake("tablewright::pack_rows", lib=LIBRARY)
 def _fake_pack(slots, anchor, header_in, spec, rank):
-    return anchor.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=decode(spec).torch_dtype)
+    return anchor.new_empty(size_from_data(), dtype=decode(spec).torch_dtype)
 
 
 class _Pack(torch.autograd.Function):
@@ -114,7 +114,7 @@ def _send(sent: Tensor, header_in: Tensor, header: Tensor, text: str, rank: int,
 
 @torch.library.register_fake("tablewright::send_rows", lib=LIBRARY)
 def _fake_send(sent, header_in, header, spec, rank, group):
-    return sent.new_empty(torch.library.get_ctx().new_dynamic_size())
+    return sent.new_empty(size_from_data())
 
 
 def _wait(sent, wire: Tensor, header_in: Tensor, header: Tensor, text: str, rank: int, group: str) -> Tensor:
@@ -124,7 +124,7 @@ def _wait(sent, wire: Tensor, header_in: Tensor, header: Tensor, text: str, rank
 
 @torch.library.register_fake("tablewright::wait_rows", lib=LIBRARY)
 def _fake_wait(sent, wire, header_in, header, spec, rank, group):
-    return sent.new_empty(torch.library.get_ctx().new_dynamic_size())
+    return sent.new_empty(size_from_data())
 
 
 # Gradients on their way, by the storage of the tensor that autograd carries in their place; see _Wait.backward.

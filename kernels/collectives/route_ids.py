@@ -21,7 +21,7 @@ from torch import Tensor
 from ..embedding import reference
 from ..embedding.op import leading_shapes
 from ..embedding.reference import Reads, unroll
-from ..library import DIRECT, LIBRARY, tracing
+from ..library import DIRECT, LIBRARY, size_from_data, tracing
 from .spec import HEADER, ExchangeSpec, decode
 
 LIBRARY.define("route_ids(Tensor[] indices, Tensor?[] offsets, str spec) -> Tensor[]")
@@ -152,10 +152,10 @@ def check(spec: ExchangeSpec, indices, offsets) -> None:
 @torch.library.register_fake("tablewright::route_ids", lib=LIBRARY)
 def _fake(indices, offsets, spec):
     parsed = decode(spec)
-    context, like = torch.library.get_ctx(), indices[0]
+    like = indices[0]
 
     def unknown(dtype=torch.int64):
-        return like.new_empty(context.new_dynamic_size(), dtype=dtype)
+        return like.new_empty(size_from_data(), dtype=dtype)
 
     out = [torch.empty(len(parsed.streams), HEADER, dtype=torch.int64), unknown(parsed.id_dtype), unknown(), unknown()]
     shapes = leading_shapes(parsed.group, indices, offsets)

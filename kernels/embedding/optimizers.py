@@ -274,6 +274,7 @@ class RowUpdates(Optimizer):
 
     guard: Any = None
     huge_pages = False  # ask for them where state is made
+    row_squares: Any = None  # for tables whose rows are cut over ranks (kernels/collectives/row_squares.py)
 
     def __init__(self, groups: list[dict]) -> None:
         defaults = dict(kind="sgd", lr=0.01, eps=0.0, betas=(0.9, 0.999), weight_decay=0.0, maximize=False, in_backward=False)
@@ -343,17 +344,42 @@ class RowUpdates(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        given = [
-            (param, group, param.grad)
-            for group in self.param_groups
-            if not group["in_backward"]
-            for param in group["params"]
-            if param.grad is not None
-        ]
-        updates = self._updates([(param, group) for param, group, _ in given])
-        grads = [grad if grad.is_sparse else _touched_rows(grad) for _, _, grad in given]
-        _apply([(param, grad, update) for (param, _, _), grad, update in zip(given, grads, updates)])
+        self._step_of([p for group in self.param_groups if not group["in_backward"] for p in group["params"]])
         return loss
+
+    def _step_of(self, params: list[Tensor]) -> None:
+        """Step those of ``params`` that have a gradient."""
+        chosen = {id(p) for p in params if p.grad is not None}
+        given = [(name, param, group) for name, (param, group) in self._by_name.items() if id(param) in chosen]
+        updates = self._updates([(param, group) for _, param, group in given])
+        work, cut = [], []
+        for (name, param, group), update in zip(given, updates):
+            grad = param.grad if param.grad.is_sparse else _touched_rows(param.grad)
+            if self._is_cut(name, group):
+                grad = _coalesced(grad)
+                cut.append((name, param.detach(), grad._indices()[0], grad._values(), update))
+            else:
+                work.append((param, grad, update))
+        _apply(work)
+        self._step_cut(cut)
+
+    def _is_cut(self, name: str, group: dict) -> bool:
+        """Whether a row's state needs columns that other ranks hold."""
+        return self.row_squares is not None and name in self.row_squares and group["kind"] == "rowwise_adagrad"
+
+    def _step_cut(self, work: list[tuple]) -> None:
+        if work:
+            self.row_squares.update(work)
+            torch.autograd.graph.increment_version([self._by_name[name][0] for name, *_ in work])
+
+    @torch.no_grad()
+    def step_held(self, params: list[Tensor]) -> None:
+        """Step tables from their ``.grad`` inside a backward, and use it up: whole tables whose gradient was averaged over ranks."""
+        if self.guard is not None:
+            self.guard.before_update()
+        self._step_of(params)
+        for param in params:
+            param.grad = None
 
     def table(self, name: str) -> Tensor:
         """The parameter that goes by ``name``."""
@@ -381,7 +407,15 @@ class RowUpdates(Optimizer):
             updates = [made.get(i) for i in range(len(held))]
         slot_grads = [None if g is None else g.to(tables[0].dtype) for g in slot_grads]
         _raise_bad_ids(tables[0])
-        _implementation(tables[0]).update(spec, slot_grads, tables, indices, offsets, sample_weights, updates)
+        run = _implementation(tables[0])
+        cut = [u is not None and self._is_cut(t.name, group) for t, (_, group), u in zip(spec.tables, held, updates)]
+        if any(cut):
+            pairs = run.sparse_gradients(spec, slot_grads, tables, indices, offsets, sample_weights, cut)
+            names = [t.name for t in spec.tables]
+            self._step_cut([(n, t, *pair, u) for n, t, pair, u in zip(names, tables, pairs, updates) if pair is not None])
+            updates = [None if is_cut else u for u, is_cut in zip(updates, cut)]
+        if not all(cut):
+            run.update(spec, slot_grads, tables, indices, offsets, sample_weights, updates)
         torch.autograd.graph.increment_version(tables)
         if self.guard is not None:
             self.guard.after_update()

@@ -1,0 +1,186 @@
+"""Averages the gradients of parameters that every rank holds, as DistributedDataParallel does, while the backward runs.
+
+Dense gradients travel in buckets: when all of a bucket are there its all-reduce starts, in the same order on all ranks, and the
+backward goes on; when it ends, what is left over is sent and everything is waited for. A parameter that no rank gave a gradient keeps
+``None``. Sparse gradients (of whole tables) are gathered when the backward ends, and rows that several ranks touched are added.
+
+Averages are linear, so gradients that accumulate over several backwards come out right: what was averaged before is equal everywhere.
+"""
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import lost_peer
+from .work import all_to_all, finish
+
+BUCKET_BYTES = 4 << 20
+
+
+@dataclass
+class _Bucket:
+    params: list[Tensor]
+    waiting: set[int] = field(default_factory=set)  # places of parameters without a gradient yet
+    flat: Tensor | None = None  # what is being reduced: the gradients, then for each whether it was there
+    work: Any = None
+
+
+class GradientAverage:
+    """``dense`` and ``sparse``: parameters by the kind of gradient they get, in the same order on all ranks. ``group``: a process
+    group of their own, so that their collectives mix with no others. ``done``: called with the parameters of ``sparse`` that have a
+    gradient, when a backward has ended."""
+
+    def __init__(self, dense: Sequence[Tensor], sparse: Sequence[Tensor], group: str, done: Callable[[list[Tensor]], None] | None = None):
+        self.sparse, self.group, self.done = list(sparse), group, done
+        self.process_group = dist.distributed_c10d._resolve_process_group(group)
+        self.world = dist.get_world_size(self.process_group)
+        self.buckets = _buckets(dense)
+        self._next = 0  # the bucket whose turn it is
+        self._running = False
+        self._places = {id(p): (b, i) for b, bucket in enumerate(self.buckets) for i, p in enumerate(bucket.params)}
+        self._reset()
+        mine = weakref.ref(self)
+        self._hooks = [p.register_post_accumulate_grad_hook(_hook(mine)) for p in [*dense, *self.sparse]]
+        self._finalizer = weakref.finalize(self, _remove, self._hooks)
+
+    def _reset(self) -> None:
+        self._next, self._running = 0, False
+        for bucket in self.buckets:
+            bucket.waiting, bucket.flat, bucket.work = set(range(len(bucket.params))), None, None
+
+    def begin(self) -> None:
+        """Be there when the running backward ends; called by whatever sees it first."""
+        if not self._running:
+            self._running = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+
+    def ready(self, param: Tensor) -> None:
+        """``param`` has its gradient of this backward."""
+        self.begin()
+        place = self._places.get(id(param))
+        if place is None:
+            return
+        self.buckets[place[0]].waiting.discard(place[1])
+        while self._next < len(self.buckets) and not self.buckets[self._next].waiting:
+            self._start(self.buckets[self._next])
+            self._next += 1
+
+    def _start(self, bucket: _Bucket) -> None:
+        like = bucket.params[0]
+        there = [p.grad is not None for p in bucket.params]
+        pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket.params]
+        pieces = [(g.to_dense() if g.is_sparse else g).reshape(-1) for g in pieces]
+        bucket.flat = torch.cat([*pieces, torch.tensor(there, dtype=like.dtype, device=like.device)])
+        if self.world > 1:
+            try:
+                bucket.work = dist.all_reduce(bucket.flat, group=self.process_group, async_op=True)
+            except RuntimeError as error:
+                raise self._lost(error) from error
+
+    def _lost(self, error: BaseException):
+        return lost_peer("the averaging of gradients", dist.get_rank(self.process_group), self.world, error)
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        try:
+            for bucket in self.buckets[self._next :]:
+                self._start(bucket)
+            for bucket in self.buckets:
+                self._store(bucket)
+            reached = self._gather()
+        finally:
+            self._reset()
+        if self.done is not None:
+            self.done(reached)
+
+    def _store(self, bucket: _Bucket) -> None:
+        if bucket.work is not None:
+            try:
+                bucket.work.wait()
+            except RuntimeError as error:
+                raise self._lost(error) from error
+        assert bucket.flat is not None
+        flat = bucket.flat.div_(self.world) if self.world > 1 else bucket.flat
+        there = flat[flat.numel() - len(bucket.params) :].tolist()
+        at = 0
+        for param, held in zip(bucket.params, there):
+            mean = flat[at : at + param.numel()].view(param.shape)
+            at += param.numel()
+            if held == 0:
+                continue
+            if param.grad is None or param.grad.is_sparse:
+                param.grad = mean.clone()
+            else:
+                param.grad.copy_(mean)
+
+    def _gather(self) -> list[Tensor]:
+        """Add up the sparse gradients of all ranks; the parameters that now have one."""
+        if self.world > 1 and self.sparse:
+            for dtype in dict.fromkeys(p.dtype for p in self.sparse):
+                self._gather_of([p for p in self.sparse if p.dtype == dtype])
+        return [p for p in self.sparse if p.grad is not None]
+
+    def _gather_of(self, params: list[Tensor]) -> None:
+        device = params[0].device
+        grads = [None if p.grad is None else p.grad.coalesce() if p.grad.is_sparse else p.grad.to_sparse(1).coalesce() for p in params]
+        rows = [torch.empty(0, dtype=torch.int64, device=device) if g is None else g._indices()[0] for g in grads]
+        values = [p.new_empty(0, p.shape[1]) if g is None else g._values() for p, g in zip(params, grads)]
+        mine = torch.tensor([r.numel() if g is not None else -1 for r, g in zip(rows, grads)], device=device)
+        sizes = finish(self._to_all(mine, [len(params)] * self.world)).view(self.world, -1).tolist()
+        counts = [[max(n, 0) for n in sizes[r]] for r in range(self.world)]
+        all_rows = self._to_all(torch.cat(rows), [sum(c) for c in counts])
+        all_values = self._to_all(
+            torch.cat([v.reshape(-1) for v in values]), [sum(n * p.shape[1] for n, p in zip(c, params)) for c in counts]
+        )
+        row_parts, value_parts = finish(all_rows).split([n for c in counts for n in c]), finish(all_values).split(
+            [n * p.shape[1] for c in counts for n, p in zip(c, params)]
+        )
+        for i, param in enumerate(params):
+            if all(sizes[r][i] < 0 for r in range(self.world)):
+                continue
+            places = [r * len(params) + i for r in range(self.world)]
+            found = torch.cat([row_parts[k] for k in places])
+            sums = torch.cat([value_parts[k].view(-1, param.shape[1]) for k in places])
+            total = torch.sparse_coo_tensor(found.unsqueeze(0), sums, param.shape, check_invariants=False).coalesce()
+            param.grad = torch.sparse_coo_tensor(
+                total._indices(), total._values() / self.world, param.shape, is_coalesced=True, check_invariants=False
+            )
+
+    def _to_all(self, mine: Tensor, counts_in: list[int]) -> Tensor:
+        """The same tensor to every rank."""
+        return all_to_all(mine.repeat(self.world), [mine.numel()] * self.world, counts_in, self.group, "the gathering of table gradients")
+
+
+def _hook(owner: weakref.ref):
+    def ready(param: Tensor) -> None:
+        average = owner()
+        if average is not None:
+            average.ready(param)
+
+    return ready
+
+
+def _remove(hooks) -> None:
+    for hook in hooks:
+        hook.remove()
+
+
+def _buckets(params: Sequence[Tensor]) -> list[_Bucket]:
+    """In the order in which a backward makes gradients: last first. A bucket is of one dtype and device."""
+    found: list[_Bucket] = []
+    open_ones: dict[tuple, _Bucket] = {}
+    for param in reversed(params):
+        key = (param.dtype, param.device)
+        bucket = open_ones.get(key)
+        size = 0 if bucket is None else sum(p.numel() * p.element_size() for p in bucket.params)
+        if bucket is None or size + param.numel() * param.element_size() > BUCKET_BYTES:
+            bucket = open_ones[key] = _Bucket([])
+            found.append(bucket)
+        bucket.params.append(param)
+    return found

@@ -1,0 +1,230 @@
+"""``tablewright.merge_rows`` and ``unique_rows``: what the rows that came back are made of.
+
+::
+
+    merge_rows(received, header, places, counts, indices, offsets, extras, spec) -> slots
+    unique_rows(received, header, spec) -> [rows_0, rows_1, ...]
+
+``merge_rows`` writes the slots ``[*leading, width]`` of ``spec.group``: each bag is the sum over the row ranges that had a part of it
+("mean": divided by its count), the columns side by side; ``extras`` are copied in. A bag that nobody had is zero.
+``unique_rows`` gives for each deduplicated group a table ``[1 + distinct rows, dim]`` whose row 0 is zero (padding).
+
+In the backwards the gradient of a received row is divided by the number of ranks, as DDP averages gradients, and is the sum over
+whatever read the row.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..embedding.op import leading_shapes
+from ..library import DIRECT, LIBRARY, size_from_data, tracing
+from .exchange_rows import incoming, numbers_in
+from .spec import ExchangeSpec, decode, starts_of
+
+LIBRARY.define(
+    "merge_rows(Tensor received, Tensor header, Tensor places, Tensor counts, Tensor[] indices, Tensor?[] offsets, Tensor[] extras,"
+    " str spec) -> Tensor[]"
+)
+LIBRARY.define("unique_rows(Tensor received, Tensor header, str spec) -> Tensor[]")
+
+
+def _chunks(spec: ExchangeSpec, flat: Tensor, header: Tensor) -> list[Tensor]:
+    """The part ``[bags, columns]`` of a received tensor that belongs to each stream."""
+    found: list[Tensor] = [flat] * len(spec.streams)
+    at = 0
+    for k, bags in (part for rank in incoming(spec, header) for part in rank):
+        columns = spec.streams[k].shard.columns
+        found[k] = flat[at : at + bags * columns].view(bags, columns)
+        at += bags * columns
+    return found
+
+
+class _Layout:
+    """Where the pooled lookups of one call lie: their bags, the bags of each stream, the counts of means."""
+
+    def __init__(self, spec: ExchangeSpec, header: Tensor, places: Tensor, counts: Tensor, indices, offsets) -> None:
+        self.spec = spec
+        self.shapes = leading_shapes(spec.group, indices, offsets)
+        bags = header[:, 0].tolist()
+        streams = [k for k, stream in enumerate(spec.streams) if not stream.unique]
+        starts = starts_of([bags[k] for k in streams])
+        self.places = {k: places[at : at + bags[k]] for k, at in zip(streams, starts)}
+        self.scales: dict[int, Tensor] = {}
+        at = 0
+        for number, _ in spec.pooled_streams:
+            lookup = spec.group.lookups[number]
+            if lookup.pooling == "mean":
+                size = self.bags(number)
+                self.scales[number] = counts[at : at + size].clamp_min(1).to(_wide(spec.torch_dtype)).reciprocal()[:, None]
+                at += size
+
+    def bags(self, number: int) -> int:
+        """How many bags lookup ``number`` has."""
+        return torch.Size(self.shapes[self.spec.group.lookups[number].slot]).numel()
+
+    def part(self, slots, number: int) -> Tensor:
+        """Lookup ``number``'s columns of its slot, ``[bags, dim]``."""
+        lookup = self.spec.group.lookups[number]
+        whole = slots[lookup.slot]
+        return whole.view(-1, whole.shape[-1]).narrow(1, lookup.column, self.spec.group.tables[lookup.table].dim)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """In which sums are made before they are rounded once."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _merge(received: Tensor, header: Tensor, places: Tensor, counts: Tensor, indices, offsets, extras, text: str) -> list[Tensor]:
+    spec = decode(text)
+    layout, chunks = _Layout(spec, header, places, counts, indices, offsets), _chunks(spec, received, header)
+    dtypes = _slot_dtypes(spec, extras)
+    slots = [received.new_empty((*shape, width), dtype=d) for shape, width, d in zip(layout.shapes, spec.group.slots, dtypes)]
+    for number, streams in spec.pooled_streams:
+        target, scale = layout.part(slots, number), layout.scales.get(number)
+        bags = target.shape[0]
+        ranges = {spec.streams[k].shard.row for k in streams}
+        whole = len(ranges) == 1 and all(layout.places[k].numel() == bags for k in streams)
+        if whole and scale is None:
+            for k in streams:
+                shard = spec.streams[k].shard
+                target.narrow(1, shard.column, shard.columns).copy_(chunks[k])
+            continue
+        sums = torch.zeros(target.shape, dtype=_wide(spec.torch_dtype), device=target.device)
+        for k in streams:
+            shard = spec.streams[k].shard
+            sums.narrow(1, shard.column, shard.columns).index_add_(0, layout.places[k], chunks[k].to(sums.dtype))
+        target.copy_(sums if scale is None else sums.mul_(scale))
+    for place, extra in zip(spec.group.extras, extras):
+        slots[place.slot].narrow(-1, place.column, place.width).copy_(extra)
+    return slots
+
+
+def _slot_dtypes(spec: ExchangeSpec, extras) -> list[torch.dtype]:
+    dtypes = [spec.torch_dtype] * len(spec.group.slots)
+    for place, extra in zip(spec.group.extras, extras):
+        dtypes[place.slot] = torch.promote_types(dtypes[place.slot], extra.dtype)
+    return dtypes
+
+
+@torch.library.register_fake("tablewright::merge_rows", lib=LIBRARY)
+def _fake_merge(received, header, places, counts, indices, offsets, extras, spec):
+    parsed = decode(spec)
+    shapes = leading_shapes(parsed.group, indices, offsets)
+    dtypes = _slot_dtypes(parsed, extras)
+    return [received.new_empty((*s, w), dtype=d) for s, w, d in zip(shapes, parsed.group.slots, dtypes)]
+
+
+class _Merge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, text, received, header, places, counts, indices, offsets, *extras):
+        ctx.set_materialize_grads(False)
+        ctx.call = text, header, places, counts, indices, offsets, [e.dtype for e in extras]
+        return tuple(_merge(received, header, places, counts, indices, offsets, extras, text))
+
+    @staticmethod
+    def backward(ctx, *slot_grads):
+        text, header, places, counts, indices, offsets, dtypes = ctx.call
+        spec = decode(text)
+        grad = None
+        if ctx.needs_input_grad[1]:
+            held = [g if g is None else g.contiguous() for g in slot_grads]
+            like = next(g for g in held if g is not None)
+            layout = _Layout(spec, header, places, counts, indices, offsets)
+            # Rows that other ops of this exchange read (deduplicated ones) have their gradients from there.
+            pooled = {k for _, streams in spec.pooled_streams for k in streams}
+            flat = like.new_empty(numbers_in(spec, incoming(spec, header)), dtype=spec.torch_dtype)
+            chunks = _chunks(spec, flat, header)
+            for number, streams in spec.pooled_streams:
+                if held[spec.group.lookups[number].slot] is None:
+                    for k in streams:
+                        chunks[k].zero_()
+                    continue
+                part, scale = layout.part(held, number), layout.scales.get(number)
+                factor = 1.0 / spec.world if scale is None else scale / spec.world
+                for k in streams:
+                    shard, bags = spec.streams[k].shard, layout.places[k]
+                    rows = part.narrow(1, shard.column, shard.columns)
+                    if bags.numel() != rows.shape[0]:
+                        rows = rows.index_select(0, bags)
+                        each = factor if scale is None else factor.index_select(0, bags)  # type: ignore[union-attr]
+                    else:
+                        each = factor
+                    torch.mul(rows, each, out=chunks[k]) if rows.dtype == chunks[k].dtype and scale is None else chunks[k].copy_(rows * each)
+            for k in set(range(len(chunks))) - pooled:
+                chunks[k].zero_()
+            grad = flat
+        extra_grads = [
+            None if slot_grads[e.slot] is None else slot_grads[e.slot].narrow(-1, e.column, e.width).to(dtype)
+            for e, dtype in zip(spec.group.extras, dtypes)
+        ]
+        return None, grad, None, None, None, None, None, *extra_grads
+
+
+def _merge_autograd(received, header, places, counts, indices, offsets, extras, spec):
+    if not torch.is_grad_enabled() or tracing():
+        with torch._C._AutoDispatchBelowAutograd():
+            return _merge(received, header, places, counts, indices, offsets, extras, spec)
+    return list(_Merge.apply(spec, received, header, places, counts, indices, offsets, *extras))
+
+
+# --- deduplicated rows ---------------------------------------------------------------------------------------------------------
+
+
+def _unique(received: Tensor, header: Tensor, text: str) -> list[Tensor]:
+    spec = decode(text)
+    chunks = _chunks(spec, received, header)
+    tables = []
+    for group in spec.unique_groups:
+        parts = [torch.cat([chunks[k] for k in streams], 1) for _, _, streams in group.parts]
+        dim = spec.group.tables[group.table].dim
+        tables.append(torch.cat([received.new_zeros(1, dim), *parts]))
+    return tables
+
+
+@torch.library.register_fake("tablewright::unique_rows", lib=LIBRARY)
+def _fake_unique(received, header, spec):
+    parsed = decode(spec)
+    return [received.new_empty(size_from_data(), parsed.group.tables[g.table].dim) for g in parsed.unique_groups]
+
+
+class _Unique(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, text, received, header):
+        ctx.call = text, header
+        return tuple(_unique(received, header, text))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        text, header = ctx.call
+        spec = decode(text)
+        flat = grads[0].new_empty(numbers_in(spec, incoming(spec, header)), dtype=spec.torch_dtype)
+        chunks = _chunks(spec, flat, header)
+        unique = set()
+        for group, grad in zip(spec.unique_groups, grads):
+            at = 1
+            for _, _, streams in group.parts:
+                bags = chunks[streams[0]].shape[0]
+                for k in streams:
+                    shard = spec.streams[k].shard
+                    torch.mul(grad[at : at + bags].narrow(1, shard.column, shard.columns), 1.0 / spec.world, out=chunks[k])
+                    unique.add(k)
+                at += bags
+        for k in set(range(len(chunks))) - unique:
+            chunks[k].zero_()
+        return None, flat, None
+
+
+def _unique_autograd(received, header, spec):
+    if not torch.is_grad_enabled() or tracing():
+        with torch._C._AutoDispatchBelowAutograd():
+            return _unique(received, header, spec)
+    return list(_Unique.apply(spec, received, header))
+
+
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("merge_rows", _merge, _device)
+    LIBRARY.impl("unique_rows", _unique, _device)
+MERGE, UNIQUE = (getattr(torch.ops.tablewright, name).default for name in ("merge_rows", "unique_rows"))
+DIRECT[MERGE] = lambda *args: MERGE(*args) if tracing() else _merge_autograd(*args)
+DIRECT[UNIQUE] = lambda *args: UNIQUE(*args) if tracing() else _unique_autograd(*args)

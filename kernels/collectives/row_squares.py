@@ -1,0 +1,84 @@
+"""Rowwise AdaGrad on tables whose rows are cut: the mean of a row's squared gradient needs all of its columns.
+
+Ranks that hold other columns of the same rows read the same ids, so they touch the same rows in the same order: one number a row goes
+to each of them. Point to point, as ranks without such a table take no part.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..embedding.reference import accumulation_dtype
+from ..embedding.updates import TableUpdate
+from .errors import lost_peer
+from .spec import Shard, TableLayout
+from .work import group_of
+
+
+class RowSquares:
+    """Adds up squared sums over column shards. ``layouts``: of the tables that are cut into columns."""
+
+    def __init__(self, layouts: Mapping[str, TableLayout], rank: int, group: str) -> None:
+        self.layouts, self.rank, self.group = dict(layouts), rank, group
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.layouts
+
+    def totals(self, names: Sequence[str], squares: Sequence[Tensor]) -> list[Tensor]:
+        """For each table the sum over all columns of each touched row; ``squares`` are those over this rank's columns.
+
+        Raises :class:`~.errors.PeerError` where a rank does not do its part."""
+        order = sorted(range(len(names)), key=lambda i: names[i])
+        peers: dict[int, list[int]] = {}  # rank -> tables whose rows it shares, in an order that both know
+        for i in order:
+            for shard in self._siblings(names[i]):
+                if shard.rank != self.rank:
+                    peers.setdefault(shard.rank, []).append(i)
+        process_group = group_of(self.group)
+        sent = {peer: torch.cat([squares[i] for i in mine]) for peer, mine in peers.items()}
+        received = {peer: torch.empty_like(flat) for peer, flat in sent.items()}
+        transfers = []
+        for peer in sorted(peers):
+            there = dist.get_global_rank(process_group, peer)
+            transfers.append(dist.P2POp(dist.isend, sent[peer], there, process_group))
+            transfers.append(dist.P2POp(dist.irecv, received[peer], there, process_group))
+        try:
+            for work in dist.batch_isend_irecv(transfers) if transfers else []:
+                work.wait()
+        except RuntimeError as error:
+            raise lost_peer("the exchange of rows' squared sums", self.rank, dist.get_world_size(process_group), error) from error
+        parts = {peer: dict(zip(mine, received[peer].split([squares[i].numel() for i in mine]))) for peer, mine in peers.items()}
+        found = []
+        for i, name in enumerate(names):
+            # In the order of the columns, so that all ranks that hold the row get the same bits.
+            found.append(sum(squares[i] if s.rank == self.rank else parts[s.rank][i] for s in self._siblings(name)))
+        return found
+
+    def _siblings(self, name: str) -> list[Shard]:
+        """The shards that hold the rows of this rank's shard, by column."""
+        layout = self.layouts[name]
+        mine = layout.on(self.rank)
+        assert mine is not None
+        return sorted((s for s in layout.shards if s.row == mine.row), key=lambda s: s.column)
+
+    def update(self, work: Sequence[tuple[str, Tensor, Tensor, Tensor, TableUpdate]]) -> None:
+        """One step of tables given as (name, block, rows int64 ascending, gradient ``[rows, columns]``, rule)."""
+        from ..embedding.op import implementation
+
+        wide = [values.to(accumulation_dtype(block.dtype)) for _, block, _, values, _ in work]
+        totals = self.totals([name for name, *_ in work], [(v * v).sum(1) for v in wide])
+        for (name, block, rows, _, rule), gradient, total in zip(work, wide, totals):
+            (state,) = rule.state
+            sums = state.index_select(0, rows) + (total / self.layouts[name].dim).to(state.dtype)
+            state.index_copy_(0, rows, sums)
+            scaled = gradient / (sums.to(gradient.dtype).sqrt() + rule.eps)[:, None]
+            plain = TableUpdate("sgd", lr=rule.lr, weight_decay=rule.weight_decay, maximize=rule.maximize)
+            if block.dtype == scaled.dtype:
+                implementation(block.device).update_from_sparse([block], [rows], [scaled], [plain])
+            else:  # rounded to the block's dtype once, after the step
+                held = block.index_select(0, rows).to(scaled.dtype) * (1 - rule.lr * rule.weight_decay)
+                held -= rule.lr * (-scaled if rule.maximize else scaled)
+                block.index_copy_(0, rows, held.to(block.dtype))

@@ -1,0 +1,259 @@
+"""A model over several ranks: agreeing on the plan, cutting the tables, and keeping what every rank holds equal.
+
+Weights start as rank 0 has them, as with DistributedDataParallel. A sharded table's parameter holds this rank's block of it (no rows
+where the rank has none), under the table's plain name; the user's own model keeps its whole tables, untouched.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from ..kernels.collectives.gradients import GradientAverage
+from ..kernels.collectives.row_squares import RowSquares
+from ..kernels.collectives.spec import Shard, TableLayout
+from ..passes.shard_tables import ANCHOR, Sharding
+from ..passes.table_gradients import Choice
+from . import shard_map
+from .capture import Captured
+from .errors import PlanError
+from .plan import TablePlan
+
+if TYPE_CHECKING:
+    from .optimized_model import OptimizedModel
+
+_ELEMENTWISE = ("SGD", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adadelta", "ASGD", "Rprop", "SparseAdam")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a mesh, numbered in its order: ``rank`` of ``world``, ``per_node`` of them in each node. ``group``: their process
+    group; ``averages``: another one over the same ranks, for the gradients of what all of them hold."""
+
+    rank: int
+    world: int
+    per_node: int
+    group: Any
+    averages: Any
+
+    @staticmethod
+    def of(mesh: DeviceMesh) -> Ranks:
+        """Raises :class:`PlanError` for a mesh of more than two dimensions (nodes, ranks in a node)."""
+        if not isinstance(mesh, DeviceMesh):
+            raise PlanError(f"mesh is a {type(mesh).__name__}; it must be a torch.distributed.device_mesh.DeviceMesh")
+        if mesh.ndim > 2:
+            raise PlanError(f"mesh has {mesh.ndim} dimensions; it must have one (ranks) or two (nodes, ranks in a node)")
+        numbers = mesh.mesh.reshape(-1).tolist()
+        if mesh.ndim == 1:
+            group = mesh.get_group()
+        elif numbers == list(range(dist.get_world_size())):
+            group = dist.group.WORLD
+        else:
+            group = mesh._flatten().get_group()
+        averages = _another(group)
+        return Ranks(dist.get_rank(group), dist.get_world_size(group), mesh.mesh.shape[-1] if mesh.ndim == 2 else len(numbers), group, averages)
+
+    def agree(self, value: str) -> list[str]:
+        """``value`` of every rank."""
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+
+def _another(group: Any) -> Any:
+    """A process group over the ranks of ``group``, with its timeout."""
+    backend = group._get_backend(torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu"))
+    return dist.new_group(
+        dist.get_process_group_ranks(group), timeout=getattr(getattr(backend, "options", None), "_timeout", None),
+        backend=dist.get_backend(group), use_local_synchronization=True,
+    )  # fmt: skip
+
+
+class ShardedTables:
+    """What the ranks agreed on, and the cutting of tables."""
+
+    def __init__(self, ranks: Ranks, tables: Mapping[str, Tensor], resolved: Mapping[str, TablePlan]) -> None:
+        self.ranks = ranks
+        self.layouts = shard_map.layouts(tables, resolved, ranks.world, ranks.per_node)
+        self.digest = shard_map.digest(self.layouts)
+        given = ranks.agree(self.digest)
+        others = [r for r, digest in enumerate(given) if digest != given[0]]
+        if others:
+            raise PlanError(
+                f"the ranks resolved different plans: rank {others[0]} has {given[others[0]][:12]}, rank 0 has {given[0][:12]} "
+                f"(this is rank {ranks.rank}). Every rank needs the same model, plan and mesh. This rank's:\n{shard_map.table(self.layouts)}"
+            )
+        self.whole: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}  # what was cut, for captures later on
+        self.in_backward: list[str] = []  # whole tables that are updated inside the backward
+        self.average: GradientAverage | None = None
+
+    @property
+    def sharding(self) -> Sharding:
+        """What the passes need to know."""
+        return Sharding(self.layouts, self.ranks.rank, self.ranks.world, self.ranks.group.group_name)
+
+    def sharded(self) -> dict[str, TableLayout]:
+        """The layouts of the tables that are cut."""
+        return {name: layout for name, layout in self.layouts.items() if not layout.replicated}
+
+    def refuse_programs(self, captured: list[Captured]) -> None:
+        """Raises :class:`PlanError` where the model is no one graph and a table is to be cut."""
+        cut = next(iter(self.sharded()), None)
+        for each in captured:
+            if each.program is not None and cut is not None:
+                raise PlanError(f"the plan shards table '{cut}', which needs {each.entry}() as one graph; but {each.notes[0]}")
+
+    def choices(self, chosen: dict[str, Choice]) -> dict[str, Choice]:
+        """Who trains each table: one that every rank holds is updated when its gradients have been averaged, at the end of the backward."""
+        replicated = {name for name, layout in self.layouts.items() if layout.replicated}
+        self.in_backward = [n for n, c in chosen.items() if n in replicated and c.grad == "in_backward"]
+        return {n: replace(c, grad="sparse") if n in self.in_backward else c for n, c in chosen.items()}
+
+    # --- cutting -----------------------------------------------------------------------------------------------------------------
+
+    def cut(self, shell: nn.Module, optimizer: Optimizer | None) -> dict[str, nn.Parameter]:
+        """Put this rank's blocks in place of the whole tables, in the shell and in ``optimizer``; they are returned by name."""
+        named = dict(shell.named_parameters(remove_duplicate=False))
+        made: dict[str, nn.Parameter] = {}
+        replaced: dict[int, nn.Parameter] = {}
+        for name, layout in self.sharded().items():
+            whole = named[name]
+            self.whole[name] = (whole.shape, whole.dtype, whole.device)
+            block = nn.Parameter(self._block(whole, layout), requires_grad=whole.requires_grad)
+            made[name] = replaced[id(whole)] = block
+        for module in shell.modules():
+            for key, param in module._parameters.items():
+                if id(param) in replaced:
+                    module._parameters[key] = replaced[id(param)]
+        if optimizer is not None:
+            self._cut_state(optimizer, {id(named[n]): (block, self.layouts[n]) for n, block in made.items()})
+        return made
+
+    def mine(self, layout: TableLayout) -> Shard:
+        """This rank's block; an empty one where it has none."""
+        return layout.on(self.ranks.rank) or Shard(self.ranks.rank, 0, 0, 0, layout.dim)
+
+    def _block(self, whole: Tensor, layout: TableLayout) -> Tensor:
+        """This rank's block of rank 0's table. Rank 0 sends each rank its own."""
+        mine = self.mine(layout)
+        if whole.is_meta:
+            return torch.empty(mine.rows, mine.columns, dtype=whole.dtype)
+        source = dist.get_global_rank(self.ranks.group, 0)
+        block = part_of(whole.detach(), mine).clone(memory_format=torch.contiguous_format)
+        if self.ranks.rank == 0:
+            for shard in layout.shards:
+                if shard.rank:
+                    target = dist.get_global_rank(self.ranks.group, shard.rank)
+                    dist.send(part_of(whole.detach(), shard).contiguous(), target, group=self.ranks.group)
+        elif layout.on(self.ranks.rank) is not None:
+            dist.recv(block, source, group=self.ranks.group)
+        return block
+
+    def _cut_state(self, optimizer: Optimizer, blocks: dict[int, tuple[nn.Parameter, TableLayout]]) -> None:
+        for group in optimizer.param_groups:
+            for i, param in enumerate(group["params"]):
+                if id(param) not in blocks:
+                    continue
+                kind = getattr(type(optimizer), "_base", type(optimizer)).__name__
+                if kind not in _ELEMENTWISE:
+                    raise PlanError(
+                        f"table '{blocks[id(param)][1].name}' is sharded, and {kind} is not an optimizer that is known to treat every "
+                        f"element by itself ({', '.join(_ELEMENTWISE)}): let the plan's embedding_optimizer train the tables"
+                    )
+                block, layout = blocks[id(param)]
+                group["params"][i] = block
+                state = optimizer.state.pop(param, None)
+                if state is not None:
+                    mine = self.mine(layout)
+                    optimizer.state[block] = {
+                        k: part_of(v, mine).clone() if isinstance(v, Tensor) and v.shape == param.shape else v for k, v in state.items()
+                    }
+
+    # --- what every rank holds -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def spread(self, shell: nn.Module) -> None:
+        """Give all parameters and buffers that are not cut the values of rank 0."""
+        cut = set(self.sharded())
+        source = dist.get_global_rank(self.ranks.group, 0)
+        for name, tensor in [*shell.named_parameters(), *shell.named_buffers()]:
+            if name not in cut and not tensor.is_meta and tensor.numel():
+                held = tensor.detach()
+                held = held if held.is_contiguous() else held.contiguous()
+                dist.broadcast(held, source, group=self.ranks.group)
+                if held.data_ptr() != tensor.data_ptr():
+                    tensor.copy_(held)
+
+    # --- later captures ------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def whole_tables(self, shell: nn.Module) -> Iterator[None]:
+        """The shell as it was before its tables were cut: a capture needs their shapes. The stand-ins are zeros that take no memory
+        until they are written to."""
+        kept = [
+            (module._parameters, key, param) for module in shell.modules() for key, param in module._parameters.items()
+            if param is not None and any(param is shell.get_parameter(n) for n in self.whole)
+        ]  # fmt: skip
+        by_block = {id(shell.get_parameter(n)): n for n in self.whole}
+        stand_ins = {}
+        for name, (shape, dtype, device) in self.whole.items():
+            stand_ins[name] = nn.Parameter(stand_in(shape, dtype, device), requires_grad=shell.get_parameter(name).requires_grad)
+        for home, key, param in kept:
+            home[key] = stand_ins[by_block[id(param)]]
+        try:
+            yield
+        finally:
+            for home, key, param in kept:
+                home[key] = param
+
+
+def part_of(whole: Tensor, shard: Shard) -> Tensor:
+    """The block of a table (a view)."""
+    return whole[shard.row : shard.row + shard.rows, shard.column : shard.column + shard.columns]
+
+
+def stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A table of zeros. On CPU its pages are only promised: memory is taken by what is written, and reading takes none."""
+    if device.type == "cuda" or not shape.numel():
+        return torch.zeros(shape, dtype=dtype, device=device)
+    import mmap
+
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    return torch.frombuffer(mmap.mmap(-1, shape.numel() * dtype.itemsize, flags=flags), dtype=dtype).view(shape)
+
+
+def prepare(shell: nn.Module) -> None:
+    """What rewritten graphs read beside the model's own tensors."""
+    shell.__dict__.setdefault(ANCHOR, torch.zeros(1, requires_grad=True))
+
+
+def start(tables: ShardedTables, model: OptimizedModel) -> None:
+    """From now on ``model`` trains its blocks, and each backward ends with equal gradients of what every rank holds."""
+    model._follow_replaced_parameters()
+    cut = tables.sharded()
+    for each in model._watched:
+        if each.home == "_parameters":  # blocks are not the plain model's
+            for name in [n for n in each.seen if f"{each.path}.{n}".lstrip(".") in cut or each.ours.get(n) is not each.module()._parameters.get(n)]:
+                del each.seen[name]
+    optimizer, ranks = model.embedding_optimizer, tables.ranks
+    columns = {name: layout for name, layout in cut.items() if layout.columns_split}
+    if optimizer is not None and columns:
+        optimizer.row_squares = RowSquares(columns, ranks.rank, ranks.group.group_name)
+    choices = model._compiler.choices
+    mine = {n: p for n, p in model.named_parameters() if n not in cut and p.requires_grad}
+    sparse = [n for n in mine if n in choices and choices[n].grad == "sparse"]
+    held = {id(mine[n]) for n in tables.in_backward}
+
+    def done(reached: list[Tensor]) -> None:
+        if held:
+            optimizer.step_held([p for p in reached if id(p) in held])
+
+    tables.average = GradientAverage([p for n, p in mine.items() if n not in sparse], [mine[n] for n in sparse], ranks.averages.group_name, done)
+    model.__dict__["_sharded"] = tables
