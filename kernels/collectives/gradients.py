@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import lost_peer
-from .work import all_to_all, finish
+from .work import all_to_all, finish, group_of
 
 BUCKET_BYTES = 4 << 20
 
@@ -38,7 +38,7 @@ class GradientAverage:
 
     def __init__(self, dense: Sequence[Tensor], sparse: Sequence[Tensor], group: str, done: Callable[[list[Tensor]], None] | None = None):
         self.sparse, self.group, self.done = list(sparse), group, done
-        self.process_group = dist.distributed_c10d._resolve_process_group(group)
+        self.process_group = group_of(group)
         self.world = dist.get_world_size(self.process_group)
         self.buckets = _buckets(dense)
         self._next = 0  # the bucket whose turn it is
@@ -112,12 +112,8 @@ class GradientAverage:
         for param, held in zip(bucket.params, there):
             mean = flat[at : at + param.numel()].view(param.shape)
             at += param.numel()
-            if held == 0:
-                continue
-            if param.grad is None or param.grad.is_sparse:
-                param.grad = mean.clone()
-            else:
-                param.grad.copy_(mean)
+            if held:
+                param.grad = mean  # a view of the bucket: no copy
 
     def _gather(self) -> list[Tensor]:
         """Add up the sparse gradients of all ranks; the parameters that now have one."""

@@ -185,7 +185,7 @@ def _unique(received: Tensor, header: Tensor, text: str) -> list[Tensor]:
 @torch.library.register_fake("tablewright::unique_rows", lib=LIBRARY)
 def _fake_unique(received, header, spec):
     parsed = decode(spec)
-    return [received.new_empty(size_from_data(), parsed.group.tables[g.table].dim) for g in parsed.unique_groups]
+    return [received.new_empty(1 + size_from_data(), parsed.group.tables[g.table].dim) for g in parsed.unique_groups]
 
 
 class _Unique(torch.autograd.Function):

@@ -26,7 +26,7 @@ _pending: dict[int, _Pending] = {}  # by the storage that is being filled, which
 
 def group_of(name: str) -> Any:
     """The process group by the name that graphs carry."""
-    return dist.distributed_c10d._resolve_process_group(name)
+    return dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def all_to_all(sent: Tensor, counts_out: list[int], counts_in: list[int], group: str, what: str) -> Tensor:

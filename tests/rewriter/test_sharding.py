@@ -1,0 +1,49 @@
+"""Sharded training equals plain training, number by number, over real processes.
+
+All pairs of settings run here; the full product by hand: ``python tests/rewriter/test_sharding.py`` (about half an hour).
+"""
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[1])]
+
+from ranks import Pools
+from sharding_cases import AXES, Case, pairs, train
+
+
+@pytest.fixture(scope="module")
+def pools():
+    made = Pools()
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("case", sorted((Case(**c) for c in pairs(AXES)), key=lambda c: c.world), ids=str)
+def test_training_equals_the_plain_model(pools, case):
+    digests = {found["plan"] for found in pools(case.world).run(train, case)}
+    assert len(digests) == 1
+
+
+def main() -> None:
+    made, wrong = Pools(), []
+    cases = [Case(**dict(zip(AXES, values))) for values in itertools.product(*AXES.values())]
+    for number, case in enumerate(sorted(cases, key=lambda c: c.world)):
+        try:
+            made(case.world).run(train, case)
+        except AssertionError as error:
+            wrong.append(case)
+            print(f"{case}: {str(error)[-600:]}")
+        if number % 50 == 0:
+            print(f"{number} of {len(cases)}, {len(wrong)} wrong", flush=True)
+    made.close()
+    print(f"{len(cases)} cases, {len(wrong)} wrong: {', '.join(map(str, wrong))}")
+
+
+if __name__ == "__main__":
+    main()
