@@ -408,7 +408,9 @@ class RowUpdates(Optimizer):
         slot_grads = [None if g is None else g.to(tables[0].dtype) for g in slot_grads]
         _raise_bad_ids(tables[0])
         run = _implementation(tables[0])
-        cut = [u is not None and self._is_cut(t.name, group) for t, (_, group), u in zip(spec.tables, held, updates)]
+        cut = [False]
+        if self.row_squares is not None:
+            cut = [u is not None and self._is_cut(t.name, group) for t, (_, group), u in zip(spec.tables, held, updates)]
         if any(cut):
             pairs = run.sparse_gradients(spec, slot_grads, tables, indices, offsets, sample_weights, cut)
             names = [t.name for t in spec.tables]
