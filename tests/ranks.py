@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-TIMEOUT = 20.0  # seconds: of the process group, and so of a collective that a rank does not join
+TIMEOUT = 60.0  # seconds: of the process group, and so of a collective that a rank does not join
 
 
 def free_port() -> int:
