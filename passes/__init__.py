@@ -5,6 +5,7 @@ from .batch_experts import BatchExperts
 from .concatenated_lookups import ConcatenatedLookups
 from .dense_chains import DenseChains
 from .fast_dropout import FastDropout
+from .fuse_cin import FuseCin
 from .fuse_cross import FuseCross
 from .fuse_dot_interaction import FuseDotInteraction
 from .fuse_fm import FuseFm
@@ -22,7 +23,7 @@ from .short_softmax import ShortSoftmax
 from .table_gradients import TableGradients
 
 DEFAULT: tuple[type[Pass], ...] = (
-    RemoveZeroDropout, FuseFm, FuseDotInteraction, FusePairProducts, PoolSequences, ConcatenatedLookups,
+    RemoveZeroDropout, FuseFm, FuseDotInteraction, FusePairProducts, FuseCin, PoolSequences, ConcatenatedLookups,
     ShareRepeats, IdColumns, GroupTables, TableGradients, FuseCross,
     BatchExperts, MixedPrecision, DenseChains, ShortSoftmax, FastDropout, FuseMlp,
 )  # fmt: skip

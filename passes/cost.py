@@ -22,13 +22,14 @@ from ..kernels.embedding.op import OP
 from ..kernels.embedding.pooled import POOL, ROW_SUMS
 from ..kernels.embedding.spec import decode
 from ..kernels.interaction.pairs import decode as decode_pairs
+from ..kernels.max_pool.op import OP as MAX
 from .graph import arguments, aten, is_op, stored_tensor
 from .lookups import BAG_OPS
 
 KEY = "cost"  # node.meta[KEY]: a Cost that the pass that made the node knows better (sizes that depend on the data)
 _ops = torch.ops.tablewright
 _wire = torch.ops._c10d_functional
-_LOOKUPS = (aten.embedding.default, *BAG_OPS, POOL, ROW_SUMS, OP)
+_LOOKUPS = (aten.embedding.default, *BAG_OPS, POOL, MAX, ROW_SUMS, OP)
 
 
 @dataclass(frozen=True)
