@@ -6,14 +6,14 @@ found as ``x.unsqueeze(2) * y.unsqueeze(1)``. The tensor of products is by far t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor
 from torch.fx import Node
 
 from ..kernels.cin.op import OP
 from .feature_pairs import Facts, Found, InteractionPass, only_user, shape_of
-from .graph import Editor, aten, arguments, is_op
+from .graph import Editor, arguments, aten, is_op
 from .records import Skip, skip
 
 _VIEWS = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
@@ -88,9 +88,9 @@ def _products(node: Node) -> tuple[Node, Node, list[Node]] | None:
         return None
     if not is_op(node, aten.mul.Tensor) or not all(is_op(a, aten.unsqueeze.default) for a in node.args):
         return None
-    x, y = node.args
-    at = [arg.args[1] % 4 for arg in (x, y)]  # type: ignore[operator, union-attr]
-    if sorted(at) != [1, 2] or any(len(shape_of(arg.args[0]) or ()) != 3 for arg in (x, y)):  # type: ignore[union-attr]
+    x, y = cast("tuple[Node, Node]", node.args)
+    at = [arg.args[1] % 4 for arg in (x, y)]  # type: ignore[operator]
+    if sorted(at) != [1, 2] or any(len(shape_of(arg.args[0]) or ()) != 3 for arg in (x, y)):
         return None
     left, right = (x, y) if at == [2, 1] else (y, x)
-    return left.args[0], right.args[0], [x, y, node]  # type: ignore[union-attr, return-value]
+    return left.args[0], right.args[0], [x, y, node]  # type: ignore[return-value]
