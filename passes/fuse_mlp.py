@@ -153,8 +153,8 @@ def _unfit(chain: Sequence[_Part]) -> str | None:
         return f"a weight has {weight.dim()} dimensions; [out, in] was needed"
     if values[0].device.type != "cpu":
         return None
-    if dtypes != {torch.float32}:
-        return f"the layers are {str(dtypes.pop()).removeprefix('torch.')} on cpu; the fused form gains for float32 there"
+    if dtypes == {torch.float16}:
+        return "the layers are float16 on cpu; the fused form gains for float32 and bfloat16 there"
     if not draws.available():
         return f"the draws are not those of this PyTorch, or cannot be made ({draws.describe()})"
     return None

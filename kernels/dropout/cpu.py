@@ -19,15 +19,15 @@ from ..native_library import load
 _LEVELS = ("baseline", "AVX2", "AVX-512")  # of twd_level()
 _STATE_BYTES = 5056  # of torch.Generator.get_state(): what native/abi.h calls GeneratorState, and the normal distribution's spare
 
-_lib, _why_not = load(Path(__file__).parent, "twd_abi", 2)
+_lib, _why_not = load(Path(__file__).parent, "twd_abi", 3)
 if _lib is not None:
     _word, _pointer = ctypes.c_int64, ctypes.c_void_p
     _lib.twd_level.restype, _lib.twd_level.argtypes = _word, [_word]
     _lib.twd_dropout.restype = _lib.twd_back.restype = _lib.twd_finish.restype = _lib.twd_masked.restype = None
     _lib.twd_dropout.argtypes = [_pointer, _pointer, _pointer, _pointer, _word, ctypes.c_uint64, ctypes.c_double]
     _lib.twd_back.argtypes = [_pointer, _pointer, _pointer, _word, ctypes.c_double, _word]
-    _lib.twd_finish.argtypes = [_pointer, _pointer, _pointer, _word, _word, _word, ctypes.c_uint64, ctypes.c_double, _word]
-    _lib.twd_masked.argtypes = [_pointer, _pointer, _pointer, _word, _word, ctypes.c_double, _word]
+    _lib.twd_finish.argtypes = [*[_pointer] * 3, *[_word] * 4, ctypes.c_uint64, ctypes.c_double, _word]
+    _lib.twd_masked.argtypes = [*[_pointer] * 3, *[_word] * 3, ctypes.c_double, _word]
 
 
 def describe() -> str:
@@ -80,28 +80,29 @@ def gradient(grad: Tensor, kept: Tensor, p: float) -> Tensor:
 
 
 def finish(y: Tensor, relu: bool, p: float) -> Tensor:
-    """ReLU if asked, then dropout if ``p > 0``, in place on ``y`` ``[rows, cols]`` (float32, contiguous), with torch's draws.
+    """ReLU if asked, then dropout if ``p > 0``, in place on ``y`` ``[rows, cols]`` (float32 or bfloat16, contiguous), with
+    torch's draws.
 
     Returns which values pass their gradient on, as bits: int32 ``[rows, ceil(cols / 32)]``."""
     rows, cols = y.shape
     bits = torch.empty(rows, -(-cols // 32), dtype=torch.int32)
     state = torch.default_generator.get_state() if p else None
-    limit, scale = math.ceil((1 - p) * 2.0**53), _scale(p)
+    limit, scale, half = math.ceil((1 - p) * 2.0**53), _scale(p, y.dtype), y.dtype == torch.bfloat16
     pointer = None if state is None else state.data_ptr()
-    _lib.twd_finish(pointer, y.data_ptr(), bits.data_ptr(), rows, cols, relu, limit, scale, torch.get_num_threads())
+    _lib.twd_finish(pointer, y.data_ptr(), bits.data_ptr(), rows, cols, half, relu, limit, scale, torch.get_num_threads())
     if state is not None:
         torch.default_generator.set_state(state)
     return bits
 
 
 def masked(grad: Tensor, bits: Tensor, p: float) -> Tensor:
-    """``grad / (1 - p)`` where the bit of :func:`finish` is set, else 0; ``grad`` ``[rows, cols]`` float32."""
+    """``grad / (1 - p)`` where the bit of :func:`finish` is set, else 0; ``grad`` ``[rows, cols]`` float32 or bfloat16."""
     grad = grad.contiguous()
-    out = torch.empty_like(grad)
-    _lib.twd_masked(grad.data_ptr(), bits.data_ptr(), out.data_ptr(), *grad.shape, _scale(p), torch.get_num_threads())
+    out, half, scale = torch.empty_like(grad), grad.dtype == torch.bfloat16, _scale(p, grad.dtype)
+    _lib.twd_masked(grad.data_ptr(), bits.data_ptr(), out.data_ptr(), *grad.shape, half, scale, torch.get_num_threads())
     return out
 
 
 @functools.lru_cache(64)
-def _scale(p: float) -> float:
-    return torch.ones(1).div_(1 - p).item()  # rounded as torch rounds it
+def _scale(p: float, dtype: torch.dtype = torch.float32) -> float:
+    return torch.ones(1, dtype=dtype).div_(1 - p).item()  # rounded as torch rounds it

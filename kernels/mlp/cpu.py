@@ -1,7 +1,7 @@
 """Fused multilayer perceptrons on CPU: oneDNN or MKL products, then ReLU, dropout and the bit mask in one pass over the result.
 
-Dropout draws what torch draws, value for value (``kernels/dropout``); where it cannot, and for other dtypes than float32, plain
-PyTorch ops do the work.
+Dropout draws what torch draws, value for value (``kernels/dropout``); where it cannot, and for other dtypes than float32 and bfloat16,
+plain PyTorch ops do the work.
 """
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from . import reference
 from .layers import Layer
 
 
+_FAST = (torch.float32, torch.bfloat16)
+
+
 def _native(y: Tensor, p: float) -> bool:
-    fits = y.dtype == torch.float32 and y.is_contiguous() and y.numel() > 0
+    fits = y.dtype in _FAST and y.is_contiguous() and y.numel() > 0
     return fits and draws.describe().startswith("native") and (p == 0 or draws.available())
 
 
@@ -55,7 +58,7 @@ def backward(
     for i in reversed(range(len(layers))):
         if layers[i].masks(train[i]):
             mask, p = left.pop(), layers[i].dropped(train[i])
-            native = grad.dtype == torch.float32 and draws.describe().startswith("native")
+            native = grad.dtype in _FAST and draws.describe().startswith("native")
             grad = draws.masked(grad, mask, p) if native else reference.masked(grad, mask, p)
         given = outs[i - 1] if i else x
         made.append((gemm.weight_gradient(grad, given) if wanted[i][0] else None, grad.sum(0) if wanted[i][1] else None))

@@ -76,6 +76,40 @@ def test_other_dtypes(dtype):
     assert_same(torch.randn(6, 9).to(dtype), *parameters(dtype=dtype), LAYERS, True, **tolerance)
 
 
+@pytest.mark.skipif(not draws.available(), reason=f"NOT TESTED: {draws.describe()}, or another random stream here")
+@pytest.mark.parametrize("cols", [1, 31, 32, 33, 257])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_bfloat16_gives_the_bits_of_torch(level, cols, p):
+    """Values that go through ReLU and dropout, and gradients that come back, with special values among them."""
+    x = torch.randn(70, cols).to(torch.bfloat16)
+    x[:7] = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-40, 3e38]).view(7, 1)
+    grads = []
+    for function in (lambda y: finished(y, p), lambda y: F.dropout(F.relu(y), p)):
+        torch.manual_seed(4)
+        leaf = x.clone().requires_grad_()
+        out = function(leaf)
+        grads += [out.detach(), *torch.autograd.grad(out, leaf, torch.linspace(-1, 1, x.numel()).view(x.shape).bfloat16())]
+    assert torch.equal(grads[0].float().nan_to_num(7.5), grads[2].float().nan_to_num(7.5))
+    assert torch.equal(grads[1].float(), grads[3].float())
+
+
+def finished(leaf, p):
+    """What the op does between two products, differentiable."""
+    return _Finish.apply(leaf, p)
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p):
+        out = x.clone()
+        ctx.bits, ctx.p = draws.finish(out, True, p), p
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return draws.masked(grad, ctx.bits, ctx.p), None
+
+
 @pytest.mark.parametrize("cols", [1, 31, 32, 33, 256, 257, 300])
 def test_the_draws_of_any_width_are_those_of_torch(level, cols):
     assert_same(torch.randn(37, 4), *parameters((4, cols)), (Layer(True, 0.3),), True)

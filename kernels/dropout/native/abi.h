@@ -27,10 +27,10 @@ struct Kernels {
     // grad times scale where kept, times 0 elsewhere.
     void (*back)(const float* grad, const uint8_t* kept, float* out, int64_t count, float scale);
     // A layer's end, in place: ReLU if asked, then dropout by `drawn` (as in apply; none if null). Bit j of `bits` says whether value
-    // j passes its gradient on: kept, and not a number that ReLU made 0.
-    void (*finish)(const uint32_t* drawn, float* y, uint32_t* bits, int64_t count, bool relu, uint64_t limit, float scale);
+    // j passes its gradient on: kept, and not a number that ReLU made 0. Values are float32, or bfloat16 if `half`.
+    void (*finish)(const uint32_t* drawn, void* y, uint32_t* bits, int64_t count, bool half, bool relu, uint64_t limit, float scale);
     // grad times scale where the bit is set, else 0.
-    void (*masked)(const float* grad, const uint32_t* bits, float* out, int64_t count, float scale);
+    void (*masked)(const void* grad, const uint32_t* bits, void* out, int64_t count, bool half, float scale);
 };
 
 }  // namespace twd

@@ -60,7 +60,7 @@ struct Stream {
 
 #define TW_EXPORT extern "C" __attribute__((visibility("default")))
 
-TW_EXPORT int64_t twd_abi() { return 2; }
+TW_EXPORT int64_t twd_abi() { return 3; }
 
 // The instruction set in use; a level that this CPU has makes it that one, for tests.
 TW_EXPORT int64_t twd_level(int64_t level) {
@@ -88,17 +88,19 @@ TW_EXPORT void twd_dropout(void* state, const float* x, float* y, uint8_t* kept,
     stream.store();
 }
 
-// The end of a layer, in place on y [rows, cols]: ReLU if asked; dropout unless `state` is null. bits: [rows, words].
-TW_EXPORT void twd_finish(void* state, float* y, uint32_t* bits, int64_t rows, int64_t cols, int64_t relu, uint64_t limit,
+// The end of a layer, in place on y [rows, cols], float32 or, if `half`, bfloat16: ReLU if asked; dropout unless `state` is null. bits:
+// [rows, words].
+TW_EXPORT void twd_finish(void* state, char* y, uint32_t* bits, int64_t rows, int64_t cols, int64_t half, int64_t relu, uint64_t limit,
                           double scale, int64_t threads) {
     const Kernels* kernels = active;
-    const int64_t words = (cols + 31) / 32, part = 256;
+    const int64_t words = (cols + 31) / 32, part = 256, size_of = half ? 2 : 4;
     if (state == nullptr) {
         (void)threads;
 #if defined(_OPENMP)
 #pragma omp parallel for num_threads(int(threads)) if (threads > 1 && rows * cols > 1 << 16)
 #endif
-        for (int64_t r = 0; r < rows; r++) kernels->finish(nullptr, y + r * cols, bits + r * words, cols, relu != 0, 0, 1.0f);
+        for (int64_t r = 0; r < rows; r++)
+            kernels->finish(nullptr, y + r * cols * size_of, bits + r * words, cols, half != 0, relu != 0, 0, 1.0f);
         return;
     }
     Stream stream(state);
@@ -107,21 +109,23 @@ TW_EXPORT void twd_finish(void* state, float* y, uint32_t* bits, int64_t rows, i
         for (int64_t c = 0; c < cols; c += part) {
             const int64_t size = cols - c < part ? cols - c : part;
             for (int64_t have = 0; have < 2 * size;) have += stream.take(drawn + have, 2 * size - have);
-            kernels->finish(drawn, y + r * cols + c, bits + r * words + c / 32, size, relu != 0, limit, float(scale));
+            char* here = y + (r * cols + c) * size_of;
+            kernels->finish(drawn, here, bits + r * words + c / 32, size, half != 0, relu != 0, limit, float(scale));
         }
     }
     stream.store();
 }
 
-TW_EXPORT void twd_masked(const float* grad, const uint32_t* bits, float* out, int64_t rows, int64_t cols, double scale,
+TW_EXPORT void twd_masked(const char* grad, const uint32_t* bits, char* out, int64_t rows, int64_t cols, int64_t half, double scale,
                           int64_t threads) {
     const Kernels* kernels = active;
-    const int64_t words = (cols + 31) / 32;
+    const int64_t words = (cols + 31) / 32, width = cols * (half ? 2 : 4);
     (void)threads;
 #if defined(_OPENMP)
 #pragma omp parallel for num_threads(int(threads)) if (threads > 1 && rows * cols > 1 << 16)
 #endif
-    for (int64_t r = 0; r < rows; r++) kernels->masked(grad + r * cols, bits + r * words, out + r * cols, cols, float(scale));
+    for (int64_t r = 0; r < rows; r++)
+        kernels->masked(grad + r * width, bits + r * words, out + r * width, cols, half != 0, float(scale));
 }
 
 TW_EXPORT void twd_back(const float* grad, const uint8_t* kept, float* out, int64_t count, double scale, int64_t threads) {
