@@ -15,7 +15,6 @@ from ..dropout import cpu as draws
 from . import reference
 from .layers import Layer
 
-
 _FAST = (torch.float32, torch.bfloat16)
 
 
