@@ -25,6 +25,7 @@ _HOME = {
     "Equivalence": "rewriter.equivalence",
     "export_serving": "rewriter.serving.export",
     "export_delta": "rewriter.serving.export",
+    "check_parity": "rewriter.serving.parity",
     "load_serving": "rewriter.serving.predictor",
     "Predictor": "rewriter.serving.predictor",
     "TablewrightError": "rewriter.errors",
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from .rewriter.planner.topology import Topology
     from .rewriter.report import Report
     from .rewriter.serving.export import export_delta, export_serving
+    from .rewriter.serving.parity import check_parity
     from .rewriter.serving.predictor import Predictor, load_serving
 
 

@@ -219,7 +219,7 @@ def _tables_of(base: Manifest, found: Mapping[str, Tensor]) -> dict[str, Table]:
             f"table '{other}' is {list(now.get(other, ())) or 'not'} in the model and {list(have.get(other, ())) or 'not'} in base version "
             f"'{base.version}'; a delta has the tables of its base. Use export_serving"
         )
-    return {name: base.tables[name] for name in found}
+    return dict(base.tables)  # in the base's order, by which stores number tables
 
 
 def _per_table(choice: str | Mapping[str, str], names: list[str], what: str, default: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def write_bytes(path: Path, parts, root: Path) -> tuple[str, int, str]:
     found, size = hashlib.sha256(), 0
     with open(path, "wb") as file:
         for part in parts:
-            view = memoryview(part).cast("B") if not isinstance(part, bytes) else part
+            view = part if isinstance(part, bytes) else memoryview(part.reshape(-1).view(np.uint8))
             file.write(view)
             found.update(view)
             size += len(view)
