@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ from .pipeline import Check, Step, run_passes
 from .plan import Plan, TablePlan
 from .programs import merged, program_variant, tables_of
 from .report import Report
+from .sample_reads import reads_of
 from .samples import Samples
 from .sharding import Ranks, ShardedTables, prepare, start
 
@@ -250,6 +252,8 @@ class Compiler:
         if self.ranks is not None:
             prepare(self.shell)
         if captured.program is not None:
+            if self.sharded is not None:
+                self.sharded.settle(None)
             return program_variant(self, captured)
         check = None
         if self.verify == "numerics" and args is not None:
@@ -258,6 +262,12 @@ class Compiler:
         self.check_demands(graph, steps)
         if args is not None:
             captured.guards.require(_joined_widths(captured, graph))
+        if self.sharded is not None:
+            leaves = None if args is None else list(captured.guards.flatten(args, kwargs))
+            self.sharded.settle(None if leaves is None else functools.partial(reads_of, graph, self.shell, leaves))
+            passes = [cls() for cls in OVER_RANKS]
+            graph, more = run_passes(graph, self.shell, passes, self.choices, sharding=self.sharded.sharding)
+            steps += more
         return Variant(captured, graph, steps, attach(self.shell, graph), unverified=args is None)
 
     def check_demands(self, graph: Graph, steps: list[Step]) -> None:
@@ -277,10 +287,8 @@ class Compiler:
 
     def rewrite(self, graph: Graph, budget: int | None = None, check: Check | None = None) -> tuple[Graph, list[Step]]:
         """Run the passes on a captured graph; ``budget`` limits how many rewrites are made."""
-        passes, sharding = self.plan.make_passes(), None
-        if self.sharded is not None:
-            passes, sharding = [*passes, *(cls() for cls in OVER_RANKS)], self.sharded.sharding
-        return run_passes(graph, self.shell, passes, self.choices, budget=budget, numeric_check=check, sharding=sharding)
+        passes = self.plan.make_passes()
+        return run_passes(graph, self.shell, passes, self.choices, budget=budget, numeric_check=check)
 
     def _decide(self, read: dict[str, Tensor], optimizer: Optimizer | None) -> None:
         modules = dict(self.shell.named_modules())

@@ -35,7 +35,7 @@ def layouts(
         for shard in shards:
             load[shard.rank] += shard.rows * shard.columns
         travel = wish.communication or Communication()
-        exchange = "pooled" if wish.exchange in (None, "auto") else wish.exchange
+        exchange = wish.exchange or "pooled"
         found[name] = TableLayout(name, rows, dim, wish.sharding or "data_parallel", shards, exchange, travel.forward, travel.backward)
     return {name: found[name] for name in tables}
 

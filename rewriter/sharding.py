@@ -5,7 +5,7 @@ where the rank has none), under the table's plain name; the user's own model kee
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,14 @@ from torch.optim import Optimizer
 from ..kernels.collectives.gradients import GradientAverage
 from ..kernels.collectives.row_squares import RowSquares
 from ..kernels.collectives.spec import Shard, TableLayout
+from ..kernels.embedding.reference import Reads
 from ..passes.shard_tables import ANCHOR, Sharding
 from ..passes.table_gradients import Choice
 from . import shard_map
 from .capture import Captured
 from .errors import PlanError
 from .plan import TablePlan
+from .sample_reads import exchange_bytes
 
 if TYPE_CHECKING:
     from .optimized_model import OptimizedModel
@@ -60,7 +62,7 @@ class Ranks:
         averages = _another(group)
         return Ranks(dist.get_rank(group), dist.get_world_size(group), mesh.mesh.shape[-1] if mesh.ndim == 2 else len(numbers), group, averages)
 
-    def agree(self, value: str) -> list[str]:
+    def agree(self, value: Any) -> list[Any]:
         """``value`` of every rank."""
         found: list[Any] = [None] * self.world
         dist.all_gather_object(found, value, group=self.group)
@@ -82,17 +84,35 @@ class ShardedTables:
     def __init__(self, ranks: Ranks, tables: Mapping[str, Tensor], resolved: Mapping[str, TablePlan]) -> None:
         self.ranks = ranks
         self.layouts = shard_map.layouts(tables, resolved, ranks.world, ranks.per_node)
+        self.itemsizes = {name: t.element_size() for name, t in tables.items()}
+        self.digest = ""
+        self.whole: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}  # what was cut, for captures later on
+        self.in_backward: list[str] = []  # whole tables that are updated inside the backward
+        self.average: GradientAverage | None = None
+
+    def settle(self, reads: Callable[[], dict[str, list[Reads]]] | None) -> None:
+        """Fix what depends on the sample, and see that all ranks agree. ``reads``: what the sample looks up (``None``: no sample).
+        Raises :class:`PlanError` where they do not."""
+        if self.digest:
+            return
+        undecided = [n for n, layout in self.layouts.items() if layout.exchange == "auto"]
+        if undecided:
+            found = reads() if reads is not None else {}
+            mine = {n: exchange_bytes(self.layouts[n], found[n], self.itemsizes[n]) for n in undecided if n in found and self.layouts[n].shards}
+            everyone = self.ranks.agree(mine)
+            for name in undecided:
+                counted = [each[name] for each in everyone if name in each]
+                pooled, unique = (sum(c[kind] for c in counted) for kind in ("pooled", "unique"))
+                self.layouts[name] = replace(self.layouts[name], exchange="unique" if unique < pooled else "pooled")
         self.digest = shard_map.digest(self.layouts)
-        given = ranks.agree(self.digest)
+        given = self.ranks.agree(self.digest)
+        ranks = self.ranks
         others = [r for r, digest in enumerate(given) if digest != given[0]]
         if others:
             raise PlanError(
                 f"the ranks resolved different plans: rank {others[0]} has {given[others[0]][:12]}, rank 0 has {given[0][:12]} "
                 f"(this is rank {ranks.rank}). Every rank needs the same model, plan and mesh. This rank's:\n{shard_map.table(self.layouts)}"
             )
-        self.whole: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}  # what was cut, for captures later on
-        self.in_backward: list[str] = []  # whole tables that are updated inside the backward
-        self.average: GradientAverage | None = None
 
     @property
     def sharding(self) -> Sharding:

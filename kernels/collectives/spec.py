@@ -37,7 +37,7 @@ class Shard:
 @dataclass(frozen=True)
 class TableLayout:
     """Where one table lives. ``sharding``: TorchRec's name for it; ``shards``: at most one on each rank (none: ``data_parallel``).
-    ``exchange``: "pooled" or "unique". ``forward``, ``backward``: the codec of rows and of their gradients."""
+    ``exchange``: "pooled" or "unique" (in a plan also "auto", until the bytes are counted). ``forward``, ``backward``: the codec of rows and of their gradients."""
 
     name: str
     rows: int
