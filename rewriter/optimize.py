@@ -228,7 +228,7 @@ class Compiler:
             read.update(tables_of(each, self.shell))
         self._decide(read, optimizer)
         if self.ranks is not None:
-            self.sharded = ShardedTables(self.ranks, self.tables, self.resolved)
+            self.sharded = ShardedTables(self.ranks, self.tables, self.resolved, self.plan.numerics)
             self.sharded.refuse_programs(captured)
             self.choices = self.sharded.choices(self.choices)
         return [self._rewritten(each, self.samples[each.entry].args, self.samples[each.entry].kwargs) for each in captured]

@@ -1,4 +1,5 @@
-"""How a table is spread over ranks, in the words of a plan: ``sharding``, ``ranks``, ``exchange`` and ``communication``.
+"""How a table is spread over ranks, in the words of a plan: ``sharding``, ``ranks``, ``exchange``, ``communication`` and
+``split`` (ranges of rows: ``even``, or cut so that the sample batch reads each range about equally often: ``sample``).
 
 ================  ===================================  ==================================================================
 sharding          ranks                                who holds what
@@ -22,6 +23,7 @@ from .errors import PlanError, nearest
 
 SHARDINGS = ("data_parallel", "table_wise", "row_wise", "column_wise", "table_row_wise", "grid_shard")
 EXCHANGES = ("auto", "pooled", "unique")
+SPLITS = ("even", "sample")
 CODECS = ("fp32", "fp16", "bf16", "int8")
 
 
@@ -54,13 +56,17 @@ def communication_from(raw: Any, where: str) -> Communication:
         raise PlanError(f"{where.removesuffix('communication')}{error}") from None
 
 
-def check_placement(sharding: Any, ranks: Any, exchange: Any, communication: Any, where: str) -> tuple[int, ...] | None:
+def check_placement(
+    sharding: Any, ranks: Any, exchange: Any, communication: Any, split: Any, where: str
+) -> tuple[int, ...] | None:  # fmt: skip
     """``ranks`` as a tuple. Raises :class:`PlanError` where a value means nothing; what fits together is known only when all entries
     that match a table are put together (:func:`check_together`)."""
     if sharding is not None:
         _one_of(sharding, SHARDINGS, f"{where}.sharding")
     if exchange is not None:
         _one_of(exchange, EXCHANGES, f"{where}.exchange")
+    if split is not None:
+        _one_of(split, SPLITS, f"{where}.split")
     if communication is not None and not isinstance(communication, Communication):
         raise PlanError(f"{where}.communication is {communication!r}; it must be a tw.Communication")
     if ranks is None:

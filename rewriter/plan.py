@@ -114,11 +114,12 @@ class TablePlan:
     ranks: tuple[int, ...] | None = None
     exchange: str | None = None
     communication: Communication | None = None
+    split: str | None = None
 
     def __post_init__(self) -> None:
         _check_optimizer(self.embedding_optimizer, "tables.<glob>.embedding_optimizer")
         _expect(self.trainable is None or isinstance(self.trainable, bool), "tables.<glob>.trainable", self.trainable, "true or false")
-        ranks = check_placement(self.sharding, self.ranks, self.exchange, self.communication, "tables.<glob>")
+        ranks = check_placement(self.sharding, self.ranks, self.exchange, self.communication, self.split, "tables.<glob>")
         object.__setattr__(self, "ranks", ranks)
 
 

@@ -26,7 +26,7 @@ from . import shard_map
 from .capture import Captured
 from .errors import PlanError
 from .plan import TablePlan
-from .sample_reads import exchange_bytes
+from .sample_reads import even_cuts, exchange_bytes
 
 if TYPE_CHECKING:
     from .optimized_model import OptimizedModel
@@ -81,10 +81,17 @@ def _another(group: Any) -> Any:
 class ShardedTables:
     """What the ranks agreed on, and the cutting of tables."""
 
-    def __init__(self, ranks: Ranks, tables: Mapping[str, Tensor], resolved: Mapping[str, TablePlan]) -> None:
-        self.ranks = ranks
-        self.layouts = shard_map.layouts(tables, resolved, ranks.world, ranks.per_node)
-        self.itemsizes = {name: t.element_size() for name, t in tables.items()}
+    def __init__(self, ranks: Ranks, tables: Mapping[str, Tensor], resolved: Mapping[str, TablePlan], numerics: str) -> None:
+        self.ranks, self.resolved = ranks, resolved
+        self.shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tables.items()}
+        self.layouts = shard_map.layouts(self.shapes, resolved, ranks.world, ranks.per_node)
+        for name, layout in self.layouts.items():
+            codecs = (layout.forward, layout.backward)
+            if codecs != ("fp32", "fp32") and numerics != "approximate":
+                raise PlanError(
+                    f"table '{name}' asks for rows to travel as {codecs[0]} and gradients as {codecs[1]}, which rounds them, and the plan "
+                    f"allows numerics: {numerics}. Say numerics: approximate, or leave communication out"
+                )
         self.digest = ""
         self.whole: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}  # what was cut, for captures later on
         self.in_backward: list[str] = []  # whole tables that are updated inside the backward
@@ -95,10 +102,15 @@ class ShardedTables:
         Raises :class:`PlanError` where they do not."""
         if self.digest:
             return
+        uneven = [n for n, layout in self.sharded().items() if self.resolved[n].split == "sample" and len({s.row for s in layout.shards}) > 1]
+        if uneven and reads is not None:
+            found = reads()
+            cuts = {n: self._cuts(n, found.get(n, [])) for n in uneven}
+            self.layouts = shard_map.layouts(self.shapes, self.resolved, self.ranks.world, self.ranks.per_node, cuts)
         undecided = [n for n, layout in self.layouts.items() if layout.exchange == "auto"]
         if undecided:
             found = reads() if reads is not None else {}
-            mine = {n: exchange_bytes(self.layouts[n], found[n], self.itemsizes[n]) for n in undecided if n in found and self.layouts[n].shards}
+            mine = {n: exchange_bytes(self.layouts[n], found[n], self.shapes[n].element_size()) for n in undecided if n in found and self.layouts[n].shards}
             everyone = self.ranks.agree(mine)
             for name in undecided:
                 counted = [each[name] for each in everyone if name in each]
@@ -113,6 +125,13 @@ class ShardedTables:
                 f"the ranks resolved different plans: rank {others[0]} has {given[others[0]][:12]}, rank 0 has {given[0][:12]} "
                 f"(this is rank {ranks.rank}). Every rank needs the same model, plan and mesh. This rank's:\n{shard_map.table(self.layouts)}"
             )
+
+    def _cuts(self, name: str, reads: list[Reads]) -> list[int]:
+        """Where ranges of rows begin, by what the samples of all ranks read."""
+        rows, parts = self.layouts[name].rows, len({s.row for s in self.layouts[name].shards})
+        counts = torch.bincount(torch.cat([torch.empty(0, dtype=torch.int64), *(r.rows for r in reads)]), minlength=rows)
+        dist.all_reduce(counts, group=self.ranks.group)
+        return even_cuts(rows, parts, counts)
 
     @property
     def sharding(self) -> Sharding:

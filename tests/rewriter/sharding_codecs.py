@@ -117,3 +117,13 @@ def counted(rank: int, world: int, mesh, tables: dict) -> dict:
     names = [packet_name(n) for n in exchanges(graph)]
     assert sum(n.target is SEND for n in graph.nodes) <= 1
     return {"nodes": names, "sent": sent, "layouts": {n: layout for n, layout in model._sharded.layouts.items()}}
+
+
+def cut(rank: int, world: int, mesh, split: str) -> dict:
+    """Rows of each rank where ids are few and small, and whether the model still equals the plain one."""
+    plain = Bags()
+    reference = copy.deepcopy(plain)
+    plan = {"version": 1, "tables": {"*": {"sharding": "row_wise", "split": split}}}
+    model = tw.optimize(plain, plan, sample_inputs=ids_of(rank, rows=64, high=8), mesh=mesh)
+    same = torch.allclose(model(*ids_of(rank)), reference(*ids_of(rank)), atol=1e-6) if rank == 0 else model(*ids_of(rank)) is not None
+    return {"rows": [s.rows for s in model._sharded.layouts["bag.weight"].shards], "same": same}

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 from ranks import Pools
-from sharding_codecs import ROWS, chosen, counted, errors, ids_of
+from sharding_codecs import ROWS, chosen, counted, cut, errors, ids_of
 
 EXACT = {"fp32"}
 
@@ -67,3 +67,9 @@ def test_one_exchange_of_ids_and_one_of_rows_and_no_byte_too_many(pools, tables)
         assert sent["the exchange of rows"] == 4 * answered
         assert sent["the exchange of rows' gradients"] == 4 * asked
         assert len(found["sent"]) == 4  # and the counts
+
+
+def test_rows_are_cut_evenly_or_by_what_the_sample_reads(pools):
+    assert all(f == {"rows": [20, 20], "same": True} for f in pools(2).run(cut, "even"))
+    found = pools(2).run(cut, "sample")
+    assert found[0] == found[1] and found[0]["same"] and 3 <= found[0]["rows"][0] <= 5
