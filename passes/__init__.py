@@ -7,6 +7,7 @@ from .dense_chains import DenseChains
 from .fast_dropout import FastDropout
 from .fuse_cin import FuseCin
 from .fuse_cross import FuseCross
+from .fuse_dice import FuseDice
 from .fuse_dot_interaction import FuseDotInteraction
 from .fuse_fm import FuseFm
 from .fuse_mlp import FuseMlp
@@ -25,6 +26,6 @@ from .table_gradients import TableGradients
 DEFAULT: tuple[type[Pass], ...] = (
     RemoveZeroDropout, FuseFm, FuseDotInteraction, FusePairProducts, FuseCin, PoolSequences, ConcatenatedLookups,
     ShareRepeats, IdColumns, GroupTables, TableGradients, FuseCross,
-    BatchExperts, MixedPrecision, DenseChains, ShortSoftmax, FastDropout, FuseMlp,
+    BatchExperts, MixedPrecision, DenseChains, FuseDice, ShortSoftmax, FastDropout, FuseMlp,
 )  # fmt: skip
 OVER_RANKS: tuple[type[Pass], ...] = (ShardTables,)  # then, where a model runs over several ranks; no plan leaves them out

@@ -83,7 +83,7 @@ def _products(node: Node) -> tuple[Node, Node, list[Node]] | None:
         right, _, out = rest.partition("->")
         if len(left) == len(right) == 3 and left[0] == right[0] and left[2] == right[2] and len({*left, *right}) == 4:
             if out == left[:2] + right[1:]:
-                x, y = node.args[1]  # type: ignore[misc]
+                x, y = cast("tuple[Node, Node]", node.args[1])
                 return x, y, [node]
         return None
     if not is_op(node, aten.mul.Tensor) or not all(is_op(a, aten.unsqueeze.default) for a in node.args):

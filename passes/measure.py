@@ -96,7 +96,9 @@ def _time_at(
         key = (name, _signature(plain, made, context.root), torch.get_num_threads())
         if key not in context.timings:
             other, copies = _extract(nodes)
-            rewrite(Editor(other, name), copies)
+            editor = Editor(other, name)
+            rewrite(editor, copies)
+            editor.remove_dead()  # as the pass does: what it replaced must not run beside the replacement
             modules = [_module(g, context.root) for g in (plain, other)]
             context.timings[key] = _time(modules, made)
     return context.timings[key]
