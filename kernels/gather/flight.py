@@ -61,7 +61,7 @@ class FlightStore:
         self._nodes = [part.split("|") for part in address.split(",")]
         if not all(":" in each for node in self._nodes for each in node):
             raise ValueError(f"flight://{address}: each replica must be host:port, ',' between nodes, '|' between a node's replicas")
-        self._tables, self._digest, self._deadline = tables, digest, deadline
+        self._tables, self._digest, self.deadline = tables, digest, deadline
         self._number = {name: i for i, name in enumerate(tables)}
         self._firsts = {name: np.array([s.first for s in t.shards[1:]], dtype=np.int64) for name, t in tables.items()}
         self._clients = [[self._connect(each) for each in node] for node in self._nodes]
@@ -90,7 +90,7 @@ class FlightStore:
 
     def lookup_many(self, requests: Requests) -> list[np.ndarray]:
         """See the class."""
-        end = time.monotonic() + self._deadline
+        end = time.monotonic() + self.deadline
         asked: list[list[tuple[str, np.ndarray]]] = [[] for _ in self._nodes]
         places: list[list[tuple[int, int]]] = [[] for _ in self._nodes]  # for each piece: which request, and its place there
         for k, (name, ids) in enumerate(requests):
@@ -163,7 +163,7 @@ class FlightStore:
                     self._preferred[number] = which
             return rows
         raise StoreUnavailable(
-            f"node {number} ({'|'.join(replicas)}) did not answer within {self._deadline * 1e3:.0f} ms: {'; '.join(failed) or 'no time was left'}"
+            f"node {number} ({'|'.join(replicas)}) did not answer within {self.deadline * 1e3:.0f} ms: {'; '.join(failed) or 'no time was left'}"
         )
 
     def stats(self) -> dict[str, int]:

@@ -112,7 +112,7 @@ class RedisStore:
     wants_unique = True
 
     def __init__(self, address: str, version: Published, deadline: float, partitions: int = PARTITIONS) -> None:
-        self._hosts, self._version, self._deadline, self._partitions = _hosts(address), version, deadline, partitions
+        self._hosts, self._version, self.deadline, self._partitions = _hosts(address), version, deadline, partitions
         self._tables: dict[str, Table] = dict(version.tables)
         self._number = {name: i for i, name in enumerate(version.tables)}
         self._changed = version.changed() if version.base is not None else {}
@@ -135,7 +135,7 @@ class RedisStore:
 
     def lookup_many(self, requests: Requests) -> list[np.ndarray]:
         """See the class."""
-        end = time.monotonic() + self._deadline
+        end = time.monotonic() + self.deadline
         # one run of fields for each partition of each version, and where its rows go
         fields: dict[tuple[int, int], list[bytes]] = {}
         places: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}
@@ -221,7 +221,7 @@ class RedisStore:
                 raise _Moved(f"{error}") from None
             if isinstance(error, (redis.exceptions.RedisError, OSError)):
                 where = f"{node[0]}:{node[1]}" if node else "the cluster"
-                raise StoreUnavailable(f"{where} did not answer within {self._deadline * 1e3:.0f} ms ({type(error).__name__}: {error})") from None
+                raise StoreUnavailable(f"{where} did not answer within {self.deadline * 1e3:.0f} ms ({type(error).__name__}: {error})") from None
             raise
         with self._lock:
             self._counts["requests"] += len(asked)

@@ -24,7 +24,7 @@ from ...kernels.gather.request import Lookups, Store
 from . import manifest as manifests
 from .manifest import Manifest
 from .request_inputs import BATCH, Inputs
-from .stores import open_store
+from .stores import open_store, set_deadline
 
 DEFAULTS = "defaults.npz"
 PARITY = "parity.npz"
@@ -165,6 +165,15 @@ class Predictor:
 
     def answer(self, inputs: Mapping[str, Any]) -> tuple[Any, Version]:
         """The result of a call, and the version that made it."""
+        outputs, version = self._run(inputs)
+        return version.result(outputs), version
+
+    def outputs(self, inputs: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], Version]:
+        """The outputs by name, and the version that made them."""
+        outputs, version = self._run(inputs)
+        return {d["name"]: value for d, value in zip(version.manifest.raw["outputs"], outputs)}, version
+
+    def _run(self, inputs: Mapping[str, Any]) -> tuple[list[np.ndarray], Version]:
         version = self._version  # read once: from here on nothing else is asked which version it is
         try:
             outputs, seconds = version.run(inputs)
@@ -176,7 +185,7 @@ class Predictor:
         with self._counts_lock:
             self._requests += 1
             self._latest.append(seconds)
-        return version.result(outputs), version
+        return outputs, version
 
     @property
     def manifest(self) -> Manifest:
@@ -219,11 +228,12 @@ class Predictor:
     def _load(self, root: Path) -> Version:
         manifest = manifests.read(root)
         options = dict(self._options)
-        verify, threads = options.pop("verify"), options.pop("threads")
-        store = open_store(manifest, verify=verify, **options)
+        threads, deadline = options.pop("threads"), options.pop("deadline_ms")
+        store = open_store(manifest, **options)
         try:
             version = Version(manifest, store, threads)
-            version.replay()
+            version.replay()  # the first requests connect and read from disk: they have more time
+            set_deadline(store, deadline)
         except BaseException:
             store.close()
             raise
@@ -259,6 +269,8 @@ def load_serving(
 
     Raises :class:`~tablewright.ExportError` where there is no version, :class:`CorruptShard`, :class:`VersionSkew`,
     :class:`StoreUnavailable`; the recorded requests are answered once before it returns."""
+    if not deadline_ms > 0:
+        raise ValueError(f"deadline_ms is {deadline_ms}; it must be above 0")
     home = Path(directory)
     options = {"spec": store, "deadline_ms": deadline_ms, "cache_rows": cache_rows, "threads": threads, "verify": verify}
     return Predictor(home, options, pinned=(home / manifests.NAME).is_file())

@@ -12,13 +12,13 @@ from .manifest import Manifest
 _KINDS = ("local", "flight", "redis-cluster")
 
 
-def open_store(manifest: Manifest, spec: str = "local", *, deadline_ms: float = 50, cache_rows: int = 0, verify: str = "full") -> Store:
+def open_store(manifest: Manifest, spec: str = "local", *, deadline_ms: float = 5000, cache_rows: int = 0, verify: str = "full") -> Store:
     """The rows of ``manifest``'s version. Raises ``ValueError`` for an unknown ``spec``, and what the store raises."""
     kind, _, address = spec.partition("://")
     if kind not in _KINDS or bool(address) != (kind != "local"):
         raise ValueError(f"store is '{spec}'{nearest(kind, _KINDS)}; it must be 'local', 'flight://host:port,...' or 'redis-cluster://host:port,...'")
-    if not deadline_ms > 0 or cache_rows < 0:
-        raise ValueError(f"deadline_ms is {deadline_ms} and cache_rows {cache_rows}; they must be above 0 and at least 0")
+    if cache_rows < 0:
+        raise ValueError(f"cache_rows is {cache_rows}; it must be 0 (no cache) or more")
     if cache_rows and kind == "local":
         raise ValueError("cache_rows is for remote stores: local rows are in memory as it is")
     manifest.verify(verify, rows=kind == "local")
@@ -36,6 +36,14 @@ def open_store(manifest: Manifest, spec: str = "local", *, deadline_ms: float = 
     if cache_rows:
         store = HotRows(store, manifest.tables, cache_rows)
     return Unique(store, manifest.tables)
+
+
+def set_deadline(store, milliseconds: float) -> None:
+    """From now on all rows of a request are to be there within so long; a local store has no deadline."""
+    while hasattr(store, "store"):
+        store = store.store
+    if hasattr(store, "deadline"):
+        store.deadline = milliseconds / 1e3
 
 
 def published(manifest: Manifest) -> Published:

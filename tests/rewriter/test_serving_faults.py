@@ -236,7 +236,7 @@ def test_a_node_without_the_version_or_of_another_part_is_named(tmp_path):
             tw.load_serving(exported(3)[1], address(nodes[::-1]))
         with pytest.raises(tw.VersionSkew, match="part 0 of 2; the client takes it for 0 of 1"):
             tw.load_serving(exported(3)[1], address(nodes[:1]))
-        p = tw.load_serving(exported(3)[1], address(nodes))
+        p = tw.load_serving(exported(3)[1], address(nodes), deadline_ms=5000)
         with pytest.raises(tw.UnknownTable, match="no table 'nothing'; its tables: user"):
             p._version.store.store.lookup_many([("nothing", np.arange(3))])
         p.close()
@@ -265,7 +265,7 @@ def in_redis(redis_cluster):  # noqa: F811
 def test_lost_rows_are_never_taken_for_missing_ids(in_redis):
     cluster, home, manifest = in_redis
     inputs = every_lookup_inputs(33)
-    p = tw.load_serving(home, cluster.address, deadline_ms=3000)
+    p = tw.load_serving(home, cluster.address, deadline_ms=5000)
     p(**arrays(inputs))
     key = p._version.store.store._keys[0][3].decode()
     port = p._version.store.store._owners[3][1]
@@ -313,7 +313,7 @@ redis_rows.publish(published(m), Dies(m.tables, m.root), {at!r})
     with pytest.raises(tw.StoreIncomplete, match="has no sentinel"):
         tw.load_serving(home, cluster.address)
     publish(published(manifest), open_store(manifest), at)  # again, over what was left
-    p = tw.load_serving(home, cluster.address, deadline_ms=3000)
+    p = tw.load_serving(home, cluster.address, deadline_ms=5000)
     inputs = every_lookup_inputs(9)
     assert close(p(**arrays(inputs))["score"], plain(exported()[0], inputs)["score"])
     p.close()
