@@ -10,6 +10,7 @@ from .fuse_cross import FuseCross
 from .fuse_dice import FuseDice
 from .fuse_dot_interaction import FuseDotInteraction
 from .fuse_fm import FuseFm
+from .fuse_lookup_dots import FuseLookupDots
 from .fuse_mlp import FuseMlp
 from .fuse_pair_products import FusePairProducts
 from .group_tables import GroupTables
@@ -26,6 +27,6 @@ from .table_gradients import TableGradients
 DEFAULT: tuple[type[Pass], ...] = (
     RemoveZeroDropout, FuseFm, FuseDotInteraction, FusePairProducts, FuseCin, PoolSequences, ConcatenatedLookups,
     ShareRepeats, IdColumns, GroupTables, TableGradients, FuseCross,
-    BatchExperts, MixedPrecision, DenseChains, FuseDice, ShortSoftmax, FastDropout, FuseMlp,
+    BatchExperts, MixedPrecision, DenseChains, FuseDice, ShortSoftmax, FastDropout, FuseMlp, FuseLookupDots,
 )  # fmt: skip
 OVER_RANKS: tuple[type[Pass], ...] = (ShardTables,)  # then, where a model runs over several ranks; no plan leaves them out

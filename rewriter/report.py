@@ -17,6 +17,7 @@ _WORDS = {
     "dropouts": "removed",
     "dropout masks": "drawn faster",
     "fused mlps": "made one call",
+    "looked-up interactions": "made without rows in memory",
     "pooled": "sequences fused",
     "concatenations": "merged",
     "repeats": "computed once",

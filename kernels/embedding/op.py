@@ -55,11 +55,19 @@ def implementation(device: torch.device):
 
 def _forward(tables, indices, offsets, sample_weights, extras, text: str) -> list[Tensor]:
     spec = decode(text)
+    if spec.unmade:
+        return _unmade(spec, tables, indices, offsets)
     dtype = tables[0].dtype
     same = not extras or all([e.dtype == dtype for e in extras])
     given = extras if same else [e.to(dtype) for e in extras]
     slots = implementation(tables[0].device).forward(spec, tables, indices, offsets, sample_weights, given)
     return slots if same else _promote(spec, slots, extras)
+
+
+def _unmade(spec: GroupSpec, tables, indices, offsets) -> list[Tensor]:
+    """Zeros in the shape of every slot, all in one number's memory."""
+    zero = tables[0].new_zeros(())
+    return [zero.expand(*shape, width) for shape, width in zip(leading_shapes(spec, indices, offsets), spec.slots)]
 
 
 def _promote(spec: GroupSpec, slots: list[Tensor], extras) -> list[Tensor]:
@@ -94,6 +102,8 @@ def leading_shapes(spec: GroupSpec, indices, offsets) -> list[tuple]:
 @torch.library.register_fake("tablewright::embedding_bags", lib=LIBRARY)
 def _fake(tables, indices, offsets, sample_weights, extras, spec, ticket=None, owner=-1):
     parsed = decode(spec)
+    if parsed.unmade:
+        return _unmade(parsed, tables, indices, offsets)
     dtypes = [tables[0].dtype] * len(parsed.slots)
     for place, extra in zip(parsed.extras, extras):
         dtypes[place.slot] = torch.promote_types(dtypes[place.slot], extra.dtype)

@@ -69,12 +69,14 @@ class Extra:
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """All static facts of one launch. ``slots[s]`` is the width of output ``s``."""
+    """All static facts of one launch. ``slots[s]`` is the width of output ``s``. ``unmade``: the slots are not made, because their only
+    reader looks the rows up itself (``kernels/lookup_dots``): they come as zeros without memory, and carry gradients."""
 
     tables: tuple[Table, ...]
     lookups: tuple[Lookup, ...]
     slots: tuple[int, ...]
     extras: tuple[Extra, ...] = ()
+    unmade: bool = False
 
     def encode(self) -> str:
         """The canonical text of this spec: compact JSON, field order fixed."""
@@ -90,4 +92,5 @@ def decode(text: str) -> GroupSpec:
         lookups=tuple(Lookup(**entry) for entry in raw["lookups"]),
         slots=tuple(raw["slots"]),
         extras=tuple(Extra(**e) for e in raw["extras"]),
+        unmade=raw.get("unmade", False),
     )

@@ -80,8 +80,11 @@ def _run(kind: int, x: Tensor, y: Tensor, pairs: str = "", dx: Tensor | None = N
         raise RuntimeError("the C++ interaction kernels refused pairs that the reference accepts")
 
 
-def dots(x: Tensor, pairs: str, out: Tensor | None = None) -> Tensor:
-    """See :func:`reference.dots`. ``out``: where to write, ``[batch, pairs]`` of x's dtype with any strides."""
+def dots(x: Tensor, pairs: str, out: Tensor | None = None, beside: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
+    """See :func:`reference.dots`. ``out``: where to write, ``[batch, pairs]`` of x's dtype with any strides. ``beside``: tensors to copy,
+    each with where to."""
+    for extra, columns in beside:
+        columns.copy_(extra)
     if _half(x) or _plain(x):
         made = dots(x.float(), pairs).to(x.dtype) if _half(x) else reference.dots(x, pairs)
         return made if out is None else out.copy_(made)

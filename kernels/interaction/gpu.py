@@ -33,7 +33,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 @functools.cache
-def _where(pairs: str, features: int, device: torch.device) -> Tensor:
+def where(pairs: str, features: int, device: torch.device) -> Tensor:
     """int32 ``[features, features]``: the number of the pair (i, j) at ``[max, min]``, -1 where there is none."""
     where = torch.full((features, features), -1, dtype=torch.int32)
     for p, (i, j) in enumerate(zip(decode(pairs).first, decode(pairs).second)):
@@ -69,18 +69,33 @@ def _by_square(x: Tensor, pairs: str) -> bool:
     return x.dtype in TYPES and x.shape[1] <= MOST_FEATURES and decode(pairs).distinct and x.numel() > 0
 
 
-def dots(x: Tensor, pairs: str, out: Tensor | None = None) -> Tensor:
-    """See :func:`reference.dots`. ``out``: where to write, ``[batch, pairs]`` of x's dtype with rows in one piece."""
+def copy_options(beside: Sequence[tuple[Tensor, Tensor]], out: Tensor) -> tuple[tuple, dict]:
+    """(arguments for the kernels' ``side``, its constants): the first of ``beside`` is copied by the kernel, the others here."""
+    mine = beside[:1] if beside and beside[0][0].stride(-1) == 1 and beside[0][0].dtype == out.dtype else ()
+    for extra, columns in beside[len(mine) :]:
+        columns.copy_(extra)
+    if not mine:
+        return (out, 0, 0, 0), {"SIDE": False}
+    extra, columns = mine[0]
+    return (extra, extra.stride(0), extra.shape[1], columns.storage_offset() - out.storage_offset()), {"SIDE": True}
+
+
+def dots(x: Tensor, pairs: str, out: Tensor | None = None, beside: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
+    """See :func:`reference.dots`. ``out``: where to write, ``[batch, pairs]`` of x's dtype with rows in one piece. ``beside``: tensors to
+    copy, each with where to, in the rows of ``out``'s storage."""
     if not _by_square(x, pairs):
+        for extra, columns in beside:
+            columns.copy_(extra)
         made = reference.dots(x, pairs)
         return made if out is None else out.copy_(made)
     check(decode(pairs), x.shape[1])
     x = _rows(x)
     batch, features, dim = x.shape
     y = empty((batch, len(decode(pairs))), x.dtype, x.device) if out is None else out
+    side, copies = copy_options(beside, y)
     with on_device(x.device):
         dots_kernel[(batch,)](
-            x, x.stride(0), x.stride(1), _where(pairs, features, x.device), y, y.stride(0), features, dim,
+            x, x.stride(0), x.stride(1), where(pairs, features, x.device), y, y.stride(0), features, dim, *side, **copies,
             **square_options(features, dim, x.dtype),
         )  # fmt: skip
     return y
@@ -95,7 +110,7 @@ def dots_backward(grad: Tensor, x: Tensor, pairs: str) -> Tensor:
     dx = empty(x.shape, x.dtype, x.device)
     with on_device(x.device):
         dots_backward_kernel[(batch,)](
-            grad, grad.stride(0), grad.stride(1), x, x.stride(0), x.stride(1), _where(pairs, features, x.device), dx, features, dim,
+            grad, grad.stride(0), grad.stride(1), x, x.stride(0), x.stride(1), where(pairs, features, x.device), dx, features, dim,
             **square_options(features, dim, x.dtype),
         )  # fmt: skip
     return dx

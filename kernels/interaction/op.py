@@ -2,13 +2,13 @@
 
 ::
 
-    dot_interaction(x, extras, pairs, place=0, constants=None, digest="") -> [batch, sum of widths]
+    dot_interaction(x, extras, pairs, place=0, constants=None, digest="", multiple=1) -> [batch, sum of widths]
     pair_products(x, pairs, constants=None, digest="") -> [batch, pairs, dim]
     fm(x, scale=1.0, reduce=False, constants=None, digest="") -> [batch, dim], or [batch] if reduce
 
 ``x`` is ``[batch, features, dim]`` (any strides). ``pairs`` is an encoded :class:`~.pairs.Pairs`. ``dot_interaction`` writes
-``<x[i], x[j]>`` for each pair, ``place`` of the ``extras`` (``[batch, width]``) before them and the others after, in the dtype
-that ``torch.cat`` would give; under autocast it takes x in autocast's dtype, as bmm does. ``fm`` is ``scale`` times the sum over
+``<x[i], x[j]>`` for each pair, ``place`` of the ``extras`` (``[batch, width]``) before them and the others after, then zeros until the
+width is a multiple of ``multiple``, in the dtype that ``torch.cat`` would give; under autocast it takes x in autocast's dtype, as bmm does. ``fm`` is ``scale`` times the sum over
 i < j of ``x[i] * x[j]`` (Rendle 2010: ``((sum x)^2 - sum x^2) / 2``), by running sums, in which nothing cancels.
 ``constants`` and ``digest``: see ``constants.py``.
 
@@ -28,7 +28,8 @@ from .constants import unchanged
 from .pairs import decode
 
 for _schema in (
-    'dot_interaction(Tensor x, Tensor[] extras, str pairs, int place=0, Tensor[]? constants=None, str digest="") -> Tensor',
+    'dot_interaction(Tensor x, Tensor[] extras, str pairs, int place=0, Tensor[]? constants=None, str digest="",'
+    " int multiple=1) -> Tensor",
     "dot_interaction_backward(Tensor grad, Tensor x, str pairs) -> Tensor",
     'pair_products(Tensor x, str pairs, Tensor[]? constants=None, str digest="") -> Tensor',
     "pair_products_backward(Tensor grad, Tensor x, str pairs) -> Tensor",
@@ -60,42 +61,65 @@ def _width(extras: list[Tensor]) -> int:
     return sum(e.shape[1] for e in extras)
 
 
-def _dots(x: Tensor, extras: list[Tensor], pairs: str, place: int = 0, constants=None, digest: str = "") -> Tensor:
-    unchanged(constants, digest)
-    run = implementation(x.device)
-    if not extras:
-        return run.dots(x, pairs)
-    count, first = len(decode(pairs)), _width(extras[:place])
-    out = run.empty((x.shape[0], _width(extras) + count), _promoted(x, extras), x.device)
-    column = 0
+def joined(run, shape_of: Tensor, extras: list[Tensor], count: int, place: int, multiple: int, dtype: torch.dtype):
+    """(a new output, the columns of it for ``count`` pairs, every extra with its columns); what fills it up is zero."""
+    width, first = count + _width(extras), _width(extras[:place])
+    out = run.empty((shape_of.shape[0], _padded(width, multiple)), dtype, shape_of.device)
+    out.narrow(1, width, out.shape[1] - width).zero_()
+    column, beside = 0, []
     for i, extra in enumerate(extras):
         column += count if i == place else 0
-        out.narrow(1, column, extra.shape[1]).copy_(extra)
+        beside.append((extra, out.narrow(1, column, extra.shape[1])))
         column += extra.shape[1]
-    part = out.narrow(1, first, count)
+    return out, out.narrow(1, first, count), beside
+
+
+def _padded(width: int, multiple: int) -> int:
+    return -(-width // multiple) * multiple
+
+
+def _dots(x: Tensor, extras: list[Tensor], pairs: str, place: int = 0, constants=None, digest: str = "", multiple: int = 1) -> Tensor:
+    unchanged(constants, digest)
+    run = implementation(x.device)
+    if not extras and multiple == 1:
+        return run.dots(x, pairs)
+    out, part, beside = joined(run, x, extras, len(decode(pairs)), place, multiple, _promoted(x, extras))
     if out.dtype == x.dtype:
-        run.dots(x, pairs, part)
+        run.dots(x, pairs, part, beside)
     else:
         part.copy_(run.dots(x, pairs))
+        for extra, columns in beside:
+            columns.copy_(extra)
     return out
 
 
 @torch.library.register_fake("tablewright::dot_interaction", lib=LIBRARY)
-def _fake_dots(x, extras, pairs, place=0, constants=None, digest=""):
-    return x.new_empty((x.shape[0], _width(extras) + len(decode(pairs))), dtype=_promoted(x, extras))
+def _fake_dots(x, extras, pairs, place=0, constants=None, digest="", multiple=1):
+    width = _padded(_width(extras) + len(decode(pairs)), multiple)
+    return x.new_empty((x.shape[0], width), dtype=_promoted(x, extras))
 
 
 def _dots_backward(grad: Tensor, x: Tensor, pairs: str) -> Tensor:
     return implementation(x.device).dots_backward(grad.to(x.dtype), x, pairs)
 
 
+def extra_grads(grad: Tensor, extras, count: int, place: int, wanted) -> list[Tensor | None]:
+    """The parts of ``grad`` that belong to the extras, each (width, dtype), beside ``count`` pairs."""
+    made, column = [], 0
+    for i, (width, dtype) in enumerate(extras):
+        column += count if i == place else 0
+        made.append(grad.narrow(1, column, width).to(dtype) if wanted[i] else None)
+        column += width
+    return made
+
+
 class _Dots(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, pairs, place, constants, digest, *extras):
+    def forward(ctx, x, pairs, place, constants, digest, multiple, *extras):
         ctx.save_for_backward(x)
         ctx.pairs, ctx.place = pairs, place
         ctx.extras = [(e.shape[1], e.dtype) for e in extras]
-        return _below(_OPS.dot_interaction, _dots)(x, list(extras), pairs, place, constants, digest)
+        return _below(_OPS.dot_interaction, _dots)(x, list(extras), pairs, place, constants, digest, multiple)
 
     @staticmethod
     def backward(ctx, grad):
@@ -104,19 +128,14 @@ class _Dots(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = _backward_of("dots")(grad.narrow(1, first, count), x, ctx.pairs)
-        extras, column = [], 0
-        for i, (width, dtype) in enumerate(ctx.extras):
-            column += count if i == ctx.place else 0
-            extras.append(grad.narrow(1, column, width).to(dtype) if ctx.needs_input_grad[5 + i] else None)
-            column += width
-        return dx, None, None, None, None, *extras
+        return dx, None, None, None, None, None, *extra_grads(grad, ctx.extras, count, ctx.place, ctx.needs_input_grad[6:])
 
 
-def _dots_autograd(x, extras, pairs, place=0, constants=None, digest=""):
+def _dots_autograd(x, extras, pairs, place=0, constants=None, digest="", multiple=1):
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
-    return _Dots.apply(x, pairs, place, constants, digest, *extras)
+    return _Dots.apply(x, pairs, place, constants, digest, multiple, *extras)
 
 
 # --- pair_products -----------------------------------------------------------------------------------------------------------

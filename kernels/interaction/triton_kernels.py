@@ -14,10 +14,22 @@ import triton.language as tl
 
 
 @triton.jit
+def copy_side(b, out, out_batch, side, side_batch, side_width, side_column, BLOCK: tl.constexpr):
+    """``out[b, side_column:side_column + side_width] = side[b]``; the column may be negative: ``out`` may begin inside its rows."""
+    d = tl.arange(0, BLOCK)
+    for start in range(0, side_width, BLOCK):
+        live = start + d < side_width
+        value = tl.load(side + b * side_batch + start + d, mask=live, other=0).to(tl.float32)
+        tl.store(out + b * out_batch + side_column + start + d, value.to(out.dtype.element_ty), mask=live)
+
+
+@triton.jit
 def dots_kernel(
-    x, x_batch, x_feature, where, out, out_batch, features, dim, BF: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr
-):
-    """``out[b, where[i, j]] = <x[b, i], x[b, j]>`` wherever ``where[i, j]`` is not negative; one program a sample."""
+    x, x_batch, x_feature, where, out, out_batch, features, dim, side, side_batch, side_width, side_column,
+    SIDE: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``out[b, where[i, j]] = <x[b, i], x[b, j]>`` wherever ``where[i, j]`` is not negative; one program a sample. SIDE: copies ``side``
+    beside them."""
     b = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BF)
     d = tl.arange(0, BD)
@@ -29,6 +41,8 @@ def dots_kernel(
     square = (i < features)[:, None] & (i < features)[None, :]
     place = tl.load(where + i[:, None] * features + i[None, :], mask=square, other=-1)
     tl.store(out + b * out_batch + place, sums.to(out.dtype.element_ty), mask=place >= 0)
+    if SIDE:
+        copy_side(b, out, out_batch, side, side_batch, side_width, side_column, 256)
 
 
 @triton.jit

@@ -140,14 +140,31 @@ def interaction_cases():
         square, columns = gpu.square_options(features, dim, torch_type), gpu.column_options(dim)
         products = {"BP": max(1, 1024 // dim), "BD": dim, "num_warps": 4}
         for name, kernel, options in (
-            ("dots", k.dots_kernel, square), ("dots backward", k.dots_backward_kernel, square), ("products", k.products_kernel, products),
+            ("dots", k.dots_kernel, square | {"SIDE": True}), ("dots backward", k.dots_backward_kernel, square), ("products", k.products_kernel, products),
             ("products backward", k.products_backward_kernel, columns), ("fm", k.fm_kernel, columns | {"REDUCE": False}),
             ("fm backward", k.fm_backward_kernel, columns),
         ):  # fmt: skip
             constants = {n: v for n, v in options.items() if n != "num_warps"}
-            kinds = {n: f"*{dtype}" if n in ("x", "out", "grad", "dx") else "*i32" if n in pointers else "i32" for n in kernel.arg_names}
+            kinds = {n: f"*{dtype}" if n in ("x", "out", "grad", "dx", "side") else "*i32" if n in pointers else "i32" for n in kernel.arg_names}
             kinds["scale"] = "fp32"
             yield f"{name} {of}", kernel, {n: kinds[n] for n in kernel.arg_names if n not in constants}, constants, options["num_warps"]
+
+
+def lookup_dots_cases():
+    """(name, kernel, arguments, constants, warps, stages, sm) of the interaction that looks its features up."""
+    import torch
+    from tablewright.kernels.interaction.gpu import square_options
+    from tablewright.kernels.lookup_dots import triton_kernels as k
+
+    pointers = {"entries": "*i64", "found": "*i32", "where": "*i32"}
+    for (kind, dtype), sm in ((("fp32", tl.float32), 90), (("fp16", tl.float16), 90), (("bf16", tl.bfloat16), 80)):
+        options = square_options(27, 128, torch.float32 if kind == "fp32" else torch.float16)
+        warps = options.pop("num_warps")
+        constants = options | {"VEC": 128 // dtype.primitive_bitwidth, "TABLE_T": dtype, "ID_T": tl.int64}
+        for name, kernel, more in (("", k.lookup_dots_kernel, {"SIDE": True}), (" backward", k.lookup_dots_backward_kernel, {})):
+            held = constants | more
+            kinds = {n: pointers.get(n, f"*{dtype}" if n in ("out", "side", "grad", "dx") else "i32") for n in kernel.arg_names if n not in held}
+            yield f"lookup dots{name} {kind} sm_{sm}", kernel, kinds, held, warps, 3, sm
 
 
 def mlp_cases():
@@ -178,7 +195,7 @@ def mlp_cases():
     yield case("keep", k.keep_kernel, tl.float32, {"BLOCK": 256})
 
 
-CASES = {"--embedding": embedding_cases, "--interactions": interaction_cases, "--mlp": mlp_cases}
+CASES = {"--embedding": embedding_cases, "--interactions": interaction_cases, "--mlp": mlp_cases, "--lookup-dots": lookup_dots_cases}
 
 
 def main() -> None:
