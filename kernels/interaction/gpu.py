@@ -57,12 +57,24 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def square_options(features: int, dim: int, dtype: torch.dtype) -> dict:
-    """Tile sizes, precision and warps of the kernels that hold a square of features."""
+def square_options(features: int, dim: int, dtype: torch.dtype, wide: bool = False) -> dict:
+    """Tile sizes, precision and warps of the kernels that hold a square of features; ``wide``: products in float32 at any rate."""
     rows = max(16, triton.next_power_of_2(features))
+    wide = wide or dtype == torch.float32
     widest, warps = {16: (32, 2), 32: (32, 4), 64: (16, 8), 128: (16, 16)}[rows]  # so that nothing is spilled on sm_90
+    if not wide:
+        widest = 128 if rows <= 32 else 64
     columns = min(widest, max(16, triton.next_power_of_2(dim)))
-    return {"BF": rows, "BD": columns, "PRECISION": "ieee" if dtype == torch.float32 else "tf32", "num_warps": warps}
+    precision = "ieee" if dtype == torch.float32 else "tf32"
+    stages = 1 if columns >= dim else 3  # a loop of one step has nothing to load ahead
+    return {"BF": rows, "BD": columns, "WIDE": wide, "PRECISION": precision, "num_warps": warps, "num_stages": stages}
+
+
+def must_widen(x: Tensor, pairs: str, backward: bool = False) -> bool:
+    """Where half-precision products would not do: in Triton's interpreter, which cannot multiply bfloat16, and in a backward with pairs (i, i),
+    whose gradient counts twice and might overflow."""
+    doubled = backward and any(i == j for i, j in zip(decode(pairs).first, decode(pairs).second))
+    return doubled or (x.dtype == torch.bfloat16 and x.device.type == "cpu")
 
 
 def _by_square(x: Tensor, pairs: str) -> bool:
@@ -96,7 +108,7 @@ def dots(x: Tensor, pairs: str, out: Tensor | None = None, beside: Sequence[tupl
     with on_device(x.device):
         dots_kernel[(batch,)](
             x, x.stride(0), x.stride(1), where(pairs, features, x.device), y, y.stride(0), features, dim, *side, **copies,
-            **square_options(features, dim, x.dtype),
+            **square_options(features, dim, x.dtype, must_widen(x, pairs)),
         )  # fmt: skip
     return y
 
@@ -111,7 +123,7 @@ def dots_backward(grad: Tensor, x: Tensor, pairs: str) -> Tensor:
     with on_device(x.device):
         dots_backward_kernel[(batch,)](
             grad, grad.stride(0), grad.stride(1), x, x.stride(0), x.stride(1), where(pairs, features, x.device), dx, features, dim,
-            **square_options(features, dim, x.dtype),
+            **square_options(features, dim, x.dtype, must_widen(x, pairs, backward=True) or grad.dtype != x.dtype),
         )  # fmt: skip
     return dx
 

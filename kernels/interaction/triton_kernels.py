@@ -1,7 +1,7 @@
 """The Triton kernels of the interaction ops: one program for a sample, or for a part of one.
 
-Numbers are widened to float32 right after the load and rounded once, at the store. ``PRECISION`` of the matrix products is "ieee"
-for float32 inputs; half-precision inputs fit tf32 exactly, so their products are exact there too. Sums have a fixed order.
+Sums are float32, rounded once, at the store, in a fixed order. Matrix products of half-precision inputs take them as they are: products of
+two of them are exact in float32. ``WIDE``: inputs are widened to float32 first; then ``PRECISION`` is "ieee".
 """
 
 # Kernel bodies are Triton's language, which pyright reads as Python.
@@ -26,7 +26,7 @@ def copy_side(b, out, out_batch, side, side_batch, side_width, side_column, BLOC
 @triton.jit
 def dots_kernel(
     x, x_batch, x_feature, where, out, out_batch, features, dim, side, side_batch, side_width, side_column,
-    SIDE: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    SIDE: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``out[b, where[i, j]] = <x[b, i], x[b, j]>`` wherever ``where[i, j]`` is not negative; one program a sample. SIDE: copies ``side``
     beside them."""
@@ -36,7 +36,9 @@ def dots_kernel(
     sums = tl.zeros((BF, BF), dtype=tl.float32)
     for start in range(0, dim, BD):
         live = (i < features)[:, None] & (start + d < dim)[None, :]
-        tile = tl.load(x + b * x_batch + i[:, None] * x_feature + (start + d)[None, :], mask=live, other=0).to(tl.float32)
+        tile = tl.load(x + b * x_batch + i[:, None] * x_feature + (start + d)[None, :], mask=live, other=0)
+        if WIDE:
+            tile = tile.to(tl.float32)
         sums = tl.dot(tile, tl.trans(tile), sums, input_precision=PRECISION)
     square = (i < features)[:, None] & (i < features)[None, :]
     place = tl.load(where + i[:, None] * features + i[None, :], mask=square, other=-1)
@@ -48,7 +50,7 @@ def dots_kernel(
 @triton.jit
 def dots_backward_kernel(
     grad, grad_batch, grad_pair, x, x_batch, x_feature, where, dx, features, dim,
-    BF: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    BF: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dx = (L + L^T) x`` with ``L[i, j] = grad[where[i, j]]``, 0 where that is negative; one program a sample."""
     b = tl.program_id(0).to(tl.int64)
@@ -60,8 +62,10 @@ def dots_backward_kernel(
     both = lower + tl.trans(lower)
     for start in range(0, dim, BD):
         live = (i < features)[:, None] & (start + d < dim)[None, :]
-        tile = tl.load(x + b * x_batch + i[:, None] * x_feature + (start + d)[None, :], mask=live, other=0).to(tl.float32)
-        made = tl.dot(both, tile, input_precision=PRECISION)
+        tile = tl.load(x + b * x_batch + i[:, None] * x_feature + (start + d)[None, :], mask=live, other=0)
+        if WIDE:
+            tile = tile.to(tl.float32)
+        made = tl.dot(both.to(tile.dtype), tile, input_precision=PRECISION)  # one of L[i, j] and L[j, i] is 0
         tl.store(dx + (b * features + i[:, None]) * dim + (start + d)[None, :], made.to(dx.dtype.element_ty), mask=live)
 
 

@@ -71,7 +71,8 @@ def dots(
     with on_device(device):
         lookup_dots_kernel[(batch,)](
             entries, status.found, interaction.where(pairs, count, device), out, out.stride(0), count, dim, *side, **copies,
-            VEC=vector, TABLE_T=TYPES[dtype], ID_T=id_type, **interaction.square_options(count, dim, dtype),
+            VEC=vector, TABLE_T=TYPES[dtype], ID_T=id_type,
+            **interaction.square_options(count, dim, dtype, interaction.must_widen(tables[0], pairs)),
         )  # fmt: skip
     status.send()
 
@@ -90,6 +91,7 @@ def dots_backward(
     with on_device(device):
         lookup_dots_backward_kernel[(batch,)](
             grad, grad.stride(0), grad.stride(1), entries, interaction.where(pairs, count, device), dx, count, dim,
-            VEC=vector, TABLE_T=TYPES[dtype], ID_T=id_type, **interaction.square_options(count, dim, dtype),
+            VEC=vector, TABLE_T=TYPES[dtype], ID_T=id_type,
+            **interaction.square_options(count, dim, dtype, interaction.must_widen(tables[0], pairs, True) or grad.dtype != dtype),
         )  # fmt: skip
     return dx

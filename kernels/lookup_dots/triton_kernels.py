@@ -1,6 +1,6 @@
 """The Triton kernels of ``lookup_dots``: one program a sample looks its rows up and multiplies them; they never reach memory.
 
-Numbers are widened to float32 right after the load and rounded once, at the store. Sums have a fixed order.
+Numbers and sums are as in the interaction's own kernels.
 """
 
 # Kernel bodies are Triton's language, which pyright reads as Python.
@@ -53,7 +53,8 @@ def _rows(entries, b, features, i, VEC: tl.constexpr, TABLE_T: tl.constexpr, ID_
 @triton.jit
 def lookup_dots_kernel(
     entries, found, where, out, out_batch, features, dim, side, side_batch, side_width, side_column, SIDE: tl.constexpr,
-    VEC: tl.constexpr, TABLE_T: tl.constexpr, ID_T: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    VEC: tl.constexpr, TABLE_T: tl.constexpr, ID_T: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As ``dots_kernel`` of the interaction, on rows that ``entries`` (int64 [features, FEATURE_FIELDS]) say where to find. ``found``: int32, is
     lowered to the first sample with a bad id of each lookup."""
@@ -67,7 +68,9 @@ def lookup_dots_kernel(
     sums = tl.zeros((BF, BF), dtype=tl.float32)
     for start in range(0, dim, BD):
         live = good[:, None] & (start + d < dim)[None, :]
-        tile = tl.load(rows[:, None] + (start + d)[None, :], mask=live, other=0).to(tl.float32)
+        tile = tl.load(rows[:, None] + (start + d)[None, :], mask=live, other=0)
+        if WIDE:
+            tile = tile.to(tl.float32)
         sums = tl.dot(tile, tl.trans(tile), sums, input_precision=PRECISION)
     square = (i < features)[:, None] & (i < features)[None, :]
     place = tl.load(where + i[:, None] * features + i[None, :], mask=square, other=-1)
@@ -79,7 +82,8 @@ def lookup_dots_kernel(
 @triton.jit
 def lookup_dots_backward_kernel(
     grad, grad_batch, grad_pair, entries, where, dx, features, dim,
-    VEC: tl.constexpr, TABLE_T: tl.constexpr, ID_T: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    VEC: tl.constexpr, TABLE_T: tl.constexpr, ID_T: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dx = (L + L^T) x`` with ``L[i, j] = grad[where[i, j]]``, 0 where that is negative, on rows that are looked up again."""
     b = tl.program_id(0).to(tl.int64)
@@ -92,7 +96,9 @@ def lookup_dots_backward_kernel(
     both = lower + tl.trans(lower)
     for start in range(0, dim, BD):
         inside = (start + d < dim)[None, :]
-        tile = tl.load(rows[:, None] + (start + d)[None, :], mask=good[:, None] & inside, other=0).to(tl.float32)
-        made = tl.dot(both, tile, input_precision=PRECISION)
+        tile = tl.load(rows[:, None] + (start + d)[None, :], mask=good[:, None] & inside, other=0)
+        if WIDE:
+            tile = tile.to(tl.float32)
+        made = tl.dot(both.to(tile.dtype), tile, input_precision=PRECISION)
         at = dx + (b * features + i[:, None]) * dim + (start + d)[None, :]
         tl.store(at, made.to(dx.dtype.element_ty), mask=(i < features)[:, None] & inside)
