@@ -4,8 +4,8 @@
 ->  ``lookup_dots(embedding_bags(..., unmade), tables, ids, [x], [x], ...)``
 
 The lookup stays in the graph, for it knows what becomes of each table's gradient, but makes nothing. Saved is the write and the
-read of ``[batch, features, dim]`` in the forward; the backward reads the rows a second time. Runs after the tables' gradients are
-settled, and is measured with random ids on the model's own tables: the looking up and the interaction, forward and backward; what comes after
+read of ``[batch, features, dim]`` in the forward; the backward reads the rows a second time. A cast of the result to low precision (which
+``mixed_precision`` leaves behind) is made as it is written. Runs after the tables' gradients are settled, and is measured with random ids on the model's own tables: the looking up and the interaction, forward and backward; what comes after
 them (sorting, the tables' update) is the same in both.
 """
 from __future__ import annotations
@@ -54,6 +54,8 @@ class FuseLookupDots(Measured):
     def _rewrite(self, node: Node, path: list[Node], context: Context, writes: Writes) -> Record:
         source = path[-1]
         reason, gain = _unfit(node, path, writes), ""
+        if context.sharding is not None:
+            reason = "the tables live on several ranks, and rows come by exchange; tables of this process were needed"
         if reason is None and self.measure:
             timing = _timing(node, source, context)
             gain = f"; measured {timing.gain:.2f}x on {timing.rows} rows" if timing is not None else ""
@@ -120,12 +122,18 @@ def _replace(editor: Editor, node: Node, path: list[Node], spec: GroupSpec) -> N
     getitem, source = path[-2], path[-1]
     a, b = arguments(source), arguments(node)
     text = source.args[_SPEC]
+    cast = next(iter(node.users)) if len(node.users) == 1 and is_op(next(iter(node.users)), aten.to.dtype) else None
+    if cast is not None and (len(cast.args) != 2 or cast.kwargs or not cast.args[1].is_floating_point):  # type: ignore[union-attr]
+        cast = None
+    last = node if cast is None else cast
     editor.set_argument(source, _SPEC, replace(spec, unmade=True).encode())
     made = editor.call(
         lookup_dots.OP, getitem, list(a["tables"]), list(a["indices"]), list(a["extras"]), list(b["extras"]), text, b["pairs"], b["place"],
-        b["multiple"], before=node, sources=[node, *path[:-1]], value=value_of(node),
+        b["multiple"], None if cast is None else cast.args[1], before=node, sources=[node, *path[:-1]], value=value_of(last),
     )  # fmt: skip
-    editor.replace(node, made)
+    editor.replace(last, made)
+    if cast is not None:
+        editor.graph.erase_node(node)
     for view in path[:-2]:
         editor.graph.erase_node(view)
 

@@ -12,7 +12,8 @@ from tablewright.passes.fuse_dot_interaction import FuseDotInteraction
 from tablewright.passes.fuse_lookup_dots import FuseLookupDots
 from tablewright.passes.group_tables import GroupTables
 from tablewright.passes.measure import Timing
-from tablewright.rewriter.verify import check_structure
+from tablewright.passes.rule import Context
+from tablewright.rewriter.verify import check_structure, copy_graph
 from torch import nn
 
 FUSE = FuseLookupDots(measure=False)
@@ -118,6 +119,19 @@ def test_the_timing_runs():
     timed = again(done.shell, done.before, done.leaves, FuseLookupDots())
     (timing,) = (t for key, t in timed.context.timings.items() if key[0] == "fuse_lookup_dots")
     assert timing.rows == 2048 and timing.plain > 0 and timing.rewritten > 0
+
+
+def test_tables_on_several_ranks_are_left_to_the_exchange():
+    done, _ = fuse()
+    item, context = FUSE, Context(copy_graph(done.before), done.shell, sharding=object())
+    assert "several ranks" in item.run(context)[0].reason and context.made == 0
+
+
+def test_a_cast_of_the_result_is_made_as_it_is_written():
+    opt = optimize(Dlrm(), Plan(precision="bf16", passes=ALL), sample_inputs=given())
+    code = opt.code()
+    assert "lookup_dots" in code and "torch.bfloat16" in next(line for line in code.splitlines() if "lookup_dots" in line)
+    opt.check(*given())
 
 
 ALL = {"fuse_lookup_dots": {"measure": False}, "fuse_dot_interaction": {"measure": False}}
