@@ -241,7 +241,7 @@ def _names(body: dict[str, Any]) -> set[str] | None:
 def _tensor(tensor: Any) -> tuple[str, np.ndarray]:
     if not isinstance(tensor, dict) or not isinstance(tensor.get("name"), str):
         raise InputError('each of "inputs" must be an object with "name", "shape", "datatype" and "data"')
-    name, shape, datatype, data = (tensor.get(key) for key in ("name", "shape", "datatype", "data"))
+    name, shape, datatype, data = tensor["name"], *(tensor.get(key) for key in ("shape", "datatype", "data"))
     if datatype not in _NUMPY:
         raise InputError(f"input '{name}' has datatype {datatype!r}; it must be one of {', '.join(_NUMPY)}")
     if not isinstance(shape, list) or not all(type(s) is int and s >= 0 for s in shape):

@@ -298,7 +298,6 @@ import os, signal
 from tablewright.kernels.gather import redis_rows
 from tablewright.kernels.gather.local import LocalStore
 from tablewright.rewriter.serving import manifest as manifests
-from tablewright.rewriter.serving.export import _remove_unfinished
 from tablewright.rewriter.serving.stores import published
 m = manifests.read({str(home)!r})
 class Dies(LocalStore):
