@@ -5,6 +5,7 @@ from .batch_experts import BatchExperts
 from .concatenated_lookups import ConcatenatedLookups
 from .dense_chains import DenseChains
 from .fast_dropout import FastDropout
+from .field_products import FieldProducts
 from .fuse_cin import FuseCin
 from .fuse_cross import FuseCross
 from .fuse_dice import FuseDice
@@ -25,7 +26,7 @@ from .short_softmax import ShortSoftmax
 from .table_gradients import TableGradients
 
 DEFAULT: tuple[type[Pass], ...] = (
-    RemoveZeroDropout, FuseFm, FuseDotInteraction, FusePairProducts, FuseCin, PoolSequences, ConcatenatedLookups,
+    RemoveZeroDropout, FuseFm, FuseDotInteraction, FusePairProducts, FuseCin, FieldProducts, PoolSequences, ConcatenatedLookups,
     ShareRepeats, IdColumns, GroupTables, TableGradients, FuseCross,
     BatchExperts, MixedPrecision, DenseChains, FuseDice, ShortSoftmax, FastDropout, FuseMlp, FuseLookupDots,
 )  # fmt: skip
