@@ -112,8 +112,6 @@ def _unfit(node: Node, path: list[Node], writes: Writes) -> str | None:
         return f"the rows are viewed as {[str(s) for s in values[0].shape]}; [batch, features, dim] was needed"
     if any(v.dtype != tables[0].dtype for v in (*tables, *values[1 + len(a["indices"]) :])):
         return "tables and dense vectors have different dtypes; one was needed"
-    if arguments(node)["constants"]:
-        return "the pairs are checked against constants of the model at each call, which the looked-up form does not do"
     written = next((n for n in (*path, *a["tables"], *a["indices"], *a["extras"]) if writes.to(n)), None)
     return None if written is None else f"{written.name} is written to in place; what the interaction reads must stay as it was looked up"
 
@@ -129,7 +127,7 @@ def _replace(editor: Editor, node: Node, path: list[Node], spec: GroupSpec) -> N
     editor.set_argument(source, _SPEC, replace(spec, unmade=True).encode())
     made = editor.call(
         lookup_dots.OP, getitem, list(a["tables"]), list(a["indices"]), list(a["extras"]), list(b["extras"]), text, b["pairs"], b["place"],
-        b["multiple"], None if cast is None else cast.args[1], before=node, sources=[node, *path[:-1]], value=value_of(last),
+        b["multiple"], None if cast is None else cast.args[1], b["constants"], b["digest"], before=node, sources=[node, *path[:-1]], value=value_of(last),
     )  # fmt: skip
     editor.replace(last, made)
     if cast is not None:

@@ -24,10 +24,32 @@ def on_device(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+_ARENA_WORDS = 1 << 19  # 4 MB of int64: about 800 launches over 26 tables
+_arena: list[Tensor] = []  # what is left of the pinned memory for launches inside CUDA graphs
+
+
+def capturing() -> bool:
+    """True while a CUDA graph is recorded: nothing may be asked of the GPU, and host memory that is copied must stay as it is."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def send(entries: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
-    """The entries on the device, int64 [n, fields], in one copy that nobody waits for."""
+    """The entries on the device, int64 [n, fields], in one copy that nobody waits for.
+
+    In a CUDA graph the copy is repeated with each replay, so the numbers stay in pinned memory for good: pointers of tensors inside the graph are
+    as constant as the graph. Raises RuntimeError where that memory is used up."""
     host = torch.frombuffer(array("q", [v for e in entries for v in e]), dtype=torch.int64).view(len(entries), -1)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    if device.type != "cuda":
+        return host
+    if not _arena and not capturing():  # pinned memory cannot be allocated while a graph is recorded
+        _arena.append(torch.empty(_ARENA_WORDS, dtype=torch.int64, pin_memory=True))
+    if not capturing():
+        return host.pin_memory().to(device, non_blocking=True)
+    if not _arena or _arena[0].numel() < host.numel():
+        raise RuntimeError("no pinned memory for launches inside CUDA graphs: run one step before recording, and record fewer graphs")
+    kept, _arena[0] = _arena[0][: host.numel()].view(host.shape), _arena[0][host.numel() :]
+    kept.copy_(host)
+    return kept.to(device, non_blocking=True)
 
 
 def alignment(itemsize: int, *element_counts: int, addresses: Sequence[int] = ()) -> int:

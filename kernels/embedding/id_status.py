@@ -4,6 +4,9 @@ The kernel reads nothing for a bad id and lowers, with an integer minimum, the f
 :attr:`IdStatus.found`; so what is reported does not depend on the schedule. The few numbers travel to the host behind the kernel.
 :func:`check_ids` raises for every forward whose numbers have arrived: each forward calls it first, so the error comes with the
 next call; an optimizer step, or a plan that asks for it, calls ``check_ids(wait=True)`` and has it at once.
+
+Inside a CUDA graph nothing may be asked of the GPU: the numbers of its last replay are on the device, and ``check_ids(wait=True)`` after it reads
+them there.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from .spec import GroupSpec
 NOTHING = 2**31 - 1
 
 _pending: deque[IdStatus] = deque()
+_in_graphs: list[IdStatus] = []  # recorded in CUDA graphs, which write their ``found`` anew with each replay
 
 
 class IdStatus:
@@ -34,6 +38,9 @@ class IdStatus:
 
     def send(self) -> None:
         """Call after the kernel was launched: starts the copy to the host and queues this status for :func:`check_ids`."""
+        if self.found.is_cuda and torch.cuda.is_current_stream_capturing():
+            _in_graphs.append(self)
+            return
         if self.found.is_cuda:
             self._host = torch.empty(self.found.shape, dtype=torch.int32, pin_memory=True)
             self._host.copy_(self.found, non_blocking=True)
@@ -50,7 +57,7 @@ class IdStatus:
         IndexError: an id outside its table. ValueError: offsets that decrease, do not start at 0 or pass the end."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        for i, (position, bag) in enumerate(self._host.t().tolist()):
+        for i, (position, bag) in enumerate(self._host.t().tolist()):  # of a graph: on the device, so this waits
             if bag != NOTHING:
                 raise ValueError(self._bad_offsets(i, bag))
             if position != NOTHING:
@@ -80,5 +87,10 @@ class IdStatus:
 def check_ids(wait: bool = True) -> None:
     """Check the forwards that nobody checked yet, oldest first: all of them, or with ``wait=False`` those whose numbers have
     arrived. Raises what :meth:`IdStatus.check` raises; the forwards after the guilty one stay queued."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return
     while _pending and (wait or _pending[0].arrived()):
         _pending.popleft().check()
+    if wait:
+        for status in _in_graphs:
+            status.check()

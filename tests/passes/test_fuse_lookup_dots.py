@@ -31,6 +31,8 @@ class Dlrm(nn.Module):
         self.bags = nn.EmbeddingBag(9, D, mode="sum")
         self.top = nn.Linear(D + (4 if form in ("bag", "two slots") else 3) * (5 if form in ("bag", "two slots") else 4) // 2, 1)
 
+        self.register_buffer("pairs", torch.tril_indices(4, 4, -1))
+
     def forward(self, dense, ids):
         x = self.bottom(dense)
         rows = [table(ids[:, i]) for i, table in enumerate(self.tables)]
@@ -42,7 +44,7 @@ class Dlrm(nn.Module):
         if self.form == "written":
             z.add_(1)
         features = z.shape[1]
-        i, j = torch.tril_indices(features, features, -1)
+        i, j = self.pairs if self.form == "buffer" else torch.tril_indices(features, features, -1)
         flat = torch.bmm(z, z.transpose(1, 2))[:, i, j]
         if self.form == "two slots":
             flat = torch.cat([flat, self.bags(ids[:, :2] % 9)[:, :4]], 1)
@@ -97,6 +99,17 @@ def test_what_is_written_in_place_stays():
 def test_without_a_fused_lookup_there_is_nothing_to_say():
     done = rewrite(Dlrm(), given(), FuseDotInteraction(measure=False))
     assert not again(done.shell, done.after, done.leaves, FUSE).records
+
+
+def test_pairs_in_a_buffer_are_looked_at_in_each_call():
+    done, before = fuse("buffer")
+    assert len(done.of("APPLIED")) == 1
+    assert_same_numbers(done.shell, before, done.after, done.leaves)
+    opt = optimize(model := Dlrm("buffer"), Plan(passes=ALL), sample_inputs=given())
+    opt(*given())
+    model.pairs[0, 0] = 2
+    with pytest.raises(RuntimeError, match="changed"):
+        opt(*given())
 
 
 def test_budget():
