@@ -32,6 +32,7 @@ if "--tiny" in sys.argv:
 import torch  # noqa: E402
 from gpu_bench import HEAD, Bench, Op  # noqa: E402
 
+
 def sections(bench: Bench, chosen: list[str], started: float) -> None:
     """Run the chosen sections in order, while there is time."""
     import gpu_ops
