@@ -24,7 +24,10 @@ class Problem:
                 if o.largest_memory <= room:
                     self.mean[t, i], self.largest[t, i], self.bytes[t, i] = o.mean(ranks), o.largest, o.mean_memory(ranks)
                     self.everywhere[t, i], self.wide[t, i], self.shard_bytes[t, i] = o.everywhere, o.width, most(o.memory)
-        self.bound = float(max(self.mean.min(1).sum(), self.largest.min(1).max())) if options else 0.0
+        self.bound = 0.0
+        if options:
+            shared = np.where(np.isfinite(self.mean), self.everywhere, np.inf).min(1)  # every rank pays the other tables' too
+            self.bound = float(max(self.mean.min(1).sum(), (self.largest.min(1) - shared).max() + shared.sum()))
         self.shards: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, bool]] = {}
 
     def price(self, fill: float) -> float:
@@ -46,7 +49,7 @@ class Problem:
             low, high = (low, middle) if fits(unit * 10**middle) else (middle, high)
         return unit * 10**high
 
-    def least_target(self, price: float, fit: str, charge: bool, known: float | None) -> Placement | None:
+    def least_target(self, price: float, fit: str, charge: float, known: float | None) -> Placement | None:
         """The placement with the least slowest rank that :meth:`under` finds, by bisection from the bound on; ``None`` if it finds none, or
         none that is better than ``known``."""
         low, high, best = self.bound, known * 0.999 if known is not None else self.bound, None
@@ -68,13 +71,13 @@ class Problem:
                 best = found if found.slowest < best.slowest else best
         return best
 
-    def under(self, target: float, price: float, fit: str, charge: bool) -> Placement | None:
+    def under(self, target: float, price: float, fit: str, charge: float) -> Placement | None:
         """One table after the other, the largest shards first, in the cheapest way in which no rank takes longer than ``target``; ``None``
         where there is none. What the tables cost on every rank is left free from the start.
 
         ``fit``: "least" puts a shard on the least loaded rank, "best" on the most loaded that can take it; "memory" takes the tables in the
-        order of the scarcer of time and memory. ``charge``: a way pays for what its shards make unusable: of a rank in which two of them
-        fit, half each."""
+        order of the scarcer of time and memory. ``charge``, from 0 to 1: how much of what its shards may make unusable a way pays for: of a
+        rank in which two of them fit, half each. The more small shards there are to fill gaps, the less that is."""
         if not self.options:
             return Placement(self, [])
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -82,7 +85,7 @@ class Problem:
             free = target - everywhere.min(1).sum()
             shard = self.largest - self.everywhere
             waste = np.where(shard > 0, free / np.floor(np.maximum(free / shard, 1e-9)) / shard, 1.0)
-            value = self.everywhere + (self.mean - self.everywhere) * (waste if charge else 1.0) + (price * self.bytes if price else 0.0)
+            value = self.everywhere + (self.mean - self.everywhere) * (1.0 + charge * (waste - 1.0)) + (price * self.bytes if price else 0.0)
         value = np.where((shard <= free) & np.isfinite(self.mean), value, np.inf)
         cheapest = np.argsort(value, axis=1, kind="stable")
         rows = np.arange(len(self.options))

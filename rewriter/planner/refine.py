@@ -7,14 +7,13 @@ import numpy as np
 from .fill import CLOSE, Placement
 
 _TRIED = 12  # tables of the slowest rank that are tried before a step is given up
-_REPACKED = 200  # tables put back at most, in all tries together
 _LEAST_GAIN = 1 - 1e-9
 
 
-def refine(state: Placement, bound: float) -> None:
-    """Until the slowest rank is near ``bound``, or nothing helps."""
+def refine(state: Placement, bound: float, repacked: int = 0) -> None:
+    """Until the slowest rank is near ``bound``, or nothing helps. ``repacked``: how many tables may be taken off and put back in tries."""
     random = np.random.default_rng(0)
-    left = _REPACKED
+    left = repacked
     for _ in range(20 * len(state.chosen) + 100):
         if state.slowest <= bound * CLOSE:
             return

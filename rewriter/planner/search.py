@@ -14,13 +14,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import PlanError
-from .fill import CLOSE, Placement, Problem
+from .fill import Placement, Problem
 from .option import Option, size
 from .refine import refine
 
 _FILLS = (1.0, 0.99, 0.97, 0.94, 0.9, 0.8, 0.6, 0.3, 0.0)  # of the memory, how much the options may take together
 _REFINED = 4  # of the placements found, the best so many are refined
-_MANNERS = (("least", False), ("least", True), ("best", True), ("memory", False))  # of placing: see Problem.under
+_REPACKED = 800  # tables that are taken off and put back in tries, of the best placement
+_MANNERS = (  # of placing: see Problem.under
+    ("least", 0.0), ("least", 0.5), ("least", 1.0), ("best", 0.0), ("best", 0.1), ("best", 0.25), ("best", 0.5), ("best", 0.75), ("best", 1.0),
+    ("memory", 0.0),
+)  # fmt: skip
 
 
 @dataclass
@@ -64,13 +68,11 @@ def search(
             f"no placement of the {len(options)} tables on {ranks} ranks was found: at least {size(need)} of {size(room)} of each rank would be "
             "used, and they did not pack. What to do: more memory or ranks, or shardings that cut tables finer (row_wise)"
         )
-    best: Placement | None = None
-    for state in sorted(found, key=lambda s: s.slowest)[:_REFINED]:
+    found = sorted(found, key=lambda s: s.slowest)[:_REFINED]
+    for state in found:
         refine(state, problem.bound)
-        best = state if best is None or state.slowest < best.slowest else best
-        if best.slowest <= problem.bound * CLOSE:
-            break
-    assert best is not None
+    best = min(found, key=lambda s: s.slowest)
+    refine(best, problem.bound, _REPACKED)
     return Assignment(best.chosen, best.places, best.load + base_load, best.memory + base_memory)
 
 
