@@ -22,6 +22,11 @@ _HOME = {
     "RowwiseAdagrad": "rewriter.plan",
     "Adam": "rewriter.plan",
     "Report": "rewriter.report",
+    "training_state": "rewriter.sharded_state",
+    "load_training_state": "rewriter.sharded_state",
+    "ShardedTable": "rewriter.sharded_state",
+    "even_batches": "rewriter.even_batches",
+    "PeerError": "kernels.collectives.errors",
     "Equivalence": "rewriter.equivalence",
     "export_serving": "rewriter.serving.export",
     "export_delta": "rewriter.serving.export",
@@ -49,6 +54,8 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from .kernels.collectives.errors import PeerError
+    from .rewriter.even_batches import even_batches
     from .kernels.errors import (
         CorruptShard,
         IdOutOfRange,
@@ -77,6 +84,7 @@ if TYPE_CHECKING:
     from .rewriter.planner.forecast import Measured
     from .rewriter.planner.topology import Topology
     from .rewriter.report import Report
+    from .rewriter.sharded_state import ShardedTable, load_training_state, training_state
     from .rewriter.serving.export import export_delta, export_serving
     from .rewriter.serving.parity import check_parity
     from .rewriter.serving.predictor import Predictor, load_serving

@@ -18,6 +18,7 @@ from ..kernels.embedding.op import OP
 from ..kernels.embedding.optimizers import RowUpdates
 from ..kernels.library import DIRECT
 from ..passes.records import Record
+from . import shard_map
 from .capture import CAPTURING, Captured, attach, deep_copy, verify
 from .capture.entry import compile_entry, packer, with_live_tensors
 from .capture.plain_model import follow
@@ -29,6 +30,7 @@ from .methods import bound, plainly
 from .pipeline import Step
 from .plan import Plan
 from .report import Report
+from .sharded_state import whole_state_dict
 from .verify import copy_graph
 
 # Hooks on the whole plain model run around the optimized one too.
@@ -265,13 +267,20 @@ class OptimizedModel(nn.Module):
         """Compare outputs, gradients and one optimizer step with the plain model on these inputs (copies of the weights are
         made and nothing of this model changes). Returns an :class:`~.equivalence.Equivalence`; print it, or call its
         ``raise_if_failed()``."""
+        self._alone("check()")
         from .equivalence import check_model
 
         return check_model(self, args, kwargs)
 
     def bisect(self, *args: Any, **kwargs: Any) -> str:
         """Name the first rewrite that changes the outputs on these inputs, or say that none does."""
+        self._alone("bisect()")
         return self._compiler.bisect(self, args, kwargs)
+
+    @property
+    def resolved_plan(self) -> str:
+        """Over several ranks: every table with its ranks, rows and columns, as text."""
+        return "" if self._sharded is None else shard_map.table(self._sharded.layouts)
 
     # --- weights -------------------------------------------------------------------------------------------------------------
 
@@ -291,9 +300,24 @@ class OptimizedModel(nn.Module):
         return (p for n, p in self.named_parameters() if id(p) not in seen)
 
     def unoptimized(self) -> nn.Module:
-        """An independent plain model (its own class) with today's weights, buffers and mode."""
+        """An independent plain model (its own class) with today's weights, buffers and mode. Over several ranks every rank calls it."""
         _follow_buffers(self)
+        if self._sharded is not None:
+            whole = self.whole_state_dict()
+            with self._compiler.whole():
+                plain = plain_copy(self._shell)
+            plain.load_state_dict(whole)
+            return plain
         return plain_copy(self._shell)
+
+    def whole_state_dict(self, rank: int | None = None) -> dict[str, Any] | None:
+        """The state of a model over several ranks with whole tables: on ``rank`` (others get ``None``), or on all. A collective: every
+        rank calls it; it takes the memory of all tables there. Of a model on one rank it is ``state_dict()``."""
+        return dict(self.state_dict()) if self._sharded is None else whole_state_dict(self, rank)
+
+    def _alone(self, what: str) -> None:
+        if self._sharded is not None:
+            raise PlanError(f"{what} is for a model on one rank, and this one runs over several: take opt.unoptimized() (on all ranks) first")
 
     def _apply(self, fn, recurse: bool = True):
         drop_placeholders(self)
@@ -321,6 +345,7 @@ class OptimizedModel(nn.Module):
     # --- copies --------------------------------------------------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict) -> OptimizedModel:
+        self._alone("deepcopy")
         shell = deep_copy(self._shell, memo)
         from .programs import on_copy
 
@@ -346,6 +371,7 @@ class OptimizedModel(nn.Module):
 
     def __reduce_ex__(self, protocol: int):
         """Saved by recipe: the plain model, the plan, the sample inputs and the optimizer state; ``optimize`` runs on load."""
+        self._alone("pickling (torch.save of the model)")
         _follow_buffers(self)
         optimizer = self._embedding_optimizer
         state = None if optimizer is None else optimizer.state_dict()

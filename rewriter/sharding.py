@@ -27,6 +27,7 @@ from .capture import Captured
 from .errors import PlanError
 from .plan import TablePlan
 from .sample_reads import even_cuts, exchange_bytes
+from .sharded_state import follow_state_dicts
 
 if TYPE_CHECKING:
     from .optimized_model import OptimizedModel
@@ -36,8 +37,9 @@ _ELEMENTWISE = ("SGD", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of a mesh, numbered in its order: ``rank`` of ``world``, ``per_node`` of them in each node. ``group``: their process
-    group; ``averages``: another one over the same ranks, for the gradients of what all of them hold."""
+    """The ranks of a mesh, numbered in its order: ``rank`` of ``world``, ``per_node`` of them in each node. ``group``: a process
+    group over them for exchanges, ``averages`` another one for the gradients of what all of them hold: neither mixes with what a user
+    runs in the mesh's own (a checkpoint that is written meanwhile)."""
 
     rank: int
     world: int
@@ -48,19 +50,23 @@ class Ranks:
     @staticmethod
     def of(mesh: DeviceMesh) -> Ranks:
         """Raises :class:`PlanError` for a mesh of more than two dimensions (nodes, ranks in a node)."""
+        group = Ranks.group_of(mesh)
+        per_node = mesh.mesh.shape[-1] if mesh.ndim == 2 else mesh.size()
+        return Ranks(dist.get_rank(group), dist.get_world_size(group), per_node, _another(group), _another(group))
+
+    @staticmethod
+    def group_of(mesh: DeviceMesh) -> Any:
+        """The process group of all ranks of a mesh."""
         if not isinstance(mesh, DeviceMesh):
             raise PlanError(f"mesh is a {type(mesh).__name__}; it must be a torch.distributed.device_mesh.DeviceMesh")
         if mesh.ndim > 2:
             raise PlanError(f"mesh has {mesh.ndim} dimensions; it must have one (ranks) or two (nodes, ranks in a node)")
         numbers = mesh.mesh.reshape(-1).tolist()
         if mesh.ndim == 1:
-            group = mesh.get_group()
-        elif numbers == list(range(dist.get_world_size())):
-            group = dist.group.WORLD
-        else:
-            group = mesh._flatten().get_group()
-        averages = _another(group)
-        return Ranks(dist.get_rank(group), dist.get_world_size(group), mesh.mesh.shape[-1] if mesh.ndim == 2 else len(numbers), group, averages)
+            return mesh.get_group()
+        if numbers == list(range(dist.get_world_size())):
+            return dist.group.WORLD
+        return mesh._flatten().get_group()
 
     def agree(self, value: Any) -> list[Any]:
         """``value`` of every rank."""
@@ -296,3 +302,4 @@ def start(tables: ShardedTables, model: OptimizedModel) -> None:
 
     tables.average = GradientAverage([p for n, p in mine.items() if n not in sparse], [mine[n] for n in sparse], ranks.averages.group_name, done)
     model.__dict__["_sharded"] = tables
+    follow_state_dicts(tables, model)

@@ -61,16 +61,16 @@ class Pool:
         for _, theirs in pipes:
             theirs.close()
 
-    def outcomes(self, function: Callable, *args: Any, wait: float = 120.0) -> list[tuple[bool, Any]]:
+    def outcomes(self, function: Callable, *args: Any, wait: float = 120.0, heard: int | None = None) -> list[tuple[bool, Any]]:
         """For each rank (True, what the function returned) or (False, (error type, message, traceback)); a rank that has died, or
-        said nothing for ``wait`` seconds, has (False, ("", why, ""))."""
+        said nothing for ``wait`` seconds, has (False, ("", why, "")). ``heard``: only the first so many ranks are asked."""
         for pipe in self.pipes:
             try:
                 pipe.send((function, args))
             except OSError:
                 pass
         found = []
-        for pipe in self.pipes:
+        for pipe in self.pipes[:heard]:
             try:
                 found.append(pipe.recv() if pipe.poll(wait) else (False, ("", f"nothing for {wait} s", "")))
             except (EOFError, OSError):

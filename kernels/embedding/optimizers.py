@@ -332,6 +332,12 @@ class RowUpdates(Optimizer):
             use_huge_pages(state.values())
         return state
 
+    def make_state(self) -> None:
+        """Make the state of tables that have not been updated yet, so that it can be loaded into."""
+        for param, group in self._by_name.values():
+            if not self.state[param]:
+                self._start(param, group["kind"])
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None):  # type: ignore[override]
         """One step of every table that has a gradient. Raises ``RuntimeError`` if all tables are updated in the backward."""

@@ -1,0 +1,172 @@
+"""What ranks do in the tests of checkpoints and of ranks that fail; run on every rank."""
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import time
+
+import tablewright as tw
+import torch
+import torch.distributed.checkpoint as dcp
+from sharding_cases import Case, compare_state, compare_weights, plan_of
+from sharding_models import TABLES, Everything, ReferenceUpdates, batch_of, loss_of, touched
+
+CLOSE = dict(rtol=1e-9, atol=1e-11)
+
+
+def case_of(world: int, sharding: str = "row_wise", mode: str = "step", optimizer: str = "rowwise_adagrad") -> Case:
+    return Case(sharding, "pooled", optimizer, mode, "even", world)
+
+
+def start(rank: int, mesh, case: Case, seed: int = 0):
+    torch.manual_seed(seed)
+    plain = Everything()
+    reference = copy.deepcopy(plain)
+    given = torch.optim.Adam(plain.parameters(), lr=0.01) if case.mode == "torch" else None
+    found = tw.optimize(plain, plan_of(case), optimizer=given, sample_inputs=batch_of(6, seed=99), mesh=mesh)
+    model, optimizer = found if given is not None else (found, torch.optim.Adam(found.dense_parameters(), lr=0.01))
+    return model, optimizer, reference
+
+
+def run(rank: int, world: int, model, optimizer, steps: range) -> None:
+    for step in steps:
+        loss_of(model(*batch_of(6, seed=50 * step + rank))).backward()
+        if model.embedding_optimizer is not None:
+            model.embedding_optimizer.step()
+            model.embedding_optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def plain_run(reference, worlds: list[tuple[range, int]], case: Case):
+    """The plain model over the same steps; ``worlds``: how many ranks feed which steps."""
+    dense = [p for n, p in reference.named_parameters() if n.split(".")[0] not in TABLES]
+    theirs = torch.optim.Adam(reference.parameters() if case.mode == "torch" else dense, lr=0.01)
+    updates = None if case.mode == "torch" else ReferenceUpdates(case.optimizer, 0.1, 1e-6, weight_decay=0.01)
+    for steps, world in worlds:
+        for step in steps:
+            batches = [batch_of(6, seed=50 * step + r) for r in range(world)]
+            (sum(loss_of(reference(*b)) for b in batches) / world).backward()
+            if updates is not None:
+                updates.step(reference, touched(batches))
+            theirs.step()
+            reference.zero_grad()
+    return theirs, updates
+
+
+def save(rank: int, world: int, mesh, case: Case, path: str, asynchronous: bool = False) -> None:
+    model, optimizer, _ = start(rank, mesh, case)
+    run(rank, world, model, optimizer, range(3))
+    state = tw.training_state(model, optimizer)
+    if asynchronous:
+        pending = dcp.async_save(state, checkpoint_id=path)
+        run(rank, world, model, optimizer, range(3, 4))  # training goes on: what is saved is what was
+        pending.result()
+    else:
+        dcp.save(state, checkpoint_id=path)
+
+
+def load(rank: int, world: int, mesh, case: Case, path: str, saved_by: int) -> None:
+    """Load what ``saved_by`` ranks saved after three steps, train two more, and compare with the plain model that never stopped."""
+    model, optimizer, reference = start(rank, mesh, case)
+    for p in model.parameters():
+        torch.nn.init.constant_(p, 0.5)  # whatever was there before
+    state = tw.training_state(model, optimizer)
+    dcp.load(state, checkpoint_id=path)
+    tw.load_training_state(model, optimizer, state)
+    run(rank, world, model, optimizer, range(3, 5))
+    theirs, updates = plain_run(reference, [(range(3), saved_by), (range(3, 5), world)], case)
+    compare_weights(model, reference, CLOSE)
+    compare_state(model, optimizer if case.mode == "torch" else None, reference, theirs, updates, CLOSE)
+
+
+def load_plain(path: str, saved_by: int, case: Case) -> None:
+    """The same checkpoint into the plain model, in one process without a process group."""
+    torch.manual_seed(0)
+    reference = Everything()
+    plain = Everything()
+    state = {"model": plain.state_dict()}
+    dcp.load(state, checkpoint_id=path, no_dist=True)
+    plain.load_state_dict(state["model"])
+    plain_run(reference, [(range(3), saved_by)], case)
+    for name, value in reference.state_dict().items():
+        torch.testing.assert_close(plain.state_dict()[name], value, **CLOSE)
+
+
+def states(rank: int, world: int, mesh, sharding: str) -> None:
+    """state_dict() speaks of whole tables, takes whole tables, and gathers only when asked."""
+    model, _, reference = start(rank, mesh, case_of(world, sharding))
+    plain = reference.state_dict()
+    held = model.state_dict()
+    assert list(held) == list(plain)
+    assert all(held[n].shape == plain[n].shape for n in plain)
+    for name in TABLES:
+        value = held[f"{name}.weight"]
+        if isinstance(value, tw.ShardedTable):
+            assert value.local.data_ptr() == model.get_parameter(f"{name}.weight").data_ptr()
+    whole = model.whole_state_dict()
+    assert all(torch.equal(whole[n], plain[n]) for n in plain)
+    some = model.whole_state_dict(rank=world - 1)
+    assert (some is None) == (rank != world - 1)
+    other = {n: v + 1 for n, v in plain.items()}
+    model.load_state_dict(other)
+    assert all(torch.equal(v, other[n]) for n, v in model.whole_state_dict().items())
+    again = model.state_dict()
+    model.load_state_dict(again)  # its own blocks
+    unoptimized = model.unoptimized()
+    assert type(unoptimized) is Everything and all(torch.equal(v, other[n]) for n, v in unoptimized.state_dict().items())
+
+
+def wrong_ids(rank: int, world: int, mesh) -> str:
+    """One rank has an id that its table does not: all stop."""
+    model, _, _ = start(rank, mesh, case_of(world, "table_wise"))
+    batch = list(batch_of(6, seed=rank))
+    if rank == world - 1:
+        batch[1] = batch[1].clone().fill_(23)
+    try:
+        model(*batch)
+    except (IndexError, tw.PeerError) as error:
+        said = f"{type(error).__name__}: {error}"
+    else:
+        said = "nothing"
+    model(*batch_of(6, seed=rank))  # and go on together
+    return said
+
+
+def other_plans(rank: int, world: int, mesh) -> str:
+    try:
+        start(rank, mesh, case_of(world, "row_wise" if rank else "table_wise"))
+    except tw.PlanError as error:
+        return str(error)
+    return "nothing"
+
+
+def epochs(rank: int, world: int, mesh) -> int:
+    """Ranks with 3, 4, .. batches all make 3 steps."""
+    model, optimizer, _ = start(rank, mesh, case_of(world))
+    steps = 0
+    for batch in tw.even_batches([batch_of(4, seed=s) for s in range(3 + rank)], mesh):
+        loss_of(model(*batch)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        steps += 1
+    return steps
+
+
+def killed(rank: int, world: int, mesh, path: str, how: str) -> tuple[str, float]:
+    """The last rank dies (or hangs, or stops early) after the checkpoint of step 3."""
+    case = case_of(world)
+    model, optimizer, _ = start(rank, mesh, case)
+    run(rank, world, model, optimizer, range(3))
+    dcp.save(tw.training_state(model, optimizer), checkpoint_id=path)
+    if rank == world - 1:
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600)
+    begun = time.monotonic()
+    try:
+        run(rank, world, model, optimizer, range(3, 6))
+    except tw.PeerError as error:
+        return str(error), time.monotonic() - begun
+    return "nothing", time.monotonic() - begun

@@ -1,0 +1,60 @@
+"""Checkpoints that other numbers of ranks can read, and ranks that fail."""
+from __future__ import annotations
+
+import pytest
+from ranks import Pool, Pools
+from sharding_safety import case_of, epochs, killed, load, load_plain, other_plans, save, states, wrong_ids
+
+
+@pytest.fixture(scope="module")
+def pools():
+    made = Pools()
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("sharding", "mode", "optimizer", "asynchronous"),
+    [("row_wise", "step", "rowwise_adagrad", False), ("column_wise", "step", "rowwise_adagrad", True), ("table_wise", "step", "adam", False),
+     ("grid_shard", "torch", "sgd", False)],
+)  # fmt: skip
+def test_saved_by_four_loaded_by_three_and_by_the_plain_model(pools, tmp_path, sharding, mode, optimizer, asynchronous):
+    saver, loader = case_of(4, sharding, mode, optimizer), case_of(3, sharding, mode, optimizer)
+    pools(4).run(save, saver, str(tmp_path), asynchronous)
+    pools(3).run(load, loader, str(tmp_path), 4)
+    load_plain(str(tmp_path), 4, saver)
+
+
+@pytest.mark.parametrize("sharding", ["table_wise", "row_wise", "grid_shard"])
+def test_state_dict_has_plain_names_and_shapes(pools, sharding):
+    pools(3).run(states, sharding)
+
+
+def test_an_id_outside_its_table_stops_all_ranks_together(pools):
+    said = pools(3).run(wrong_ids)
+    assert said[2].startswith("IndexError: id 23") and "user" in said[2]
+    assert all(s.startswith("PeerError: rank 2 was given ids") for s in said[:2])
+
+
+def test_ranks_with_other_plans_are_told(pools):
+    said = pools(2).run(other_plans)
+    assert all("the ranks resolved different plans" in s and "user.weight" in s for s in said)
+
+
+def test_ranks_with_other_numbers_of_batches_stop_together(pools):
+    assert pools(3).run(epochs) == [3, 3, 3]
+
+
+@pytest.mark.parametrize("how", ["kill", "hang"])
+def test_a_rank_that_dies_or_hangs_ends_the_others_and_fewer_resume(pools, tmp_path, how):
+    pool = Pool(3, timeout=6)
+    try:
+        outcomes = pool.outcomes(killed, str(tmp_path), how, heard=2)
+    finally:
+        pool.close()
+    for ok, value in outcomes:
+        assert ok, value
+        message, seconds = value
+        assert "another rank died, hung" in message and seconds < 15, value
+    if how == "kill":
+        pools(2).run(load, case_of(2), str(tmp_path), 3)
