@@ -55,7 +55,6 @@ __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
     from .kernels.collectives.errors import PeerError
-    from .rewriter.even_batches import even_batches
     from .kernels.errors import (
         CorruptShard,
         IdOutOfRange,
@@ -77,6 +76,7 @@ if TYPE_CHECKING:
         TablewrightError,
         VerifyError,
     )
+    from .rewriter.even_batches import even_batches
     from .rewriter.optimize import optimize
     from .rewriter.optimized_model import OptimizedModel
     from .rewriter.placement import Communication
@@ -84,10 +84,10 @@ if TYPE_CHECKING:
     from .rewriter.planner.forecast import Measured
     from .rewriter.planner.topology import Topology
     from .rewriter.report import Report
-    from .rewriter.sharded_state import ShardedTable, load_training_state, training_state
     from .rewriter.serving.export import export_delta, export_serving
     from .rewriter.serving.parity import check_parity
     from .rewriter.serving.predictor import Predictor, load_serving
+    from .rewriter.sharded_state import ShardedTable, load_training_state, training_state
 
 
 def __getattr__(name: str) -> Any:

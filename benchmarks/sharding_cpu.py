@@ -10,6 +10,7 @@ TorchRec does not offer row-wise sharding on CPU; its sharder's list is overridd
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import platform
@@ -115,6 +116,12 @@ def torchrec(shape: Shape, sharding: str, data: list):
     return step
 
 
+def together(step, i: int) -> Tensor:
+    """A step that all ranks begin at once."""
+    dist.barrier()
+    return step(i)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shardings", nargs="+", default=["table_wise", "column_wise", "row_wise"])
@@ -148,14 +155,8 @@ def main() -> None:
                 steps["torchrec"] = torchrec(shape, sharding, data)
             losses = {name: [round(float(step(i)), 6) for i in range(3)] for name, step in steps.items()}
 
-            def together(step):
-                def run(i: int):
-                    dist.barrier()
-                    return step(i)
-
-                return run
-
-            times = {name: median_ms(seconds) for name, seconds in interleaved({n: together(s) for n, s in steps.items()}, args.rounds).items()}
+            calls = {name: functools.partial(together, step) for name, step in steps.items()}
+            times = {name: median_ms(seconds) for name, seconds in interleaved(calls, args.rounds).items()}
             theirs = times.get("torchrec", float("nan"))
             lines.append(
                 f"| {sharding} | {pooling} | {times['ours']:.1f} | {theirs:.1f} | {theirs / times['ours']:.2f} | "
