@@ -11,7 +11,7 @@ import sys
 
 from setuptools import Extension, setup
 
-NATIVE = ("codecs", "dropout", "embedding", "interaction")  # folders of kernels/ with C++ sources in native/
+NATIVE = ("codecs", "dropout", "embedding", "interaction", "tiers")  # folders of kernels/ with C++ sources in native/
 
 
 def packages() -> list[str]:
@@ -26,7 +26,7 @@ def packages() -> list[str]:
 
 def native(name: str) -> Extension:
     """The CPU kernels of kernels/``name``, compiled once per instruction set inside one library that picks at run time."""
-    threads = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has no OpenMP: one thread there
+    threads = [] if sys.platform == "darwin" else ["-fopenmp", "-pthread"]  # Apple's compiler has no OpenMP: one thread there
     return Extension(
         f"tablewright.kernels.{name}._native",
         sources=sorted(glob.glob(f"kernels/{name}/native/*.cpp")),
@@ -35,7 +35,7 @@ def native(name: str) -> Extension:
         extra_compile_args=[
             *("-O3", "-std=c++14", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"),
             *threads,
-            *(("-ffp-contract=off",) if name == "codecs" else ()),  # the same bits as the reference
+            *(("-ffp-contract=off",) if name in ("codecs", "tiers") else ()),  # the same bits everywhere
         ],
         extra_link_args=threads,
         language="c++",

@@ -1,0 +1,350 @@
+// A set-associative cache of rows over a store, and the C functions that cache.py calls.
+//
+// Slots are rows of tensors that the caller owns (weights and optimizer state): kernels read and update them in place, and know nothing
+// of this file. A batch pins its slots from fetch to release; a row that is pinned stays. What was fetched for training is written back
+// when it leaves.
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <unordered_map>
+
+#include "store.h"
+
+#define API extern "C" __attribute__((visibility("default")))
+
+namespace twt {
+namespace {
+
+const int64_t WAYS = 16;
+const int READERS = 8;  // threads that wait for the disk
+
+uint64_t mix(uint64_t x) {
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+    return x ^ (x >> 31);
+}
+
+struct Miss {
+    int64_t slot, row, before;  // before: the row that leaves, or -1
+    bool dirty;                 // its values must be written first
+};
+
+class Cache {
+  public:
+    Cache(std::unique_ptr<Store> store, std::vector<Part> parts, uint64_t seed, int64_t slots, bool lfu)
+        : store_(std::move(store)), parts_(std::move(parts)), seed_(seed), sets_(slots / WAYS), lfu_(lfu), tags_(size_t(sets_ * WAYS), -1),
+          stamps_(size_t(sets_ * WAYS), 0), counts_(size_t(sets_ * WAYS), 0), pins_(size_t(sets_ * WAYS), 0), dirty_(size_t(sets_ * WAYS), 0) {}
+
+    // The slots of `ids`; they stay until release(ticket).
+    int64_t fetch(const int64_t* ids, int64_t n, int64_t* slots, char* const* arrays, bool train) {
+        std::lock_guard<std::mutex> guard(lock_);
+        for (int64_t i = 0; i < n; i++)
+            if (ids[i] < 0 || ids[i] >= store_->rows())
+                throw Failure{"id " + std::to_string(ids[i]) + " is out of range: the table has " + std::to_string(store_->rows()) + " rows"};
+        clock_++;
+        std::vector<int64_t> held;
+        std::vector<Miss> misses;
+        int64_t hits = 0;
+        try {
+            for (int64_t i = 0; i < n; i++) {
+                if (i + 12 < n) __builtin_prefetch(&tags_[size_t(set_of(ids[i + 12], 0) * WAYS)]);
+                slots[i] = take(ids[i], held, misses, hits);
+            }
+        } catch (const Failure&) {
+            for (int64_t slot : held) pins_[size_t(slot)]--;
+            for (const Miss& miss : misses) {  // nothing was moved yet: the rows that were to leave are still there
+                tags_[size_t(miss.slot)] = miss.before;
+                dirty_[size_t(miss.slot)] = miss.dirty;
+            }
+            throw;
+        }
+        try {
+            move(misses, arrays);
+        } catch (const Failure&) {
+            for (int64_t slot : held) pins_[size_t(slot)]--;
+            throw;
+        }
+        if (train)
+            for (int64_t slot : held) dirty_[size_t(slot)] = 1;
+        hits_ += hits;
+        misses_ += int64_t(misses.size());
+        int64_t ticket = ++tickets_;
+        held_[ticket] = std::move(held);
+        return ticket;
+    }
+
+    void release(int64_t ticket) {
+        std::lock_guard<std::mutex> guard(lock_);
+        auto found = held_.find(ticket);
+        if (found == held_.end()) throw Failure{"ticket " + std::to_string(ticket) + " is not held"};
+        for (int64_t slot : found->second) pins_[size_t(slot)]--;
+        held_.erase(found);
+    }
+
+    // Everything that training changed goes to the store; with `commit` it becomes the snapshot.
+    void flush(char* const* arrays, bool commit) {
+        std::lock_guard<std::mutex> guard(lock_);
+        std::vector<char> record(static_cast<size_t>(store_->record()));
+        for (size_t slot = 0; slot < tags_.size(); slot++) {
+            if (!dirty_[slot]) continue;
+            gather(int64_t(slot), arrays, record.data());
+            store_->write(tags_[slot], record.data());
+            dirty_[slot] = pins_[slot] != 0;  // what a batch still holds may change again
+        }
+        if (commit) store_->commit();
+    }
+
+    // Copies of rows as they are now, cached or not; the cache stays as it is.
+    void peek(const int64_t* ids, int64_t n, int64_t part, char* out, char* const* arrays) {
+        std::lock_guard<std::mutex> guard(lock_);
+        int64_t bytes = parts_[size_t(part)].bytes, before = 0;
+        for (int64_t p = 0; p < part; p++) before += parts_[size_t(p)].bytes;
+        std::vector<char> record(static_cast<size_t>(store_->record()));
+        for (int64_t i = 0; i < n; i++) {
+            if (ids[i] < 0 || ids[i] >= store_->rows()) throw Failure{"id " + std::to_string(ids[i]) + " is out of range"};
+            int64_t slot = find(ids[i]);
+            if (slot >= 0) {
+                memcpy(out + i * bytes, arrays[part] + slot * bytes, size_t(bytes));
+                continue;
+            }
+            fetch_record(ids[i], record.data());
+            memcpy(out + i * bytes, record.data() + before, size_t(bytes));
+        }
+    }
+
+    // Sets one part of rows, cached or not.
+    void poke(const int64_t* ids, int64_t n, int64_t part, const char* from, char* const* arrays) {
+        std::lock_guard<std::mutex> guard(lock_);
+        int64_t bytes = parts_[size_t(part)].bytes, before = 0;
+        for (int64_t p = 0; p < part; p++) before += parts_[size_t(p)].bytes;
+        std::vector<char> record(static_cast<size_t>(store_->record()));
+        for (int64_t i = 0; i < n; i++) {
+            if (ids[i] < 0 || ids[i] >= store_->rows()) throw Failure{"id " + std::to_string(ids[i]) + " is out of range"};
+            int64_t slot = find(ids[i]);
+            if (slot >= 0) {
+                memcpy(arrays[part] + slot * bytes, from + i * bytes, size_t(bytes));
+                dirty_[size_t(slot)] = 1;
+                continue;
+            }
+            fetch_record(ids[i], record.data());
+            memcpy(record.data() + before, from + i * bytes, size_t(bytes));
+            store_->write(ids[i], record.data());
+        }
+    }
+
+    void counters(int64_t* out) {
+        std::lock_guard<std::mutex> guard(lock_);
+        int64_t held = 0;
+        for (int64_t tag : tags_) held += tag >= 0;
+        int64_t all[] = {hits_, misses_, made_, read_, written_, held, store_->journal_rows(), store_->written_rows(), store_->generation(), int64_t(held_.size())};
+        memcpy(out, all, sizeof all);
+    }
+
+  private:
+    int64_t set_of(int64_t id, uint64_t which) const { return int64_t((unsigned __int128)(mix(uint64_t(id) + which * 0x9e3779b97f4a7c15ull)) * uint64_t(sets_) >> 64); }
+
+    int64_t find(int64_t id) const {
+        for (uint64_t which = 0; which < 2; which++) {
+            int64_t first = set_of(id, which) * WAYS;
+            for (int64_t way = 0; way < WAYS; way++)
+                if (tags_[size_t(first + way)] == id) return first + way;
+        }
+        return -1;
+    }
+
+    // The slot of `id`, pinned once for this call.
+    int64_t take(int64_t id, std::vector<int64_t>& held, std::vector<Miss>& misses, int64_t& hits) {
+        int64_t slot = find(id);
+        if (slot < 0) {
+            slot = victim(id);
+            misses.push_back({slot, id, tags_[size_t(slot)], dirty_[size_t(slot)] != 0});
+            tags_[size_t(slot)] = id;
+            dirty_[size_t(slot)] = 0;
+            counts_[size_t(slot)] = 0;
+        } else if (stamps_[size_t(slot)] != clock_) {
+            hits++;
+        }
+        if (stamps_[size_t(slot)] != clock_) {
+            stamps_[size_t(slot)] = clock_;
+            counts_[size_t(slot)] += counts_[size_t(slot)] < UINT32_MAX;
+            pins_[size_t(slot)]++;
+            held.push_back(slot);
+        }
+        return slot;
+    }
+
+    // The slot that is given up for `id`: an empty one, else the one used longest ago (or least often) of those nobody holds.
+    int64_t victim(int64_t id) {
+        int64_t best = -1;
+        for (uint64_t which = 0; which < 2; which++) {
+            int64_t first = set_of(id, which) * WAYS;
+            for (int64_t way = 0; way < WAYS; way++) {
+                int64_t slot = first + way;
+                if (pins_[size_t(slot)]) continue;
+                if (tags_[size_t(slot)] < 0) return slot;
+                if (best < 0 || before(slot, best)) best = slot;
+            }
+            if (best >= 0) return best;  // the second set only where all of the first is held
+        }
+        throw Failure{"the cache is too small: the rows of the batches under way fill the sets of id " + std::to_string(id) + " (" +
+                      std::to_string(tags_.size()) + " slots): give `cache` more memory, or prefetch fewer batches"};
+    }
+
+    bool before(int64_t a, int64_t b) const {
+        if (lfu_ && counts_[size_t(a)] != counts_[size_t(b)]) return counts_[size_t(a)] < counts_[size_t(b)];
+        return stamps_[size_t(a)] < stamps_[size_t(b)];
+    }
+
+    void gather(int64_t slot, char* const* arrays, char* record) const {
+        for (size_t p = 0; p < parts_.size(); p++) {
+            memcpy(record, arrays[p] + slot * parts_[p].bytes, size_t(parts_[p].bytes));
+            record += parts_[p].bytes;
+        }
+    }
+
+    void fetch_record(int64_t row, char* record) {
+        if (store_->known(row)) {
+            store_->read(row, record);
+            return;
+        }
+        for (size_t p = 0; p < parts_.size(); p++) {
+            start_row(parts_[p], int64_t(p), seed_, row, reinterpret_cast<float*>(record));
+            record += parts_[p].bytes;
+        }
+    }
+
+    // Writes back what leaves, then fills the slots: from the disk by several threads, in the order of the file.
+    void move(std::vector<Miss>& misses, char* const* arrays) {
+        std::vector<char> record(static_cast<size_t>(store_->record()));
+        for (const Miss& miss : misses)
+            if (miss.dirty) {
+                gather(miss.slot, arrays, record.data());
+                store_->write(miss.before, record.data());
+                written_++;
+            }
+        std::vector<Miss> stored;
+        for (const Miss& miss : misses) {
+            if (store_->known(miss.row)) {
+                stored.push_back(miss);
+                continue;
+            }
+            made_++;
+            for (size_t p = 0; p < parts_.size(); p++)
+                start_row(parts_[p], int64_t(p), seed_, miss.row, reinterpret_cast<float*>(arrays[p] + miss.slot * parts_[p].bytes));
+        }
+        read_ += int64_t(stored.size());
+        std::sort(stored.begin(), stored.end(), [](const Miss& a, const Miss& b) { return a.row < b.row; });
+        std::atomic<size_t> next{0};
+        std::mutex failing;
+        std::string failed;
+        auto work = [&] {
+            std::vector<char> mine(static_cast<size_t>(store_->record()));
+            for (size_t i; (i = next.fetch_add(16)) < stored.size();)
+                for (size_t k = i; k < std::min(i + 16, stored.size()); k++) try {
+                        store_->read(stored[k].row, mine.data());
+                        const char* from = mine.data();
+                        for (size_t p = 0; p < parts_.size(); p++) {
+                            memcpy(arrays[p] + stored[k].slot * parts_[p].bytes, from, size_t(parts_[p].bytes));
+                            from += parts_[p].bytes;
+                        }
+                    } catch (const Failure& f) {
+                        std::lock_guard<std::mutex> guard(failing);
+                        failed = f.what;
+                    }
+        };
+        size_t threads = stored.size() < 256 ? 0 : READERS - 1;
+        std::vector<std::thread> readers;
+        for (size_t i = 0; i < threads; i++) readers.emplace_back(work);
+        work();
+        for (std::thread& t : readers) t.join();
+        if (!failed.empty()) {
+            for (const Miss& miss : stored) tags_[size_t(miss.slot)] = -1;  // what could not be read is not there
+            throw Failure{failed};
+        }
+    }
+
+    std::unique_ptr<Store> store_;
+    std::vector<Part> parts_;
+    uint64_t seed_;
+    int64_t sets_;
+    bool lfu_;
+    std::vector<int64_t> tags_;
+    std::vector<uint64_t> stamps_;
+    std::vector<uint32_t> counts_;
+    std::vector<uint16_t> pins_;
+    std::vector<unsigned char> dirty_;
+    std::unordered_map<int64_t, std::vector<int64_t>> held_;
+    std::mutex lock_;
+    uint64_t clock_ = 0;
+    int64_t tickets_ = 0, hits_ = 0, misses_ = 0, made_ = 0, read_ = 0, written_ = 0;
+};
+
+}  // namespace
+}  // namespace twt
+
+// --- what cache.py calls ---------------------------------------------------------------------------------------------------------
+
+namespace {
+
+thread_local std::string said;
+
+template <class Work>
+int64_t guarded(Work work) {
+    try {
+        return work();
+    } catch (const twt::Failure& failure) {
+        said = failure.what;
+    } catch (const std::exception& error) {
+        said = error.what();
+    }
+    return -1;
+}
+
+twt::Cache& at(void* cache) { return *static_cast<twt::Cache*>(cache); }
+
+std::vector<twt::Part> parts_of(int64_t count, const int64_t* bytes, const int64_t* start, const double* a, const double* b) {
+    std::vector<twt::Part> parts;
+    for (int64_t i = 0; i < count; i++) parts.push_back({bytes[i], start[i], a[i], b[i]});
+    return parts;
+}
+
+}  // namespace
+
+API int64_t twt_abi() { return 1; }
+API const char* twt_error() { return said.c_str(); }
+
+API void* twt_open(const char* folder, int64_t rows, int64_t count, const int64_t* bytes, const int64_t* start, const double* a, const double* b,
+                   uint64_t seed, int64_t slots, int64_t lfu, int64_t create) {
+    void* made = nullptr;
+    guarded([&] {
+        std::vector<twt::Part> parts = parts_of(count, bytes, start, a, b);
+        std::unique_ptr<twt::Store> store(new twt::Store(folder, rows, parts, seed, create != 0));
+        made = new twt::Cache(std::move(store), parts, seed, slots, lfu != 0);
+        return 0;
+    });
+    return made;
+}
+API void twt_close(void* cache) { delete static_cast<twt::Cache*>(cache); }
+API int64_t twt_fetch(void* cache, const int64_t* ids, int64_t n, int64_t* slots, char* const* arrays, int64_t train) {
+    return guarded([&] { return at(cache).fetch(ids, n, slots, arrays, train != 0); });
+}
+API int64_t twt_release(void* cache, int64_t ticket) {
+    return guarded([&] { return at(cache).release(ticket), int64_t(0); });
+}
+API int64_t twt_flush(void* cache, char* const* arrays, int64_t commit) {
+    return guarded([&] { return at(cache).flush(arrays, commit != 0), int64_t(0); });
+}
+API int64_t twt_peek(void* cache, const int64_t* ids, int64_t n, int64_t part, char* out, char* const* arrays) {
+    return guarded([&] { return at(cache).peek(ids, n, part, out, arrays), int64_t(0); });
+}
+API int64_t twt_poke(void* cache, const int64_t* ids, int64_t n, int64_t part, const char* from, char* const* arrays) {
+    return guarded([&] { return at(cache).poke(ids, n, part, from, arrays), int64_t(0); });
+}
+API void twt_counters(void* cache, int64_t* out) { at(cache).counters(out); }
+API void twt_start(int64_t bytes, int64_t start, double a, double b, int64_t number, uint64_t seed, const int64_t* rows, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; i++) twt::start_row({bytes, start, a, b}, number, seed, rows[i], out + i * (bytes / 4));
+}
