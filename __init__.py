@@ -14,6 +14,7 @@ _HOME = {
     "OptimizedModel": "rewriter.optimized_model",
     "Plan": "rewriter.plan",
     "TablePlan": "rewriter.plan",
+    "Storage": "rewriter.storage",
     "Communication": "rewriter.placement",
     "Topology": "rewriter.planner.topology",
     "Measured": "rewriter.planner.forecast",
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from .rewriter.planner.forecast import Measured
     from .rewriter.planner.topology import Topology
     from .rewriter.report import Report
+    from .rewriter.storage import Storage
     from .rewriter.serving.export import export_delta, export_serving
     from .rewriter.serving.parity import check_parity
     from .rewriter.serving.predictor import Predictor, load_serving

@@ -24,6 +24,7 @@ from .shard_tables import ShardTables
 from .share_repeats import ShareRepeats
 from .short_softmax import ShortSoftmax
 from .table_gradients import TableGradients
+from .tier_tables import TierTables
 
 DEFAULT: tuple[type[Pass], ...] = (
     RemoveZeroDropout, FuseFm, FuseDotInteraction, FusePairProducts, FuseCin, FieldProducts, PoolSequences, ConcatenatedLookups,
@@ -31,3 +32,4 @@ DEFAULT: tuple[type[Pass], ...] = (
     BatchExperts, MixedPrecision, DenseChains, FuseDice, ShortSoftmax, FastDropout, FuseMlp, FuseLookupDots,
 )  # fmt: skip
 OVER_RANKS: tuple[type[Pass], ...] = (ShardTables,)  # then, where a model runs over several ranks; no plan leaves them out
+IN_TIERS: tuple[type[Pass], ...] = (TierTables,)  # then, where tables are larger than memory

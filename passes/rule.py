@@ -25,7 +25,8 @@ from .records import APPLIED, DISABLED, SKIPPED, Record, Skip, record
 class Context:
     """What a pass works on. ``root`` holds the parameters that ``get_attr`` nodes name. ``tables`` says how each table is to be
     updated (see ``table_gradients.py``). ``budget`` limits how many rewrites may still be made (bisection); ``None`` is no limit.
-    ``timings``: what ``measure.py`` has timed. ``sharding``: where tables live (``shard_tables.py``), over several ranks."""
+    ``timings``: what ``measure.py`` has timed. ``sharding``: where tables live (``shard_tables.py``), over several ranks;
+    ``tiers``: the caches of tables larger than memory (``tier_tables.py``)."""
 
     graph: Graph
     root: nn.Module
@@ -34,6 +35,7 @@ class Context:
     made: int = 0
     timings: dict[Any, Any] = field(default_factory=dict)
     sharding: Any = None
+    tiers: Any = None
 
     def allowed(self) -> bool:
         """Take one rewrite from the budget."""

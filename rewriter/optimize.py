@@ -21,7 +21,7 @@ from ..kernels.embedding.op import OP
 from ..kernels.embedding.optimizers import RowUpdates, row_wise
 from ..kernels.embedding.spec import decode
 from ..kernels.memory import use_huge_pages
-from ..passes import OVER_RANKS
+from ..passes import IN_TIERS, OVER_RANKS
 from ..passes.lookups import tables_read
 from ..passes.records import APPLIED
 from ..passes.table_gradients import Choice
@@ -42,6 +42,7 @@ from .report import Report
 from .sample_reads import reads_of
 from .samples import Samples
 from .sharding import Ranks, ShardedTables, prepare, start
+from .tiers import TieredTables, hook_checkpoints, stand_ins
 
 _MAX_VARIANTS = 16
 VERIFY = ("structure", "numerics")
@@ -103,11 +104,13 @@ def optimize_with_samples(
     drop_placeholders(model)
     shell = clone_shell(model)
     compiler = Compiler(shell, {} if duplicate else dict(model.named_modules()), plan, samples, verify, ranks)
-    with CAPTURING:
+    with CAPTURING, stand_ins(shell, plan, optimizer) as compiler.empty:
         variants = compiler.compile_all(optimizer)
     if compiler.sharded is not None:
         compiler.sharded.spread(shell)
         compiler.sharded.cut(shell, optimizer)
+    if compiler.tiered is not None:
+        compiler.tiered.cut()
     result = with_signature_of(model, [name for name in samples if name != FORWARD])(shell, compiler, plan)
     result._variants.extend(variants)
     if not duplicate:
@@ -115,6 +118,9 @@ def optimize_with_samples(
     result.__dict__["_embedding_optimizer"] = compiler.plan_optimizer
     if compiler.sharded is not None:
         start(compiler.sharded, result)
+    if compiler.tiered is not None:
+        result._own_tables(compiler.tiered)
+        hook_checkpoints(result, compiler.tiered)
     result.__dict__["_guard"] = InBackwardGuard.of(result)
     huge = use_huge_pages(_big_memory(compiler, optimizer)) if plan.huge_pages else 0
     result.__dict__["_report"] = compiler.report(variants, time.perf_counter() - started, copied=duplicate, huge=huge)
@@ -197,6 +203,8 @@ class Compiler:
         self.shell = shell
         self.ranks = ranks
         self.sharded: ShardedTables | None = None
+        self.tiered: TieredTables | None = None
+        self.empty: set[int] = set()  # tables that hold no rows yet
         self.originals = {path: weakref.ref(module) for path, module in originals.items()}
         self.plan = plan
         self.samples = samples
@@ -240,7 +248,8 @@ class Compiler:
 
     def whole(self) -> AbstractContextManager:
         """The shell with whole tables, as a capture needs them."""
-        return nullcontext() if self.sharded is None else self.sharded.whole_tables(self.shell)
+        own = self.sharded or self.tiered
+        return nullcontext() if own is None else own.whole_tables(self.shell)
 
     def _capture(self, entry: str, args: Any, kwargs: Any, more: Any = None) -> Captured:
         alive = {path: module for path, ref in self.originals.items() if (module := ref()) is not None}
@@ -288,7 +297,12 @@ class Compiler:
     def rewrite(self, graph: Graph, budget: int | None = None, check: Check | None = None) -> tuple[Graph, list[Step]]:
         """Run the passes on a captured graph; ``budget`` limits how many rewrites are made."""
         passes = self.plan.make_passes()
-        return run_passes(graph, self.shell, passes, self.choices, budget=budget, numeric_check=check)
+        graph, steps = run_passes(graph, self.shell, passes, self.choices, budget=budget, numeric_check=check)
+        if self.tiered is None:
+            return graph, steps
+        self.tiered.prepare(graph)
+        graph, more = run_passes(graph, self.shell, [cls() for cls in IN_TIERS], self.choices, tiers=self.tiered.tiers)
+        return graph, [*steps, *more]
 
     def _decide(self, read: dict[str, Tensor], optimizer: Optimizer | None) -> None:
         modules = dict(self.shell.named_modules())
@@ -308,6 +322,8 @@ class Compiler:
             raise PlanError(f"the plan makes table '{spread}' {resolved[spread].sharding}, which needs several ranks: a mesh was not given (mesh=)")
         updates = decide(read, resolved, optimizer, self.plan)
         self.tables, self.choices, self.plan_optimizer = every, updates.choices, updates.plan_optimizer
+        if any(t.storage is not None for t in resolved.values()):
+            self.tiered = TieredTables(self.shell, resolved, self.choices, optimizer, self.plan_optimizer, self.empty)
 
     def recapture(self, model: OptimizedModel, args: tuple, kwargs: dict, failure: str, entry: str) -> Variant:
         """A variant for a call that no present one fits. Raises :class:`CaptureError` saying what changed."""
@@ -340,6 +356,7 @@ class Compiler:
             entry = variant.captured.entry
             notes += variant.captured.notes if entry == FORWARD else [
                 f"{entry}(): captured by {variant.captured.door}", *(f"{entry}(): {note}" for note in variant.captured.notes)]
+        notes += [] if self.tiered is None else self.tiered.notes()
         done = {variant.captured.entry for variant in variants}
         notes += [f"{entry}() has no sample inputs: it is captured at its first call" for entry in self.samples if entry not in done]
         return Report(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph
+from torch.optim import Optimizer
 
 from ..kernels.embedding import in_backward
 from ..kernels.embedding.op import OP
@@ -103,6 +104,7 @@ class OptimizedModel(nn.Module):
         set_plain("_embedding_optimizer", None)
         set_plain("_guard", None)
         set_plain("_sharded", None)  # over several ranks: who holds what
+        set_plain("_tiered", None)  # tables larger than memory
         set_plain("_watched", [])  # what is shared with the plain model
         self.training = shell.training
         self.register_load_state_dict_post_hook(_follow_loaded)  # also runs where a parent module loads
@@ -302,7 +304,7 @@ class OptimizedModel(nn.Module):
     def unoptimized(self) -> nn.Module:
         """An independent plain model (its own class) with today's weights, buffers and mode. Over several ranks every rank calls it."""
         _follow_buffers(self)
-        if self._sharded is not None:
+        if self._sharded is not None or self._tiered is not None:
             whole = self.whole_state_dict()
             with self._compiler.whole():
                 plain = plain_copy(self._shell)
@@ -318,6 +320,9 @@ class OptimizedModel(nn.Module):
     def _alone(self, what: str) -> None:
         if self._sharded is not None:
             raise PlanError(f"{what} is for a model on one rank, and this one runs over several: take opt.unoptimized() (on all ranks) first")
+        if self._tiered is not None:
+            held = ", ".join(self._tiered.open)
+            raise PlanError(f"{what} is for a model in memory, and the plan keeps {held} in tiers: take opt.unoptimized() first, where that fits")
 
     def _apply(self, fn, recurse: bool = True):
         drop_placeholders(self)
@@ -341,6 +346,38 @@ class OptimizedModel(nn.Module):
         self._compiler.tables.update({name: named[name] for name in self._compiler.tables})
         if self._embedding_optimizer is not None:
             self._embedding_optimizer.follow(named)
+
+    # --- tables larger than memory ---------------------------------------------------------------------------------------------
+
+    def snapshot(self, folder: str | Path, *optimizers: Optimizer) -> Path:
+        """Make everything as it is now durable, all of it or nothing: the tables in tiers in their own folders, the other parameters, the
+        buffers and the state of ``optimizers`` in ``folder``. Training goes on from it, also after a crash, with ``storage.resume: folder`` in
+        the plan and :meth:`restore`. Returns the file that makes it complete. Raises ``RuntimeError`` where no table is in tiers."""
+        return self._tables_in_tiers("snapshot()").snapshot(folder, self, optimizers)
+
+    def restore(self, folder: str | Path, *optimizers: Optimizer) -> None:
+        """Take parameters, buffers and the state of ``optimizers`` (in the order that :meth:`snapshot` was given) from a snapshot; the
+        tables in tiers were opened at it by ``storage.resume``. Raises :class:`~..kernels.tiers.TierError` where they do not belong together."""
+        self._tables_in_tiers("restore()").restore(folder, self, optimizers)
+
+    @property
+    def tiers(self) -> dict[str, Any]:
+        """What happened in the cache of each table in tiers, by plain name: :class:`~..kernels.tiers.Counters`."""
+        return {} if self._tiered is None else {name: t.cache.counters() for name, t in self._tiered.open.items()}
+
+    def _tables_in_tiers(self, what: str) -> Any:
+        if self._tiered is None:
+            raise RuntimeError(f"{what} is for tables in tiers, and the plan gives none storage: save state_dict() instead")
+        return self._tiered
+
+    def _own_tables(self, tables: Any) -> None:
+        """The shell's tables were replaced by caches: they are no longer the plain model's."""
+        self.__dict__["_tiered"] = tables
+        self._follow_replaced_parameters()
+        for each in self._watched:
+            if each.home == "_parameters":
+                for name in [n for n in each.seen if f"{each.path}.{n}".lstrip(".") in tables.open]:
+                    del each.seen[name]
 
     # --- copies --------------------------------------------------------------------------------------------------------------
 

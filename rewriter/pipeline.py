@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -14,6 +14,7 @@ from ..passes.records import APPLIED, DISABLED, REJECTED, Record
 from ..passes.rule import Context, Pass
 from ..passes.shard_tables import CannotShard, Sharding
 from ..passes.table_gradients import CannotUpdate
+from ..passes.tier_tables import CannotTier, Tier
 from .errors import PassError, PlanError, VerifyError
 from .plan import Disabled
 from .verify import check_structure, copy_graph
@@ -43,7 +44,7 @@ class Step:
 
 def run_passes(
     graph: Graph, shell: nn.Module, passes: list[Pass | Disabled], tables: dict, *, budget: int | None = None,
-    numeric_check: Check | None = None, sharding: Sharding | None = None,
+    numeric_check: Check | None = None, sharding: Sharding | None = None, tiers: Mapping[str, Tier] | None = None,
 ) -> tuple[Graph, list[Step]]:  # fmt: skip
     """The rewritten graph and a :class:`Step` for each pass; ``graph`` itself is not changed.
 
@@ -60,13 +61,13 @@ def run_passes(
             steps.append(Step(item.cls.name, DISABLED, found, 0.0, 0.0, graph, graph))
             continue
         started = time.perf_counter()
-        context = Context(copy_graph(graph), shell, tables, None if budget is None else budget - made, sharding=sharding)
+        context = Context(copy_graph(graph), shell, tables, None if budget is None else budget - made, sharding=sharding, tiers=tiers)
         try:
             records = item.run(context)
         except CannotUpdate as error:
             failed = next((r.reason for s in steps if s.status == REJECTED for r in s.records), "")
             raise PlanError(f"{error}. {failed}" if failed else str(error)) from None
-        except CannotShard as error:
+        except (CannotShard, CannotTier) as error:
             raise PlanError(str(error)) from None
         except Exception as error:
             done = ", ".join(s.name for s in steps) or "none"

@@ -14,7 +14,8 @@ serving: {inline_below: 0}    # tables of fewer bytes stay inside the graph that
 ```
 
 Over several ranks an entry of ``tables`` also says where: ``{sharding: row_wise, ranks: [0, 1], exchange: unique, communication:
-{forward: fp16, backward: bf16}}`` (``placement.py`` says what each word means).
+{forward: fp16, backward: bf16}}`` (``placement.py`` says what each word means). A table that is larger than memory has
+``{storage: {cache: 4GB, path: user.rows}}`` (``storage.py``).
 """
 from __future__ import annotations
 
@@ -35,6 +36,7 @@ from ..passes.records import NUMERICS
 from ..passes.rule import Pass
 from .errors import PlanError, nearest
 from .placement import Communication, check_placement, check_together, communication_from
+from .storage import Storage, storage_from
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,12 @@ class TablePlan:
     exchange: str | None = None
     communication: Communication | None = None
     split: str | None = None
+    storage: Storage | None = None
 
     def __post_init__(self) -> None:
         _check_optimizer(self.embedding_optimizer, "tables.<glob>.embedding_optimizer")
         _expect(self.trainable is None or isinstance(self.trainable, bool), "tables.<glob>.trainable", self.trainable, "true or false")
+        _expect(self.storage is None or isinstance(self.storage, Storage), "tables.<glob>.storage", self.storage, "a tw.Storage")
         ranks = check_placement(self.sharding, self.ranks, self.exchange, self.communication, self.split, "tables.<glob>")
         object.__setattr__(self, "ranks", ranks)
 
@@ -396,6 +400,8 @@ def _table_from(raw: Any, where: str) -> TablePlan:
         values["embedding_optimizer"] = _optimizer_from(values["embedding_optimizer"], f"{where}.embedding_optimizer")
     if values.get("communication") is not None:
         values["communication"] = communication_from(values["communication"], f"{where}.communication")
+    if values.get("storage") is not None:
+        values["storage"] = storage_from(values["storage"], f"{where}.storage")
     try:
         return TablePlan(**values)
     except PlanError as error:
@@ -408,5 +414,6 @@ def _table_to(value: TablePlan) -> dict[str, Any]:
         setting = getattr(value, f.name)
         if setting is not None:
             plain = _optimizer_to(setting) if isinstance(setting, EmbeddingOptimizer) else _plain(setting)
+            plain = setting.to_dict() if isinstance(setting, Storage) else plain
             out[f.name] = asdict(setting) if isinstance(setting, Communication) else plain
     return out

@@ -22,6 +22,7 @@ _WORDS = {
     "concatenations": "merged",
     "repeats": "computed once",
     "id columns": "cut at once",
+    "tiers": "tables kept in tiers",
     "ops": "in low precision",
 }
 _MAX_LINES = 25

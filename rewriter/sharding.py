@@ -5,8 +5,9 @@ where the rank has none), under the table's plain name; the user's own model kee
 """
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -238,25 +239,29 @@ class ShardedTables:
 
     # --- later captures ------------------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def whole_tables(self, shell: nn.Module) -> Iterator[None]:
-        """The shell as it was before its tables were cut: a capture needs their shapes. The stand-ins are zeros that take no memory
-        until they are written to."""
-        kept = [
-            (module._parameters, key, param) for module in shell.modules() for key, param in module._parameters.items()
-            if param is not None and any(param is shell.get_parameter(n) for n in self.whole)
-        ]  # fmt: skip
-        by_block = {id(shell.get_parameter(n)): n for n in self.whole}
-        stand_ins = {}
-        for name, (shape, dtype, device) in self.whole.items():
-            stand_ins[name] = nn.Parameter(stand_in(shape, dtype, device), requires_grad=shell.get_parameter(name).requires_grad)
+    def whole_tables(self, shell: nn.Module) -> AbstractContextManager:
+        """The shell as it was before its tables were cut: a capture needs their shapes."""
+        return whole_tables(shell, self.whole)
+
+
+@contextmanager
+def whole_tables(shell: nn.Module, whole: Mapping[str, tuple[torch.Size, torch.dtype, torch.device]]) -> Iterator[None]:
+    """The shell with stand-ins for the parameters of those names, which hold something else: zeros of the shape, dtype and device of
+    ``whole``, which take no memory until they are written to."""
+    own = {id(shell.get_parameter(name)): name for name in whole}
+    kept = [
+        (module._parameters, key, param) for module in shell.modules() for key, param in module._parameters.items() if id(param) in own
+    ]  # fmt: skip
+    stand_ins = {
+        name: nn.Parameter(stand_in(*facts), requires_grad=shell.get_parameter(name).requires_grad) for name, facts in whole.items()
+    }
+    for home, key, param in kept:
+        home[key] = stand_ins[own[id(param)]]
+    try:
+        yield
+    finally:
         for home, key, param in kept:
-            home[key] = stand_ins[by_block[id(param)]]
-        try:
-            yield
-        finally:
-            for home, key, param in kept:
-                home[key] = param
+            home[key] = param
 
 
 def part_of(whole: Tensor, shard: Shard) -> Tensor:
@@ -270,7 +275,7 @@ def stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Ten
         return torch.zeros(shape, dtype=dtype, device=device)
     import mmap
 
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # named from Python 3.12 on
     return torch.frombuffer(mmap.mmap(-1, shape.numel() * dtype.itemsize, flags=flags), dtype=dtype).view(shape)
 
 

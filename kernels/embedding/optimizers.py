@@ -274,6 +274,7 @@ class RowUpdates(Optimizer):
 
     guard: Any = None
     huge_pages = False  # ask for them where state is made
+    after_update: Callable[[], None] | None = None  # called when an update inside a backward is done
     row_squares: Any = None  # for tables whose rows are cut over ranks (kernels/collectives/row_squares.py)
 
     def __init__(self, groups: list[dict]) -> None:
@@ -424,6 +425,8 @@ class RowUpdates(Optimizer):
             updates = [None if is_cut else u for u, is_cut in zip(updates, cut)]
         if not all(cut):
             run.update(spec, slot_grads, tables, indices, offsets, sample_weights, updates)
+        if self.after_update is not None:
+            self.after_update()
         torch.autograd.graph.increment_version(tables)
         if self.guard is not None:
             self.guard.after_update()

@@ -27,12 +27,13 @@ _lib, _why_not = load(Path(__file__).parent, "twt_abi", 1)
 if _lib is not None:
     _word, _pointer, _real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
     _signatures = {
-        "open": (_pointer, [ctypes.c_char_p, _word, _word, *[_pointer] * 4, ctypes.c_uint64, _word, _word, _word]),
+        "open": (_pointer, [ctypes.c_char_p, _word, _word, *[_pointer] * 4, ctypes.c_uint64, _word, _word, _word, _word]),
         "close": (None, [_pointer]),
         "error": (ctypes.c_char_p, []),
         "fetch": (_word, [_pointer, _pointer, _word, _pointer, _pointer, _word]),
         "release": (_word, [_pointer, _word]),
-        "flush": (_word, [_pointer, _pointer, _word]),
+        "prepare": (_word, [_pointer, _pointer]),
+        "finish": (_word, [_pointer]),
         "peek": (_word, [_pointer, _pointer, _word, _word, _pointer, _pointer]),
         "poke": (_word, [_pointer, _pointer, _word, _word, _pointer, _pointer]),
         "counters": (None, [_pointer, _pointer]),
@@ -93,7 +94,8 @@ class Counters:
 
 
 class RowCache:
-    """``slots`` rows of a table of ``rows`` in memory, all in ``folder`` (made if it is not there).
+    """``slots`` rows of a table of ``rows`` in memory, all in ``folder`` (made if it is not there). ``generation``: the newest snapshot that
+    counts, where it is one of several tables'; one that was prepared and is newer is dropped.
 
     ``parts``: what each row holds; ``parts[0]`` are the weights. ``memory``: tensors ``[slots, width]`` float32 on CPU, one for each part, to
     use; made here by default. ``policy``: "lru" or "lfu" decides which row leaves. Raises :class:`TierError` for a folder that holds another
@@ -104,7 +106,7 @@ class RowCache:
 
     def __init__(
         self, folder: str | Path, rows: int, parts: Sequence[Part], slots: int, *, seed: int = 0, policy: str = "lru",
-        memory: Sequence[Tensor] | None = None, create: bool = True,
+        memory: Sequence[Tensor] | None = None, create: bool = True, generation: int = -1,
     ) -> None:  # fmt: skip
         if _lib is None:
             raise TierError(f"tables in tiers need the C++ library: {_why_not}")
@@ -122,7 +124,7 @@ class RowCache:
             numpy.array([p.a for p in parts], dtype=float), numpy.array([p.b for p in parts], dtype=float),
         ]  # fmt: skip
         self._handle = _lib.twt_open(
-            str(folder).encode(), rows, len(parts), *(n.ctypes.data for n in numbers), seed % 2**64, self.slots, policy == "lfu", create
+            str(folder).encode(), rows, len(parts), *(n.ctypes.data for n in numbers), seed % 2**64, self.slots, policy == "lfu", create, generation
         )  # fmt: skip
         if not self._handle:
             raise TierError(_lib.twt_error().decode())
@@ -149,8 +151,19 @@ class RowCache:
 
     def snapshot(self) -> int:
         """Everything as it is now becomes what opens after a crash, or nothing does; returns the snapshot's number."""
-        self._call("flush", self._arrays, 1)
+        self.prepare()
+        self.finish()
         return self.counters().generation
+
+    def prepare(self) -> int:
+        """The first half of a snapshot of several tables: it is complete, but opens only where ``generation`` says so. Nothing may be
+        looked up until :meth:`finish`. Returns the number that it will have."""
+        self._call("prepare", self._arrays)
+        return self.counters().generation + 1
+
+    def finish(self) -> None:
+        """The second half: the snapshot that was prepared is the one that opens."""
+        self._call("finish")
 
     def read(self, ids: Tensor, part: int = 0) -> Tensor:
         """A copy ``[n, width]`` of rows as they are now, cached or not; the cache stays as it is."""

@@ -85,8 +85,8 @@ class Cache {
         held_.erase(found);
     }
 
-    // Everything that training changed goes to the store; with `commit` it becomes the snapshot.
-    void flush(char* const* arrays, bool commit) {
+    // Everything that training changed goes to the store and is ready to be the snapshot.
+    void prepare(char* const* arrays) {
         std::lock_guard<std::mutex> guard(lock_);
         std::vector<char> record(static_cast<size_t>(store_->record()));
         for (size_t slot = 0; slot < tags_.size(); slot++) {
@@ -95,7 +95,12 @@ class Cache {
             store_->write(tags_[slot], record.data());
             dirty_[slot] = pins_[slot] != 0;  // what a batch still holds may change again
         }
-        if (commit) store_->commit();
+        store_->prepare();
+    }
+
+    void finish() {
+        std::lock_guard<std::mutex> guard(lock_);
+        store_->finish();
     }
 
     // Copies of rows as they are now, cached or not; the cache stays as it is.
@@ -318,11 +323,11 @@ API int64_t twt_abi() { return 1; }
 API const char* twt_error() { return said.c_str(); }
 
 API void* twt_open(const char* folder, int64_t rows, int64_t count, const int64_t* bytes, const int64_t* start, const double* a, const double* b,
-                   uint64_t seed, int64_t slots, int64_t lfu, int64_t create) {
+                   uint64_t seed, int64_t slots, int64_t lfu, int64_t create, int64_t wanted) {
     void* made = nullptr;
     guarded([&] {
         std::vector<twt::Part> parts = parts_of(count, bytes, start, a, b);
-        std::unique_ptr<twt::Store> store(new twt::Store(folder, rows, parts, seed, create != 0));
+        std::unique_ptr<twt::Store> store(new twt::Store(folder, rows, parts, seed, create != 0, wanted));
         made = new twt::Cache(std::move(store), parts, seed, slots, lfu != 0);
         return 0;
     });
@@ -335,8 +340,11 @@ API int64_t twt_fetch(void* cache, const int64_t* ids, int64_t n, int64_t* slots
 API int64_t twt_release(void* cache, int64_t ticket) {
     return guarded([&] { return at(cache).release(ticket), int64_t(0); });
 }
-API int64_t twt_flush(void* cache, char* const* arrays, int64_t commit) {
-    return guarded([&] { return at(cache).flush(arrays, commit != 0), int64_t(0); });
+API int64_t twt_prepare(void* cache, char* const* arrays) {
+    return guarded([&] { return at(cache).prepare(arrays), int64_t(0); });
+}
+API int64_t twt_finish(void* cache) {
+    return guarded([&] { return at(cache).finish(), int64_t(0); });
 }
 API int64_t twt_peek(void* cache, const int64_t* ids, int64_t n, int64_t part, char* out, char* const* arrays) {
     return guarded([&] { return at(cache).peek(ids, n, part, out, arrays), int64_t(0); });

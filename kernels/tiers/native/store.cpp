@@ -151,7 +151,7 @@ void Index::grow() {
 
 // --- the files ------------------------------------------------------------------------------------------------------------------
 
-Store::Store(const std::string& folder, int64_t rows, const std::vector<Part>& parts, uint64_t seed, bool create)
+Store::Store(const std::string& folder, int64_t rows, const std::vector<Part>& parts, uint64_t seed, bool create, int64_t wanted)
     : folder_(folder), rows_(rows), seed_(seed), parts_(parts) {
     if (parts.empty() || parts.size() > 16) fail("a row has between 1 and 16 parts");
     for (const Part& part : parts) record_ += part.bytes;
@@ -180,8 +180,15 @@ Store::Store(const std::string& folder, int64_t rows, const std::vector<Part>& p
     read_header(false);
     bits_.resize(size_t((rows_ + 7) / 8));
     read_all(file_, bits_.data(), int64_t(bits_.size()), bits_at_, path);
+    for (unsigned char b : bits_) stored_ += __builtin_popcount(b);
     std::string log = folder_ + "/journal.dat";
-    bool committed = access((folder_ + "/COMMIT").c_str(), F_OK) == 0;
+    int64_t said[2] = {0, 0};
+    bool committed = read_commit(said);
+    if (committed && wanted >= 0 && said[0] > wanted) {  // one table was ready, another was not: none of it counts
+        if (unlink((folder_ + "/COMMIT").c_str()) != 0) fail_io("cannot remove", folder_ + "/COMMIT");
+        sync_folder(folder_);
+        committed = false;
+    }
     log_ = open(log.c_str(), O_RDWR | O_CREAT | (committed ? 0 : O_TRUNC), 0644);
     if (log_ < 0) fail_io("cannot open", log);
     if (committed) apply();
@@ -245,7 +252,17 @@ void Store::write(int64_t row, const char* record) {
     }
 }
 
-void Store::commit() {
+bool Store::read_commit(int64_t* said) const {
+    std::string name = folder_ + "/COMMIT";
+    File file;
+    file = open(name.c_str(), O_RDONLY);
+    if (file < 0 && errno == ENOENT) return false;
+    if (file < 0) fail_io("cannot open", name);
+    read_all(file, said, 2 * sizeof(int64_t), 0, name);
+    return true;
+}
+
+void Store::prepare() {
     std::string log = folder_ + "/journal.dat", made = folder_ + "/COMMIT.new", name = folder_ + "/COMMIT";
     if (ftruncate(log_, journal_end_) != 0) fail_io("cannot trim", log);
     sync(log_, log);
@@ -257,17 +274,13 @@ void Store::commit() {
     sync(file, made);
     if (rename(made.c_str(), name.c_str()) != 0) fail_io("cannot rename", made);
     sync_folder(folder_);
-    apply();
 }
 
 // Copies a complete journal into the file. May be repeated: it only sets.
 void Store::apply() {
     std::string log = folder_ + "/journal.dat", name = folder_ + "/COMMIT", path = folder_ + "/rows.dat";
     int64_t said[2];
-    File file;
-    file = open(name.c_str(), O_RDONLY);
-    if (file < 0) fail_io("cannot open", name);
-    read_all(file, said, sizeof said, 0, name);
+    if (!read_commit(said)) fail(folder_ + " has no snapshot that was prepared");
     if (generation_ < said[0]) {
         std::vector<char> both(static_cast<size_t>(entry_));
         std::vector<bool> changed(bits_.size() / size_t(PAGE) + 1);  // pages of bits
@@ -278,6 +291,7 @@ void Store::apply() {
             if (e.row < 0 || e.row >= rows_ || e.sum != checksum(both.data() + sizeof e, size_t(record_), uint32_t(e.row)))
                 fail(log + " is damaged at byte " + std::to_string(at) + ": restore the folder from a copy");
             write_all(file_, both.data() + sizeof e, record_, records_at_ + e.row * record_, path);
+            stored_ += !((bits_[size_t(e.row >> 3)] >> (e.row & 7)) & 1);
             bits_[size_t(e.row >> 3)] |= (unsigned char)(1 << (e.row & 7));
             changed[size_t((e.row >> 3) / PAGE)] = true;
         }
@@ -296,12 +310,6 @@ void Store::apply() {
     if (ftruncate(log_, 0) != 0) fail_io("cannot empty", log);
     journal_.clear();
     journal_end_ = 0;
-}
-
-int64_t Store::written_rows() const {
-    int64_t count = 0;
-    for (unsigned char b : bits_) count += __builtin_popcount(b);
-    return count;
 }
 
 }  // namespace twt

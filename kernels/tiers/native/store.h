@@ -63,7 +63,8 @@ class File {
 class Store {
   public:
     // Opens or creates the files in `folder`. Throws Failure.
-    Store(const std::string& folder, int64_t rows, const std::vector<Part>& parts, uint64_t seed, bool create);
+    // A journal with a COMMIT is complete; where `wanted` >= 0 it is used only up to that generation, and else dropped.
+    Store(const std::string& folder, int64_t rows, const std::vector<Part>& parts, uint64_t seed, bool create, int64_t wanted);
 
     int64_t rows() const { return rows_; }
     int64_t record() const { return record_; }
@@ -72,22 +73,24 @@ class Store {
     bool known(int64_t row) const { return (bits_[row >> 3] >> (row & 7)) & 1 || journal_.find(row) >= 0; }
     void read(int64_t row, char* record) const;  // throws Failure
     void write(int64_t row, const char* record);
-    // Makes everything written so far the new snapshot.
-    void commit();
+    // Makes everything written so far the new snapshot, in two steps: after prepare() it is complete, finish() puts it in place.
+    void prepare();
+    void finish() { apply(); }
     int64_t journal_rows() const { return journal_.size(); }
-    int64_t written_rows() const;
+    int64_t written_rows() const { return stored_; }  // of the snapshot
 
   private:
     void apply();
     void read_header(bool fresh);
     void write_header();
+    bool read_commit(int64_t* said) const;  // {generation, bytes of the journal}
     std::string folder_;
     int64_t rows_, record_ = 0, generation_ = 0, bits_at_, records_at_, entry_;
     uint64_t seed_;
     std::vector<Part> parts_;
     std::vector<unsigned char> bits_;
     Index journal_;
-    int64_t journal_end_ = 0;
+    int64_t journal_end_ = 0, stored_ = 0;
     File file_, log_, lock_;
 };
 

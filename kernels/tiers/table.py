@@ -1,0 +1,96 @@
+"""One table in tiers as the graph and the optimizer see it: slots of a cache for ids, held as long as their update is due."""
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+
+from .cache import RowCache, TierError
+
+_numbers = itertools.count(1)
+_tables: weakref.WeakValueDictionary[int, TieredTable] = weakref.WeakValueDictionary()
+
+
+class TieredTable:
+    """``cache``: whose ``parts[0]`` holds the weights. ``memory``: those tensors with one row more, at ``home``, where the row ``padding``
+    lives for good (lookups name it by number, and it has no gradient). ``name``: the plain parameter's, for messages.
+
+    ``number`` names it in a graph for as long as it lives.
+    """
+
+    def __init__(self, name: str, cache: RowCache, memory: list[Tensor], padding: int | None) -> None:
+        self.name, self.cache, self.memory, self.padding = name, cache, memory, padding
+        self.home = cache.slots
+        self.trains = True
+        self._lock = threading.Lock()
+        self._due: list[int] = []  # tickets of rows that an update is still to come for
+        self._looked: list[int] = []  # tickets of lookups without gradients
+        self.number = next(_numbers)
+        _tables[self.number] = self
+        if padding is not None:
+            for part, tensor in enumerate(memory):
+                tensor[self.home] = cache.read(torch.tensor([padding]), part)[0]
+
+    def slots(self, ids: Tensor) -> Tensor:
+        """The slots (int64, of the shape of ``ids``) where the rows of ``ids`` are until their update: until :meth:`updated` where
+        gradients are on, else until the next lookup. Negative ids count from the end, as in ``weight[ids]``.
+
+        Raises ``IndexError`` for an id outside the table and :class:`TierError` where the rows under way do not fit the cache.
+        """
+        train = self.trains and torch.is_grad_enabled()
+        ids = ids.detach().to(torch.int64)
+        rows = self.cache.rows
+        if ids.numel():
+            low, high = (int(v) for v in torch.aminmax(ids))
+            if low < -rows or high >= rows:
+                raise IndexError(f"id {high if high >= rows else low} is out of range for table '{self.name}' of {rows} rows")
+            if low < 0:
+                ids = torch.where(ids < 0, ids + rows, ids)
+        with self._lock:
+            for ticket in self._looked:
+                self.cache.release(ticket)
+            self._looked.clear()
+            out = torch.full_like(ids, self.home)
+            wanted = None if self.padding is None else ids != self.padding
+            try:
+                found, ticket = self.cache.fetch(ids if wanted is None else ids[wanted], train=train)
+            except TierError as error:
+                raise TierError(f"table '{self.name}': {error}. {len(self._due)} batches wait for their update: call the optimizer's step(), "
+                                "and look up what is not trained under torch.no_grad()") from None  # fmt: skip
+            (self._due if train else self._looked).append(ticket)
+        if wanted is None:
+            return found
+        out[wanted] = found
+        return out
+
+    def updated(self) -> None:
+        """The optimizer stepped: what was looked up may leave."""
+        with self._lock:
+            for ticket in self._due:
+                self.cache.release(ticket)
+            self._due.clear()
+
+    def read(self, first: int, last: int, part: int = 0) -> Tensor:
+        """Rows ``first`` to ``last`` (exclusive) as they are now, ``[n, width]``."""
+        rows = torch.arange(first, last)
+        values = self.cache.read(rows, part)
+        if self.padding is not None and first <= self.padding < last:
+            values[self.padding - first] = self.memory[part][self.home]
+        return values
+
+    def write(self, first: int, values: Tensor, part: int = 0) -> None:
+        """Set rows from ``first`` on."""
+        self.cache.write(torch.arange(first, first + len(values)), values, part)
+        if self.padding is not None and first <= self.padding < first + len(values):
+            self.memory[part][self.home] = values[self.padding - first]
+
+
+def table_of(number: int) -> TieredTable:
+    """The table that a graph names. Raises :class:`TierError` where its model is gone."""
+    found = _tables.get(number)
+    if found is None:
+        raise TierError("a lookup names a table in tiers whose model is gone: keep the model that optimize() returned alive")
+    return found

@@ -1,0 +1,354 @@
+"""Tables larger than memory: caches in place of the tables, their checkpoints, and snapshots that are complete or absent.
+
+A table with ``storage`` in the plan keeps its rows and their optimizer state in a folder (``kernels/tiers``). Under its plain name the
+optimized model has the cache, a parameter of ``slots + 1`` rows; ``state_dict()`` still means the whole table. The user's own model keeps
+its table, untouched; one on the meta device holds none, and rows then start from ``storage.init``.
+"""
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph
+from torch.optim import Optimizer
+
+from ..kernels.embedding.optimizers import RowUpdates
+from ..kernels.tiers import Part, RowCache, TierError, available
+from ..kernels.tiers.cache import WAYS
+from ..kernels.tiers.table import TieredTable
+from ..passes.table_gradients import Choice
+from ..passes.tier_tables import Tier, padding_of
+from .errors import PlanError
+from .plan import Plan, TablePlan
+from .sharding import stand_in, whole_tables
+from .storage import Storage
+
+_CHUNK = 1 << 26  # bytes of rows that are moved at once
+_STATE = {  # by optimizer: the names of what it keeps for each row, and whether that is one number
+    "sgd": (), "adagrad": (("sum", False),), "rowwise_adagrad": (("sum", True),), "adam": (("exp_avg", False), ("exp_avg_sq", False)),
+    "SGD": (), "Adagrad": (("sum", False),), "Adam": (("exp_avg", False), ("exp_avg_sq", False)), "AdamW": (("exp_avg", False), ("exp_avg_sq", False)),
+    "SparseAdam": (("exp_avg", False), ("exp_avg_sq", False)),
+}  # fmt: skip
+MANIFEST = "snapshot.json"
+
+
+@contextmanager
+def stand_ins(shell: nn.Module, plan: Plan, optimizer: Optimizer | None) -> Iterator[set[int]]:
+    """Tables on the meta device as tables of zeros that take no memory, in ``shell`` and in ``optimizer``, where the plan puts any table in
+    tiers: a capture runs the model. Yields the ids of the stand-ins; on an error everything is as it was."""
+    if all(t.storage is None for t in plan.tables.values()):
+        yield set()
+        return
+    made: dict[int, nn.Parameter] = {}
+    undo: list[tuple[Any, Any, Any]] = []
+    for module in shell.modules():
+        for key, param in module._parameters.items():
+            if param is None or not param.is_meta or not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                continue
+            if id(param) not in made:
+                made[id(param)] = nn.Parameter(stand_in(param.shape, param.dtype, torch.device("cpu")), requires_grad=param.requires_grad)
+            undo.append((module._parameters, key, param))
+            module._parameters[key] = made[id(param)]
+    for group in optimizer.param_groups if optimizer is not None else ():
+        undo.append((group, "params", group["params"]))
+        group["params"] = [made.get(id(p), p) for p in group["params"]]
+    try:
+        yield {id(p) for p in made.values()}
+    except BaseException:
+        for home, key, value in undo:
+            home[key] = value
+        raise
+
+
+class TieredTables:
+    """The tables of one model that the plan puts in tiers: opened when their lookups are known, put in place when all is rewritten."""
+
+    def __init__(self, shell: nn.Module, resolved: Mapping[str, TablePlan], choices: Mapping[str, Choice], optimizer: Optimizer | None,
+                 plan_optimizer: RowUpdates | None, empty: set[int]) -> None:  # fmt: skip
+        self.shell, self.user, self.planned = shell, optimizer, plan_optimizer
+        self.empty = empty  # ids of stand-ins: tables that hold no rows yet
+        self.wanted: dict[str, Storage] = {n: t.storage for n, t in resolved.items() if t.storage is not None}
+        self.open: dict[str, TieredTable] = {}
+        self.whole: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}  # what the caches stand for
+        self._states: dict[str, tuple[tuple[str, bool], ...]] = {}
+        for name in self.wanted:
+            self._states[name] = self._check(name, resolved[name], choices.get(name))
+
+    def _check(self, name: str, plan: TablePlan, choice: Choice | None) -> tuple[tuple[str, bool], ...]:
+        table = dict(self.shell.named_parameters(remove_duplicate=False)).get(name)
+        if available():
+            raise PlanError(f"table '{name}' is to be in tiers, which need the C++ library: {available()}")
+        if table is None or choice is None:
+            raise PlanError(f"table '{name}' is to be in tiers, but it is no parameter that a fused lookup reads")
+        if plan.sharding is not None:
+            raise PlanError(f"table '{name}' has storage and sharding: {plan.sharding}; tables in tiers are on one rank today")
+        if table.dtype != torch.float32 or table.device.type != "cpu":
+            raise PlanError(f"table '{name}' is {table.dtype} on {table.device}; tiers hold float32 tables of the CPU (or nn.Embedding and nn.EmbeddingBag on meta)")
+        if choice.grad == "none" or not table.requires_grad:
+            return ()
+        if choice.grad not in ("sparse", "in_backward"):
+            raise PlanError(f"table '{name}' is to be in tiers, and nobody updates it row by row: {choice.reason}")
+        if plan.embedding_optimizer is not None:
+            return _STATE[plan.embedding_optimizer.key]
+        return _STATE[getattr(type(self.user), "_base", type(self.user)).__name__]
+
+    @property
+    def tiers(self) -> dict[str, Tier]:
+        """What the pass needs to know."""
+        return {n: Tier(t.number, t.cache.slots, t.padding) for n, t in self.open.items()}
+
+    # --- opening -----------------------------------------------------------------------------------------------------------------
+
+    def prepare(self, graph: Graph) -> None:
+        """Open the stores, once: their padding rows are known from ``graph``, whose lookups are fused."""
+        for name, storage in self.wanted.items():
+            if name in self.open:
+                padding = padding_of([graph], name)
+                if padding not in (None, self.open[name].padding):
+                    raise PlanError(f"table '{name}' is in tiers with padding_idx {self.open[name].padding}, and a lookup has {padding}")
+                continue
+            self.open[name] = self._opened(name, storage, padding_of([graph], name))
+
+    def _opened(self, name: str, storage: Storage, padding: int | None) -> TieredTable:
+        table = self.shell.get_parameter(name)
+        rows, dim = table.shape
+        states = self._states[name]
+        parts = [Part(dim, storage.init[0], *(*storage.init[1], 0.0)[:2])]
+        parts += [Part(1 if single else dim, "constant", self._first(name, table, key)) for key, single in states]
+        slots = int(storage.cache) // sum(4 * p.width for p in parts) // WAYS * WAYS
+        slots = min(slots, (rows + WAYS - 1) // WAYS * WAYS * 2)
+        if slots < WAYS:
+            raise PlanError(f"table '{name}': storage.cache is {storage.cache} bytes; {WAYS} rows with their optimizer state take {WAYS * sum(4 * p.width for p in parts)}")
+        memory = [torch.zeros(slots + 1, p.width) for p in parts]
+        folder = Path(storage.path)
+        held = (folder / "COMMIT").exists() or _generation(folder)
+        if held and not storage.resume:
+            raise PlanError(f"table '{name}': {folder} holds a snapshot of an earlier run. Go on from it with storage.resume (the folder that "
+                            "opt.snapshot() was given), or give another path")  # fmt: skip
+        generation = _manifest(Path(storage.resume), name, folder) if storage.resume else -1
+        try:
+            cache = RowCache(folder, rows, parts, slots, seed=storage.seed, policy=storage.policy, memory=[m[:slots] for m in memory], generation=generation)
+        except TierError as error:
+            raise PlanError(f"table '{name}': {error}") from None
+        if storage.resume and cache.counters().generation != generation:
+            raise PlanError(f"table '{name}': {folder} is at snapshot {cache.counters().generation}, and {storage.resume} wants {generation}: they are not of one run")
+        if not storage.resume:
+            self._fill(cache, table, name, states, padding)
+        return TieredTable(name, cache, memory, padding)
+
+    def _first(self, name: str, table: Tensor, key: str) -> float:
+        """What a state of the user's own optimizer starts from."""
+        if self.planned is None or name not in self.planned._by_name:
+            group = next((g for g in self.user.param_groups if any(p is table for p in g["params"])), {}) if self.user is not None else {}
+            return float(group.get("initial_accumulator_value", 0.0)) if key == "sum" else 0.0
+        return 0.0
+
+    def _fill(self, cache: RowCache, table: Tensor, name: str, states: Iterable[tuple[str, bool]], padding: int | None) -> None:
+        """Write what the model and its optimizer hold already."""
+        sources: list[Tensor | None] = [None if id(table) in self.empty else table.detach()]
+        given = self.user.state.get(table, {}) if self.user is not None else {}
+        sources += [value if isinstance(value := given.get(key), Tensor) and value.dim() and not value.is_meta else None for key, _ in states]
+        for part, source in enumerate(sources):
+            if source is not None:
+                step = max(1, _CHUNK // (4 * (source.numel() // len(source))))
+                for first in range(0, len(source), step):
+                    values = source[first : first + step].reshape(-1, source.numel() // len(source))
+                    cache.write(torch.arange(first, first + len(values)), values, part)
+            elif part == 0 and padding is not None:
+                cache.write(torch.tensor([padding]), torch.zeros(1, table.shape[1]))  # as nn.Embedding starts it
+
+    # --- in place of the tables ----------------------------------------------------------------------------------------------------
+
+    def cut(self) -> None:
+        """Put the caches in place of the whole tables, in the shell and in the user's optimizer; let updates free what they held."""
+        for name, tiered in self.open.items():
+            whole = self.shell.get_parameter(name)
+            cache = nn.Parameter(tiered.memory[0], requires_grad=whole.requires_grad)
+            tiered.trains = whole.requires_grad
+            self.whole[name] = (whole.shape, whole.dtype, torch.device("cpu"))
+            for module in self.shell.modules():
+                for key, param in module._parameters.items():
+                    if param is whole:
+                        module._parameters[key] = cache
+            self._cut_state(name, whole, cache, tiered)
+        for optimizer in {id(o): o for o in (self.user, self.planned) if o is not None}.values():
+            optimizer.register_step_post_hook(lambda *_: self.updated())
+        if self.planned is not None:
+            self.planned.after_update = self.updated
+
+    def _cut_state(self, name: str, whole: Tensor, cache: nn.Parameter, tiered: TieredTable) -> None:
+        planned = self.planned is not None and name in self.planned._by_name
+        optimizer = self.planned if planned else self.user
+        if optimizer is None:
+            return
+        for group in optimizer.param_groups:
+            group["params"] = [cache if p is whole else p for p in group["params"]]
+        old = optimizer.state.pop(whole, {})
+        if not self._states[name]:
+            return
+        state = {k: v for k, v in old.items() if not isinstance(v, Tensor) or not v.dim()}
+        state.setdefault("step", 0 if planned or type(optimizer).__name__ == "SparseAdam" else torch.tensor(0.0))
+        optimizer.state[cache] = state
+        self._point(optimizer, cache, name)
+
+    def _point(self, optimizer: Optimizer, cache: Tensor, name: str) -> None:
+        """The optimizer's state of a table is what lies beside its rows in the cache."""
+        memory = self.open[name].memory
+        for part, (key, single) in enumerate(self._states[name], 1):
+            optimizer.state[cache][key] = memory[part].view(-1) if single else memory[part]
+
+    def whole_tables(self, shell: nn.Module) -> AbstractContextManager:
+        """The shell as it was before, for a capture."""
+        return whole_tables(shell, self.whole)
+
+    def updated(self) -> None:
+        """An update is done: what was looked up for it may leave the caches."""
+        for tiered in self.open.values():
+            tiered.updated()
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------------------------
+
+    def whole_table(self, name: str) -> Tensor:
+        """A copy of a table, all rows. Raises :class:`TierError` where it does not fit the memory that is free."""
+        tiered, (rows, dim) = self.open[name], self.whole[name][0]
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if rows * dim * 4 > free * 0.8:
+            raise TierError(
+                f"table '{name}' has {rows * dim * 4 / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free: state_dict() cannot hold it. "
+                "opt.snapshot(folder) keeps everything without copying tables"
+            )
+        out = torch.empty(rows, dim)
+        step = max(1, _CHUNK // (4 * dim))
+        for first in range(0, rows, step):
+            out[first : first + step] = tiered.read(first, min(rows, first + step))
+        return out
+
+    def load_table(self, name: str, values: Tensor) -> None:
+        """Set all rows of a table. Raises ``RuntimeError`` for another shape."""
+        if values.shape != self.whole[name][0]:
+            raise RuntimeError(f"size mismatch for {name}: a table of {tuple(values.shape)} was given, and the model's has {tuple(self.whole[name][0])}")
+        step = max(1, _CHUNK // (4 * values.shape[1]))
+        for first in range(0, len(values), step):
+            self.open[name].write(first, values[first : first + step].detach().to(torch.float32))
+
+    def snapshot(self, folder: str | Path, model: nn.Module, optimizers: Iterable[Optimizer]) -> Path:
+        """See :meth:`~.optimized_model.OptimizedModel.snapshot`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        numbers = {name: tiered.cache.prepare() for name, tiered in self.open.items()}
+        number = max((int(p.stem.partition("-")[2]) for p in folder.glob("dense-*.pt")), default=0) + 1
+        dense = folder / f"dense-{number}.pt"
+        tables = {id(model.get_parameter(n)) for n in self.open}
+        named = {n: p.detach() for n, p in [*model.named_parameters(), *model.named_buffers()] if id(p) not in tables}
+        torch.save({"model": named, "optimizers": [self._without_rows(o) for o in optimizers]}, dense)
+        _durable(dense)
+        said = {"dense": dense.name, "tables": {n: {"path": os.path.abspath(self.wanted[n].path), "generation": g} for n, g in numbers.items()}}
+        made = folder / (MANIFEST + ".new")
+        made.write_text(json.dumps(said, indent=2))
+        _durable(made)
+        os.replace(made, folder / MANIFEST)  # from here on it is complete
+        _durable(folder)
+        for tiered in self.open.values():
+            tiered.cache.finish()
+        for old in folder.glob("dense-*.pt"):
+            if old != dense:
+                old.unlink()
+        return folder / MANIFEST
+
+    def restore(self, folder: str | Path, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+        """See :meth:`~.optimized_model.OptimizedModel.restore`."""
+        folder, optimizers = Path(folder), list(optimizers)
+        said = _read_manifest(folder)
+        for name, tiered in self.open.items():
+            wanted, at = said["tables"].get(name, {}).get("generation"), tiered.cache.counters().generation
+            if wanted != at:
+                raise TierError(f"table '{name}' is at snapshot {at}, and {folder} holds {wanted}: open it with storage.resume: {folder}")
+        kept = torch.load(folder / said["dense"], weights_only=True)
+        if len(kept["optimizers"]) != len(optimizers):
+            raise TierError(f"{folder} holds the state of {len(kept['optimizers'])} optimizers; {len(optimizers)} were given")
+        named = dict([*model.named_parameters(), *model.named_buffers()])
+        with torch.no_grad():
+            for name, value in kept["model"].items():
+                named[name].copy_(value)
+        for optimizer, state in zip(optimizers, kept["optimizers"]):
+            optimizer.load_state_dict(state)
+            for name in self.open:
+                if (cache := model.get_parameter(name)) in optimizer.state:
+                    self._point(optimizer, cache, name)
+
+    def _without_rows(self, optimizer: Optimizer) -> dict[str, Any]:
+        held = {m.data_ptr() for tiered in self.open.values() for m in tiered.memory}
+        state = optimizer.state_dict()
+        state["state"] = {
+            k: {n: v for n, v in s.items() if not (isinstance(v, Tensor) and v.data_ptr() in held)} if isinstance(s, dict) else s
+            for k, s in state["state"].items()
+        }
+        return state
+
+    def notes(self) -> list[str]:
+        """For the report."""
+        made = []
+        for name, tiered in self.open.items():
+            storage, rows = self.wanted[name], self.whole[name][0][0]
+            size = sum(m.numel() * 4 for m in tiered.memory)
+            made.append(f"{name}: {rows:,} rows in {storage.path}, {tiered.cache.slots:,} of them in a cache of {size / 1e9:.2f} GB ({storage.policy})")
+        return made
+
+
+def hook_checkpoints(model: nn.Module, tables: TieredTables) -> None:
+    """``state_dict()`` and ``load_state_dict()`` of ``model`` mean whole tables."""
+
+    def save(module, state, prefix, _):
+        for name in tables.open:
+            if prefix + name in state:
+                state[prefix + name] = tables.whole_table(name)
+
+    def load(module, state, prefix, *_):
+        for name in tables.open:
+            if prefix + name in state:
+                tables.load_table(name, state[prefix + name])
+                state[prefix + name] = module.get_parameter(name).detach()
+
+    model._register_state_dict_hook(save)
+    model._register_load_state_dict_pre_hook(load, with_module=True)
+
+
+def _generation(folder: Path) -> int:
+    """The number of the snapshot that a folder holds; 0 for none."""
+    try:
+        with open(folder / "rows.dat", "rb") as file:
+            return int.from_bytes(file.read(40)[32:40], "little")
+    except FileNotFoundError:
+        return 0
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise TierError(f"{folder} holds no snapshot of a model: {error}") from None
+
+
+def _manifest(folder: Path, name: str, path: Path) -> int:
+    try:
+        said = _read_manifest(folder)["tables"]
+    except TierError as error:
+        raise PlanError(f"table '{name}': storage.resume: {error}") from None
+    if name not in said or said[name]["path"] != os.path.abspath(path):
+        held = ", ".join(f"{n} in {t['path']}" for n, t in said.items())
+        raise PlanError(f"table '{name}': the snapshot in {folder} is of {held or 'no table'}; wanted {name} in {os.path.abspath(path)}")
+    return said[name]["generation"]
+
+
+def _durable(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

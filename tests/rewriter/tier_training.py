@@ -1,0 +1,55 @@
+"""A process that trains a model in tiers, takes a snapshot every three steps and is killed at some moment."""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import tablewright as tw
+import torch
+from torch import nn
+
+
+class Model(nn.Module):
+    def __init__(self, device=None, rows=1000):
+        super().__init__()
+        self.item = nn.Embedding(rows, 8, padding_idx=3, device=device)
+        self.user = nn.EmbeddingBag(500, 8, mode="sum")
+        self.top = nn.Linear(24, 1)
+
+    def forward(self, items, users):
+        return self.top(torch.cat([self.item(items).flatten(1), self.user(users)], 1)).squeeze(1)
+
+
+def batch(step, rows=1000):
+    generator = torch.Generator().manual_seed(step)
+    items = (torch.rand(32, 2, generator=generator) ** 3 * rows).long()
+    return items, torch.randint(0, 500, (32, 3), generator=generator), torch.rand(32, generator=generator)
+
+
+def model_in(folder, resume=False, cache=40_000):
+    torch.manual_seed(0)
+    model = Model()
+    storage = {"cache": cache, "path": str(Path(folder) / "item"), **({"resume": str(Path(folder) / "kept")} if resume else {})}
+    plan = tw.Plan.from_dict({"version": 1, "tables": {"item": {"storage": storage}}})
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
+    opt, optimizer = tw.optimize(model, plan, optimizer=optimizer, sample_inputs=batch(0)[:2])
+    if resume:
+        opt.restore(Path(folder) / "kept", optimizer)
+    return opt, optimizer
+
+
+def train(model, optimizer, first, last):
+    for step in range(first, last):
+        items, users, wanted = batch(step)
+        ((model(items, users) - wanted) ** 2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+if __name__ == "__main__":
+    folder, first = sys.argv[1], int(sys.argv[2])
+    opt, optimizer = model_in(folder, resume=first > 0)
+    for step in range(first, 10**9, 3):
+        train(opt, optimizer, step, step + 3)
+        opt.snapshot(Path(folder) / "kept", optimizer)
+        print(step + 3, flush=True)
