@@ -85,11 +85,11 @@ if TYPE_CHECKING:
     from .rewriter.planner.forecast import Measured
     from .rewriter.planner.topology import Topology
     from .rewriter.report import Report
-    from .rewriter.storage import Storage
     from .rewriter.serving.export import export_delta, export_serving
     from .rewriter.serving.parity import check_parity
     from .rewriter.serving.predictor import Predictor, load_serving
     from .rewriter.sharded_state import ShardedTable, load_training_state, training_state
+    from .rewriter.storage import Storage
 
 
 def __getattr__(name: str) -> Any:

@@ -263,6 +263,8 @@ class Compiler:
         if captured.program is not None:
             if self.sharded is not None:
                 self.sharded.settle(None)
+            if self.tiered is not None:
+                self.tiered.refuse_program(captured)
             return program_variant(self, captured)
         check = None
         if self.verify == "numerics" and args is not None:
@@ -276,6 +278,10 @@ class Compiler:
             self.sharded.settle(None if leaves is None else functools.partial(reads_of, graph, self.shell, leaves))
             passes = [cls() for cls in OVER_RANKS]
             graph, more = run_passes(graph, self.shell, passes, self.choices, sharding=self.sharded.sharding)
+            steps += more
+        if self.tiered is not None:
+            self.tiered.prepare(graph)
+            graph, more = run_passes(graph, self.shell, [cls() for cls in IN_TIERS], self.choices, tiers=self.tiered.tiers)
             steps += more
         return Variant(captured, graph, steps, attach(self.shell, graph), unverified=args is None)
 
@@ -297,12 +303,7 @@ class Compiler:
     def rewrite(self, graph: Graph, budget: int | None = None, check: Check | None = None) -> tuple[Graph, list[Step]]:
         """Run the passes on a captured graph; ``budget`` limits how many rewrites are made."""
         passes = self.plan.make_passes()
-        graph, steps = run_passes(graph, self.shell, passes, self.choices, budget=budget, numeric_check=check)
-        if self.tiered is None:
-            return graph, steps
-        self.tiered.prepare(graph)
-        graph, more = run_passes(graph, self.shell, [cls() for cls in IN_TIERS], self.choices, tiers=self.tiered.tiers)
-        return graph, [*steps, *more]
+        return run_passes(graph, self.shell, passes, self.choices, budget=budget, numeric_check=check)
 
     def _decide(self, read: dict[str, Tensor], optimizer: Optimizer | None) -> None:
         modules = dict(self.shell.named_modules())

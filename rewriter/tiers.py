@@ -24,6 +24,7 @@ from ..kernels.tiers.cache import WAYS
 from ..kernels.tiers.table import TieredTable
 from ..passes.table_gradients import Choice
 from ..passes.tier_tables import Tier, padding_of
+from .capture import Captured
 from .errors import PlanError
 from .plan import Plan, TablePlan
 from .sharding import stand_in, whole_tables
@@ -102,6 +103,11 @@ class TieredTables:
     def tiers(self) -> dict[str, Tier]:
         """What the pass needs to know."""
         return {n: Tier(t.number, t.cache.slots, t.padding) for n, t in self.open.items()}
+
+    def refuse_program(self, captured: Captured) -> None:
+        """Raises :class:`PlanError`: the model is no one graph."""
+        name = next(iter(self.wanted))
+        raise PlanError(f"the plan puts table '{name}' in tiers, which needs {captured.entry}() as one graph; but {captured.notes[0]}")
 
     # --- opening -----------------------------------------------------------------------------------------------------------------
 
