@@ -116,20 +116,21 @@ class FlightStore:
         return self._assembled(requests, [(asked[n], places[n], answer) for n, answer in zip(busy, answers)])
 
     def _assembled(self, requests: Requests, answers: Sequence[tuple]) -> list[np.ndarray]:
-        pieces: list[list[tuple[int, np.ndarray]]] = [[] for _ in requests]
+        kinds = {(self._tables[name].row_dtype, self._tables[name].dim) for name, _ in requests}
+        if len(kinds) == 1:  # parts of one array, which Unique then need not join
+            table = self._tables[requests[0][0]]
+            edges = np.cumsum([0, *(len(ids) for _, ids in requests)])
+            whole = np.empty((edges[-1], table.width), table.stored)
+            found = [whole[a:b] for a, b in zip(edges, edges[1:])]
+        else:
+            found = [np.empty((len(ids), self._tables[name].width), self._tables[name].stored) for name, ids in requests]
         for asked, places, answer in answers:
             start = 0
             for (name, ids), (k, a) in zip(asked, places):
                 table = self._tables[name]
                 stop = start + len(ids) * table.row_bytes
-                pieces[k].append((a, answer[start:stop].view(table.stored).reshape(len(ids), table.width)))
+                found[k][a : a + len(ids)] = answer[start:stop].view(table.stored).reshape(len(ids), table.width)
                 start = stop
-        found = []
-        for (name, _), parts in zip(requests, pieces):
-            table = self._tables[name]
-            parts.sort(key=lambda part: part[0])
-            rows = [part for _, part in parts]
-            found.append(rows[0] if len(rows) == 1 else np.concatenate(rows) if rows else np.empty((0, table.width), table.stored))
         return found
 
     def _ask(self, number: int, asked: Requests, end: float) -> np.ndarray:

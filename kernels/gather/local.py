@@ -27,17 +27,18 @@ class LocalStore:
 
     def __init__(self, tables: Mapping[str, Table], root: Path, base: Path | None = None, part: tuple[int, int] = (0, 1)) -> None:
         self._tables = dict(tables)
+        self._files: dict[Path, np.ndarray] = {}
         self._shards: dict[str, list[np.ndarray | None]] = {}
         self._firsts: dict[str, np.ndarray] = {}
         self._changes: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for number, (name, table) in enumerate(self._tables.items()):
             home = root if base is None else base
             mine = [node_of(number, s, part[1]) == part[0] for s in range(len(table.shards))]
-            self._shards[name] = [_rows(home, s, table) if own else None for s, own in zip(table.shards, mine)]
+            self._shards[name] = [self._rows(home, s, table) if own else None for s, own in zip(table.shards, mine)]
             self._firsts[name] = np.array([s.first for s in table.shards], dtype=np.int64)
             if table.changes is not None and table.changes.ids.rows:
-                ids = np.fromfile(_checked(root, table.changes.ids), dtype="<i8")
-                self._changes[name] = ids, _rows(root, table.changes.rows, table)
+                ids = self._bytes(root, table.changes.ids).view("<i8")
+                self._changes[name] = ids, self._rows(root, table.changes.rows, table)
 
     def lookup_many(self, requests: Requests) -> list[np.ndarray]:
         """See the class. Raises :class:`UnknownTable`."""
@@ -73,30 +74,42 @@ class LocalStore:
             found[mine] = rows.take(ids[mine] - firsts[number], 0)
         return found
 
+    def block(self, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Where the tables ``names`` lie whole in one file, in one form: that file as ``[rows, width]``, and the row at which each begins."""
+        tables = [self._tables[name] for name in names]
+        first = tables[0]
+        if any((t.row_dtype, t.dim, len(t.shards)) != (first.row_dtype, first.dim, 1) or t.shards[0].file != first.shards[0].file for t in tables):
+            return None
+        if any(name in self._changes or self._shards[name][0] is None or not self._tables[name].rows for name in names):
+            return None
+        file = next(flat for path, flat in self._files.items() if str(path).endswith(first.shards[0].file))
+        rows = file[: len(file) // first.row_bytes * first.row_bytes].view(first.stored).reshape(-1, first.width)
+        return rows, np.array([t.shards[0].offset // first.row_bytes for t in tables], dtype=np.int64)
+
+    def _bytes(self, root: Path, shard: Shard) -> np.ndarray:
+        path = root / shard.file
+        if path not in self._files:
+            if not path.is_file():
+                raise CorruptShard(f"{path} is missing. Copy the version again")
+            # a plain array over the mapping: np.memmap's own type makes every take() slower
+            self._files[path] = np.asarray(np.memmap(path, dtype=np.uint8, mode="r")) if path.stat().st_size else np.empty(0, np.uint8)
+        found = self._files[path][shard.offset : shard.offset + shard.bytes]
+        if len(found) != shard.bytes:
+            has, needed = len(self._files[path]), shard.offset + shard.bytes
+            raise CorruptShard(f"{path} has {has} bytes; its manifest says {needed} at least. Copy the version again")
+        return found
+
+    def _rows(self, root: Path, shard: Shard, table: Table) -> np.ndarray:
+        return self._bytes(root, shard).view(table.stored).reshape(shard.rows, table.width)
+
     def close(self) -> None:
         """Let the files go."""
         self._shards.clear()
         self._changes.clear()
+        self._files.clear()
 
 
 def node_of(table: int, shard: int, nodes: int) -> int:
     """Which of ``nodes`` serves shard number ``shard`` of table number ``table`` (numbers in the manifest's order). Tables start on
     different nodes, so that their first shards, where frequent ids often are, are spread."""
     return (table + shard) % nodes
-
-
-def _checked(root: Path, shard: Shard) -> Path:
-    path = root / shard.file
-    size = path.stat().st_size if path.is_file() else -1
-    if size != shard.bytes:
-        has = "is missing" if size < 0 else f"has {size} bytes"
-        raise CorruptShard(f"{path} {has}; its manifest says {shard.bytes} bytes. Copy the version again")
-    return path
-
-
-def _rows(root: Path, shard: Shard, table: Table) -> np.ndarray:
-    path = _checked(root, shard)
-    if shard.rows == 0:
-        return np.empty((0, table.width), table.stored)
-    # a plain array over the mapping: np.memmap's own type makes every take() slower
-    return np.asarray(np.memmap(path, dtype=table.stored, mode="r", shape=(shard.rows, table.width)))

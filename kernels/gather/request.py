@@ -29,22 +29,56 @@ class Store(Protocol):
         ...
 
 
-class Lookups:
-    """All lookups of a model. ``described``: as the manifest has them; ``defaults``: float32 ``[dim]`` for tables whose missing ids
-    stand for zeros or the mean row. ``missing`` counts those ids by table. Thread-safe."""
+class _Block:
+    """A join whose tables lie in one file and whose ids are columns of one input: a single gather fills it."""
 
-    def __init__(self, described: Sequence[Mapping[str, Any]], tables: Mapping[str, Table], defaults: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, join: Mapping[str, Any], rows: np.ndarray, firsts: np.ndarray, table: Table, source: str, columns: slice) -> None:
+        self.name, self.stacked, self.members = join["rows"], join["stacked"], join["lookups"]
+        self.rows, self.firsts, self.table, self.source, self.columns = rows, firsts, table, source, columns
+        self._own = threading.local()
+
+    def __call__(self, env: Mapping[str, np.ndarray]) -> np.ndarray:
+        ids = env[self.source][:, self.columns] + self.firsts
+        batch, count = ids.shape
+        buffer = getattr(self._own, "buffer", None)
+        if buffer is None or len(buffer) < batch:  # memory that was used before costs no page faults
+            buffer = self._own.buffer = np.empty((batch, count, self.table.width), self.table.stored)
+        found = self.rows.take(ids, 0, buffer[:batch], "clip")
+        values = decode(found.reshape(batch * count, self.table.width), self.table)
+        return values.reshape((batch, count, self.table.dim) if self.stacked else (batch, count * self.table.dim))
+
+
+class Lookups:
+    """All lookups of a model, on one store. ``described`` and ``joins``: as the manifest has them; ``defaults``: float32 ``[dim]`` for
+    tables whose missing ids stand for zeros or the mean row. ``missing`` counts those ids by table. Thread-safe."""
+
+    def __init__(
+        self, described: Sequence[Mapping[str, Any]], joins: Sequence[Mapping[str, Any]], tables: Mapping[str, Table],
+        defaults: Mapping[str, np.ndarray], store: Store,
+    ) -> None:  # fmt: skip
         for each in described:
             if each["table"] not in tables:
                 raise UnknownTable(f"a lookup reads table '{each['table']}', which the manifest does not have: {', '.join(tables)}")
         self._all = [(each, tables[each["table"]]) for each in described]
-        self._defaults = dict(defaults)
+        self._joins, self._defaults, self._store = joins, dict(defaults), store
+        self._joined = {k for join in joins for k in join["lookups"]}
         self._columns = _column_checks(self._all)
+        self._blocks = [block for join in joins if (block := self._block(join)) is not None]
         self._lock = threading.Lock()
         self.missing: Counter[str] = Counter()
 
-    def __call__(self, env: Mapping[str, np.ndarray], store: Store) -> list[np.ndarray]:
-        """Rows for each lookup; ``env``: inputs and computed ids by name.
+    def _block(self, join: Mapping[str, Any]) -> _Block | None:
+        members = [self._all[k][0] for k in join["lookups"]]
+        columns = [_single_column(each) for each in members]
+        source = members[0]["ids"].get("input")
+        start = columns[0]
+        if start is None or columns != list(range(start, start + len(columns))) or any(each["ids"]["input"] != source for each in members):
+            return None
+        found = self._store.block([each["table"] for each in members]) if hasattr(self._store, "block") else None  # type: ignore[attr-defined]
+        return None if found is None else _Block(join, *found, self._all[join["lookups"][0]][1], source, slice(start, start + len(columns)))
+
+    def __call__(self, env: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The rows by the names of the dense graph's inputs; ``env``: inputs and computed ids by name. Valid until the thread's next call.
 
         Raises :class:`IdOutOfRange`, :class:`InputError` (offsets that make no bags), and what the store raises."""
         known_good = set()
@@ -52,8 +86,26 @@ class Lookups:
             matrix = env[name]
             if matrix.dtype == np.int64 and (matrix[:, columns].view(np.uint64) < limits).all():
                 known_good.add(name)
+        blocks = [block for block in self._blocks if block.source in known_good]
+        out = {block.name: block(env) for block in blocks}
+        done = {k for block in blocks for k in block.members}
+        if len(done) == len(self._all):
+            return out
+        found = self._fetched(env, [k for k in range(len(self._all)) if k not in done], known_good)
+        for k, rows in found.items():
+            if k not in self._joined:
+                out[self._all[k][0]["rows"]] = rows
+        for join in self._joins:
+            if join["rows"] not in out:
+                parts = [found[k] for k in join["lookups"]]
+                out[join["rows"]] = np.stack(parts, 1) if join["stacked"] else np.concatenate(parts, 1)
+        return out
+
+    def _fetched(self, env: Mapping[str, np.ndarray], wanted: list[int], known_good: set[str]) -> dict[int, np.ndarray]:
+        """The decoded, pooled rows of the lookups with these numbers."""
         requests, shapes, absent = [], [], []
-        for each, table in self._all:
+        for k in wanted:
+            each, table = self._all[k]
             source = each["ids"]
             ids = _read(env, source)
             shapes.append(ids.shape)
@@ -62,18 +114,19 @@ class Lookups:
                 flat, wrong = self._checked(flat, each, table)
             requests.append((table.name, flat))
             absent.append(wrong)
-        stored = store.lookup_many(requests) if any(len(ids) for _, ids in requests) else [
-            np.empty((0, table.width), table.stored) for _, table in self._all]  # fmt: skip
-        found = []
-        for (each, table), (_, ids), shape, wrong, rows in zip(self._all, requests, shapes, absent, stored):
+        stored = self._store.lookup_many(requests) if any(len(ids) for _, ids in requests) else [
+            np.empty((0, self._all[k][1].width), self._all[k][1].stored) for k in wanted]  # fmt: skip
+        found = {}
+        for k, (_, ids), shape, wrong, rows in zip(wanted, requests, shapes, absent, stored):
+            each, table = self._all[k]
             rows = decode(rows, table)
             if wrong is not None:
                 rows = rows.copy() if rows.base is not None else rows
                 rows[wrong] = self._defaults[table.name]
             if each["kind"] == "gather":
-                found.append(rows if len(shape) == 1 else rows.reshape(*shape, table.dim))
+                found[k] = rows if len(shape) == 1 else rows.reshape(*shape, table.dim)
             else:
-                found.append(_pooled(rows, ids, shape, each, env))
+                found[k] = _pooled(rows, ids, shape, each, env)
         return found
 
     def _checked(self, ids: np.ndarray, each: Mapping[str, Any], table: Table) -> tuple[np.ndarray, np.ndarray | None]:
@@ -97,6 +150,16 @@ class Lookups:
         if table.missing.startswith("row:"):
             return np.where(wrong, int(table.missing[4:]), ids), None
         return np.where(wrong, 0, ids), wrong
+
+
+def _single_column(each: Mapping[str, Any]) -> int | None:
+    """The column whose ids a lookup takes one by one, if it is such a lookup."""
+    ids = each["ids"]
+    if each["kind"] == "gather":
+        return ids.get("column")
+    columns = ids.get("columns", (0, 0))
+    plain = each["offsets"] is None and each["weights"] is None and each["padding_idx"] is None
+    return columns[0] if plain and columns[1] - columns[0] == 1 else None
 
 
 def _column_checks(every: Sequence[tuple[Mapping[str, Any], Table]]) -> list[tuple[str, Any, np.ndarray]]:
@@ -131,6 +194,8 @@ def _name(source: Mapping[str, Any]) -> str:
         return "ids that the model computes"
     if "column" in source:
         return f"column {source['column']} of input '{source['input']}'"
+    if "columns" in source and source["columns"][1] - source["columns"][0] == 1:
+        return f"column {source['columns'][0]} of input '{source['input']}'"
     if "columns" in source:
         return f"columns {source['columns'][0]} to {source['columns'][1] - 1} of input '{source['input']}'"
     return f"input '{source['input']}'"

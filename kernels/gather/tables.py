@@ -23,9 +23,10 @@ _STORED = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": n
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows ``first .. first + rows - 1`` of a table, in ``file`` (relative to the version's directory)."""
+    """Rows ``first .. first + rows - 1`` of a table: ``bytes`` of ``file`` (relative to the version's directory) from ``offset`` on."""
 
     file: str
+    offset: int
     first: int
     rows: int
     bytes: int

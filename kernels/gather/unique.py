@@ -27,6 +27,11 @@ class Unique:
         edges = np.searchsorted(every, self._first)
         wanted = sorted({k for k in numbers if edges[k + 1] > edges[k]})
         rows = self.store.lookup_many([(self._names[k], every[edges[k] : edges[k + 1]] - self._first[k]) for k in wanted])
+        kinds = {(self._tables[k].row_dtype, self._tables[k].dim) for k in numbers}
+        if len(kinds) == 1 and rows:  # one gather for all tables
+            whole = rows[0].base if rows[0].base is rows[-1].base and _spans(rows) else np.concatenate(rows)
+            parts = np.cumsum([len(ids) for _, ids in requests])[:-1]
+            return np.split(whole.take(place, 0), parts)
         by_table = dict(zip(wanted, rows))
         found, start = [], 0
         for k, (_, ids) in zip(numbers, requests):
@@ -42,3 +47,9 @@ class Unique:
 
     def close(self) -> None:
         self.store.close()
+
+
+def _spans(rows: list[np.ndarray]) -> bool:
+    """Are ``rows`` the consecutive parts of one array?"""
+    whole = rows[0].base
+    return whole is not None and whole.ndim == 2 and whole.dtype == rows[0].dtype and len(whole) == sum(map(len, rows))

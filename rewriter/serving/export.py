@@ -28,9 +28,10 @@ from ..plan import Plan
 from ..samples import Samples
 from . import manifest as manifests
 from .manifest import Manifest
+from .onnx_joins import join_rows
 from .onnx_split import Parts, split
 from .predictor import DEFAULTS, PARITY, Version, apart
-from .rows_writer import write_bytes, write_changes, write_shards
+from .rows_writer import write_bytes, write_changes, write_tables
 from .serving_graph import ServingGraph, left_inside, serving_graph, to_onnx
 
 TOLERANCE = 1e-6  # of outputs, as a part of the largest where that is above 1
@@ -108,6 +109,7 @@ def _export(model, sample_inputs, directory, sample_kwargs, shards, row_dtype, m
 def _write(root: Path, home: Path, name: str, graph: ServingGraph, proto: onnx.ModelProto, parts: Parts,
            tables: dict[str, Table], shards: int, base: Manifest | None) -> None:  # fmt: skip
     files: dict[str, Any] = {}
+    joins = [] if parts.shared_inputs else join_rows(parts.dense, parts.lookups)
 
     def put(file: str, content: bytes) -> None:
         _, size, sha256 = write_bytes(root / file, [content], root)
@@ -118,10 +120,11 @@ def _write(root: Path, home: Path, name: str, graph: ServingGraph, proto: onnx.M
             put(f"{file}.onnx", part.SerializeToString())
     written, defaults = {}, {}
     before = None if base is None else LocalStore(base.tables, base.root)
+    placed = write_tables(tables, graph.tables, shards, root) if base is None else {}
     for number, (key, table) in enumerate(tables.items()):
         rows = graph.tables[key]
         if before is None:
-            extra = {"shards": write_shards(table, number, rows, min(shards, max(1, table.rows)), root)}
+            extra: dict[str, Any] = {"shards": placed[key]}
         else:
             extra = {"shards": table.shards, "changes": write_changes(table, number, rows, before, root)}
         written[key] = Table(table.name, table.rows, table.dim, table.row_dtype, table.missing, **extra)
@@ -137,7 +140,7 @@ def _write(root: Path, home: Path, name: str, graph: ServingGraph, proto: onnx.M
         "producer": {"package": "tablewright", "torch": torch.__version__, "onnx": onnx.__version__},
         "base": None if base is None else {"version": base.version, "digest": base.digest},
         "inputs": graph.inputs, "outputs": graph.outputs, "result": graph.result, "fixed": graph.fixed,
-        "lookups": parts.lookups, "left_inside": left_inside(graph.records),
+        "lookups": parts.lookups, "joins": joins, "left_inside": left_inside(graph.records),
         "shared": None if not parts.shared_inputs else {
             "inputs": parts.shared_inputs, "lookups": parts.shared_lookups, "cut": parts.cut},
         "tables": {key: table.to_dict() for key, table in written.items()}, "files": files,

@@ -39,15 +39,14 @@ class Version:
         shared = raw["shared"]
         self.inputs = Inputs(raw["inputs"], shared["inputs"] if shared else ())
         defaults = dict(np.load(manifest.root / DEFAULTS)) if DEFAULTS in raw["files"] else {}
-        self.lookups = Lookups(raw["lookups"], manifest.tables, defaults)
-        self._rows = [each["rows"] for each in raw["lookups"]]
+        self.lookups = Lookups(raw["lookups"], raw["joins"], manifest.tables, defaults, store)
         self._outputs = raw["outputs"]
         self._result = raw["result"]
         self._dense = _Session(manifest.root / "dense.onnx", threads)
         self._pre = _Session(manifest.root / "pre.onnx", threads) if "pre.onnx" in raw["files"] else None
         self._shared = _Session(manifest.root / "shared.onnx", threads) if "shared.onnx" in raw["files"] else None
         self._rest = _Session(manifest.root / "rest.onnx", threads) if shared else None
-        self._repeated = {*shared["inputs"], *(self._rows[i] for i in shared["lookups"]), *shared["cut"]} if shared else set()
+        self._repeated = {*shared["inputs"], *(raw["lookups"][i]["rows"] for i in shared["lookups"]), *shared["cut"]} if shared else set()
 
     def run(self, given: Mapping[str, Any]) -> tuple[list[np.ndarray], tuple[float, float, float]]:
         """Outputs in the manifest's order, and the seconds that checks and ids, the lookup and the dense part took."""
@@ -58,9 +57,8 @@ class Version:
         if self._pre is not None:
             env.update(zip(self._pre.outputs, self._pre(env)))
         ready = time.perf_counter()
-        rows = self.lookups(env, self.store)
+        env.update(self.lookups(env))
         looked = time.perf_counter()
-        env.update(zip(self._rows, rows))
         outputs = self._once(env, batch) if once else self._dense(env)
         return outputs, (ready - started, looked - ready, time.perf_counter() - looked)
 

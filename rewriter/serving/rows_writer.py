@@ -4,7 +4,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -42,25 +44,31 @@ def write_bytes(path: Path, parts, root: Path) -> tuple[str, int, str]:
     return str(path.relative_to(root)), size, found.hexdigest()
 
 
-def write_shards(table: Table, number: int, rows: Tensor, shards: int, root: Path) -> tuple[Shard, ...]:
-    """All of a table's rows in ``shards`` files of nearly equal size, rows ascending."""
-    edges = [table.rows * k // shards for k in range(shards + 1)]
-    return tuple(
-        write_shard(table, number, k, shards, edges[k], rows[edges[k] : edges[k + 1]], root) for k in range(shards)
-    )  # fmt: skip
+def write_tables(tables: Mapping[str, Table], rows: Mapping[str, Tensor], shards: int, root: Path) -> dict[str, tuple[Shard, ...]]:
+    """All rows, in ``shards`` files for each size of row: file ``k`` has the ``k``-th part of every table with such rows."""
+    found: dict[str, list[Shard]] = {name: [] for name in tables}
+    (root / "tables").mkdir()
+    for size in dict.fromkeys(t.row_bytes for t in tables.values()):
+        members = [name for name, t in tables.items() if t.row_bytes == size]
+        for k in range(shards):
+            with open(root / "tables" / f"{size}-byte-rows-{k:05d}-of-{shards:05d}.bin", "wb") as file:
+                for name in members:
+                    first, last = (tables[name].rows * each // shards for each in (k, k + 1))
+                    found[name].append(append_rows(file, tables[name], first, rows[name][first:last], root))
+                file.flush()
+                os.fsync(file.fileno())
+    return {name: tuple(each) for name, each in found.items()}
 
 
-def write_shard(table: Table, number: int, shard: int, shards: int, first: int, rows: Tensor, root: Path) -> Shard:
-    """One file: ``rows`` are those from row ``first`` on."""
-    step = chunks(table)
-    parts = (np.ascontiguousarray(encoded(rows[i : i + step], table)) for i in range(0, len(rows), step))
-    name, size, sha256 = write_bytes(folder(table, number, root) / f"{shard:05d}-of-{shards:05d}.bin", parts, root)
-    return Shard(name, first, len(rows), size, sha256)
-
-
-def folder(table: Table, number: int, root: Path) -> Path:
-    """Where a table's files are: its number and as much of its name as a file system takes."""
-    return root / "tables" / f"{number:04d}-{re.sub(r'[^0-9A-Za-z_.-]', '_', table.name)[:100]}"
+def append_rows(file: BinaryIO, table: Table, first: int, rows: Tensor, root: Path) -> Shard:
+    """Add the encoded ``rows``, which are those of ``table`` from row ``first`` on, to ``file`` below ``root``."""
+    found, offset, step = hashlib.sha256(), file.tell(), chunks(table)
+    for start in range(0, len(rows), step):
+        raw = memoryview(np.ascontiguousarray(encoded(rows[start : start + step], table)).reshape(-1))
+        file.write(raw)
+        found.update(raw)
+    name = str(Path(file.name).relative_to(root))
+    return Shard(name, offset, first, len(rows), len(rows) * table.row_bytes, found.hexdigest())
 
 
 def write_changes(table: Table, number: int, rows: Tensor, before, root: Path) -> Changes:
@@ -74,7 +82,7 @@ def write_changes(table: Table, number: int, rows: Tensor, before, root: Path) -
         ids.append(these[other])
         changed.append(np.ascontiguousarray(new[other]))
     every = np.concatenate(ids) if ids else np.empty(0, np.int64)
-    home = folder(table, number, root)
+    home = root / "tables" / f"{number:04d}-{re.sub(r'[^0-9A-Za-z_.-]', '_', table.name)[:100]}"
     id_file = write_bytes(home / "changed.ids", [every.astype("<i8")], root)
     row_file = write_bytes(home / "changed.rows", changed, root)
-    return Changes(Shard(id_file[0], 0, len(every), *id_file[1:]), Shard(row_file[0], 0, len(every), *row_file[1:]))
+    return Changes(Shard(id_file[0], 0, 0, len(every), *id_file[1:]), Shard(row_file[0], 0, 0, len(every), *row_file[1:]))

@@ -128,6 +128,13 @@ def towers(**options) -> tuple[nn.Module, Path]:
     return model, home
 
 
+def stored_rows(manifest, name: str) -> np.ndarray:
+    """All stored rows of a table, read from its files as the manifest says: uint8 ``[rows, row_bytes]``."""
+    table = manifest.tables[name]
+    parts = [np.fromfile(manifest.root / s.file, "u1", s.bytes, offset=s.offset) for s in table.shards]
+    return np.concatenate(parts).reshape(table.rows, table.row_bytes)
+
+
 def without_torch(code: str, *, timeout: float = 60) -> str:
     """Run ``code`` where torch, onnx and onnxscript cannot be imported; its last line of output."""
     done = subprocess.run([sys.executable, "-c", BLOCKED + code], capture_output=True, text=True, timeout=timeout, cwd="/")

@@ -18,6 +18,7 @@ from serving_models import (
     every_lookup_inputs,
     exported,
     plain,
+    stored_rows,
     towers,
     trained,
     two_towers_inputs,
@@ -73,8 +74,8 @@ def test_shapes_are_inferred_without_the_exporters_notes():
 def test_the_reference_evaluator_agrees_with_the_whole_graph():
     """An oracle that shares nothing with the predictor: onnx's own interpreter on model.onnx."""
     model, home = exported()
-    tables = {name: np.fromfile(home / manifests.current(home) / t.shards[0].file, t.stored).reshape(t.rows, t.dim).astype(np.float32)
-              for name, t in manifests.read(home).tables.items()}  # fmt: skip
+    manifest = manifests.read(home)
+    tables = {name: stored_rows(manifest, name).view("<f4") for name in manifest.tables}
 
     class DistributedGather(OpRun):
         op_domain = "ai.tablewright"
@@ -104,8 +105,7 @@ def test_rows_on_disk_are_the_tables():
     model, home = exported(3)
     found = manifests.read(home)
     assert len(found.tables["item"].shards) == 3
-    stored = np.concatenate([np.fromfile(found.root / s.file, "<f4") for s in found.tables["item"].shards]).reshape(61, 8)
-    assert np.array_equal(stored, model.item.weight.detach().numpy())
+    assert np.array_equal(stored_rows(found, "item").view("<f4"), model.item.weight.detach().numpy())
 
 
 @pytest.mark.parametrize("row_dtype", ["float16", "bfloat16", "int8_rowwise"])
@@ -121,8 +121,7 @@ def test_rows_in_fewer_bits_are_those_of_the_codecs(row_dtype, tmp_path):
         for name, table in found.tables.items():
             codec = {"float16": "fp16", "bfloat16": "bf16", "int8_rowwise": "int8", "float32": "fp32"}[table.row_dtype]
             weight = rounded.free if name == "free" else getattr(rounded, name).weight
-            payload = np.concatenate([np.fromfile(found.root / s.file, "u1") for s in table.shards]).reshape(table.rows, -1)
-            weight.copy_(decode(torch.from_numpy(payload), codec, table.dim, torch.float32))
+            weight.copy_(decode(torch.from_numpy(stored_rows(found, name)), codec, table.dim, torch.float32))
     got, wanted = p(**arrays(inputs)), plain(rounded, inputs)
     assert close(got["score"], wanted["score"], 2e-3 if row_dtype != "float32" else 1e-6)  # `short` is rounded to half again
     assert close(got["user"], wanted["user"])
@@ -165,6 +164,44 @@ def test_small_tables_stay_inside_by_plan(tmp_path):
     assert close(tw.load_serving(tmp_path / "m")(**arrays(inputs))["score"], plain(model, inputs)["score"])
     with pytest.raises(tw.PlanError, match="inline_below"):
         tw.Plan(serving={"inline_bellow": 3})
+
+
+class Columns(nn.Module):
+    """Lookups of the columns of one input, beside each other: stacked, concatenated, and with something in between."""
+
+    def __init__(self, pooled: bool):
+        super().__init__()
+        self.pooled = pooled
+        self.a, self.b = ([(nn.EmbeddingBag(30 + k, 8, mode="sum") if pooled else nn.Embedding(30 + k, 8)) for k in range(n)] for n in (4, 3))
+        self.tables = nn.ModuleList([*self.a, *self.b])
+
+    def forward(self, dense, ids):
+        rows = [table(ids[:, k : k + 1] if self.pooled else ids[:, k]) for k, table in enumerate(self.tables)]
+        stacked = torch.stack([dense, *rows[:4]], 1)
+        return torch.cat([rows[4], dense, rows[5], rows[6]], 1), torch.bmm(stacked, stacked.transpose(1, 2))
+
+
+@pytest.mark.parametrize("pooled, row_dtype, shards", [(True, "float32", 1), (False, "int8_rowwise", 1), (False, "float32", 2)])
+def test_rows_side_by_side_are_one_input(pooled, row_dtype, shards, tmp_path):
+    model = Columns(pooled).eval()
+    tw.export_serving(model, (torch.randn(4, 8), torch.randint(30, (4, 7))), tmp_path / "m", row_dtype=row_dtype, shards=shards, missing={"tables.1": "zeros"})
+    p = tw.load_serving(tmp_path / "m")
+    joins = p.manifest.raw["joins"]
+    assert [(j["lookups"], j["stacked"]) for j in joins] == [([0, 1, 2, 3], True), ([5, 6], False)]
+    dense = onnx.load(p.manifest.root / "dense.onnx").graph
+    assert [i.name for i in dense.input] == ["dense", "rows.4.tables.4", "rows.join.0", "rows.join.1"]
+    assert len(p._version.lookups._blocks) == (2 if shards == 1 else 0)  # tables in one file: one gather each
+    for batch in (1, 5, 3):
+        x, ids = torch.randn(batch, 8), torch.randint(30, (batch, 7))
+        wanted = model(x, ids)
+        for got, want in zip(p(dense=x.numpy(), ids=ids.numpy()), wanted):
+            assert close(got, want.detach(), 1e-6 if row_dtype == "float32" else 2e-2)
+    before = p(dense=x.numpy(), ids=ids.numpy())[1][1:]
+    ids[0, 1] = 99  # a zero row, by policy; the other rows of the batch stay as they are
+    got = p(dense=x.numpy(), ids=ids.numpy())[1]
+    assert p.stats()["missing_ids"]["tables.1"] >= 1 and np.array_equal(got[1:], before) and not got[0, 2, 2:4].any()
+    with pytest.raises(tw.IdOutOfRange, match="3 of the 3 ids in column 0 of input 'ids'"):
+        p(dense=x.numpy(), ids=np.full((3, 7), 33))
 
 
 # --- shared inputs -----------------------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def _damaged(tmp_path, how):
     return home, shard
 
 
-@pytest.mark.parametrize("how, said", [("a flipped bit", "has sha256"), ("a short file", "has 1947 bytes"), ("no file", "is missing")])
+@pytest.mark.parametrize("how, said", [("a flipped bit", "sha256 is"), ("a short file", "has .* bytes; the manifest says"), ("no file", "is missing")])
 def test_a_damaged_shard_is_found_at_load(how, said, tmp_path):
     home, shard = _damaged(tmp_path, how)
     with pytest.raises(tw.CorruptShard, match=f"{shard.name}.*{said}"):
