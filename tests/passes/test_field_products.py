@@ -29,6 +29,40 @@ SPELLINGS = {
 }
 
 
+KERNELS = {
+    "outer products (pytorch-fm)": lambda x, k: (x.unsqueeze(1) * k).sum(dim=-1).permute(0, 2, 1) * 2,
+    "turned in place (DeepCTR)": lambda x, k: torch.sum(torch.mul((x + 0).unsqueeze_(dim=1), k), dim=-1).transpose(2, 1),
+    "a kernel with a batch axis (RecBole)": lambda x, k: torch.sum(torch.mul(k.unsqueeze(0), x[:, None]), dim=3).flatten(1),
+}
+
+
+@pytest.mark.parametrize("size", [6, 1])
+@pytest.mark.parametrize("how", KERNELS.values(), ids=KERNELS)
+def test_kernels(how, size):
+    torch.manual_seed(0)
+    done = rewrite(Model(how, (OUT, FIELDS, DIM)), (torch.randn(size, FIELDS, DIM),), TURN)
+    assert len(done.of("APPLIED")) == 1 and len(done.nodes("bmm")) == 1 and not done.nodes("sum")
+    assert_sound(done)
+
+
+KERNELS_LOOK_ALIKES = {
+    "over fields": lambda x, k: (x.unsqueeze(1) * k).sum(2),
+    "over two axes": lambda x, k: (x.unsqueeze(1) * k).sum((2, 3)),
+    "kept": lambda x, k: (x.unsqueeze(1) * k).sum(3, keepdim=True),
+    "read again": lambda x, k: (y := x.unsqueeze(1) * k).sum(3) + y.amax(3),
+    "read before it is turned": lambda x, k: (y := x + 0).sum() + (y.unsqueeze_(1) * k).sum(3) + y.sum(),
+    "columns": lambda x, k: (x.unsqueeze(1) * k[:, :, :1]).sum(3),
+}
+
+
+@pytest.mark.parametrize("how", KERNELS_LOOK_ALIKES.values(), ids=KERNELS_LOOK_ALIKES)
+def test_kernels_that_stay(how):
+    torch.manual_seed(0)
+    done = rewrite(Model(how, (OUT, FIELDS, DIM)), (torch.randn(6, FIELDS, DIM),), TURN)
+    assert not done.of("APPLIED")
+    assert_sound(done)
+
+
 @pytest.mark.parametrize("size", [6, 1, 0])
 @pytest.mark.parametrize("how", SPELLINGS.values(), ids=SPELLINGS)
 def test_spellings(how, size):
