@@ -8,7 +8,8 @@ value. The op takes the model's own parameters, so names and checkpoints stay.
 On CPU it takes over from ``dense_chains`` and ``fast_dropout``, which run before it, and only where a chain has dropout: without it there
 is nothing that they leave to gain. On a GPU it takes every chain with a ReLU; how each chain's products are made ("blas": cuBLASLt
 through PyTorch; "square", "wide": Triton products that end in ReLU, dropout and the mask) is what is measured fastest. Where no form is measured
-faster than the chain as it is, the chain stays. A GPU draws dropout's values from another stream than torch's kernel (same distribution).
+faster than the chain as it is, the chain stays. Half-precision rows that are no multiple of 16 bytes (DLRM's 479 columns, its 13 numbers) are
+filled up with zeros there, by the interaction that makes them where there is one: tensor cores are fed 16 bytes at a time. A GPU draws dropout's values from another stream than torch's kernel (same distribution).
 """
 from __future__ import annotations
 
@@ -17,11 +18,13 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from ..kernels.dense import op as dense
 from ..kernels.dropout import cpu as draws
 from ..kernels.dropout import op as dropout
+from ..kernels.interaction.op import DOT_INTERACTION
 from ..kernels.mlp import op as mlp
 from ..kernels.mlp.layers import FORMS, Layer, encode
 from .graph import Editor, Writes, arguments, aten, is_op, value_of
@@ -160,6 +163,25 @@ def _unfit(chain: Sequence[_Part]) -> str | None:
     return None
 
 
+def _columns(x: Tensor | None) -> int:
+    """Of how many columns a row's length should be a multiple."""
+    half = x is not None and x.device.type != "cpu" and x.dtype in (torch.float16, torch.bfloat16)
+    return 8 if half else 1
+
+
+def _filled(editor: Editor, x: Node, more: int, nodes: list[Node]) -> Node:
+    """``x`` with ``more`` zero columns: from the interaction that makes it, where only this chain reads it, else by a copy."""
+    source = x.args[0] if is_op(x, aten.to.dtype) else x
+    if is_op(source, DOT_INTERACTION) and all(len(n.users) == 1 for n in (x, source)) and arguments(source)["multiple"] == 1:
+        given = list({**arguments(source), "multiple": 8}.values())
+        source.args, source.kwargs = tuple(given), {}
+        for node in {x, source}:
+            if (value := value_of(node)) is not None:
+                node.meta["val"] = value.new_empty(value.shape[0], value.shape[1] + more)
+        return x
+    return editor.call(aten.constant_pad_nd.default, x, [0, more], before=nodes[-1], sources=nodes[:1])
+
+
 def _copied(chain: Sequence[_Part], copy_of: dict[Node, Node]) -> list[_Part]:
     return [
         replace(part, nodes=[copy_of[n] for n in part.nodes], train=copy_of[part.train] if isinstance(part.train, Node) else part.train)
@@ -169,10 +191,14 @@ def _copied(chain: Sequence[_Part], copy_of: dict[Node, Node]) -> list[_Part]:
 
 def _replace(editor: Editor, chain: Sequence[_Part], form: str) -> None:
     nodes = [n for part in chain for n in part.nodes]
-    inputs, weights, biases = zip(*(_operands(part.nodes[0]) for part in chain))
+    inputs, weights, biases = map(list, zip(*(_operands(part.nodes[0]) for part in chain)))
+    width = value_of(weights[0]).shape[1]  # type: ignore[union-attr]
+    if isinstance(width, int) and (more := -width % _columns(value_of(inputs[0]))):
+        weights[0] = editor.call(aten.constant_pad_nd.default, weights[0], [0, more], before=nodes[-1], sources=nodes[:1])
+        inputs[0] = _filled(editor, inputs[0], more, nodes)
     layers = encode(tuple(Layer(part.relu, part.p, form) for part in chain))
     made = editor.call(
-        mlp.OP, inputs[0], list(weights), list(biases), layers, [part.train for part in chain],
+        mlp.OP, inputs[0], weights, biases, layers, [part.train for part in chain],
         before=nodes[-1], sources=nodes, value=value_of(nodes[-1]),
     )  # fmt: skip
     editor.replace(nodes[-1], made)

@@ -9,8 +9,10 @@ from tablewright.kernels.mlp.layers import FORMS
 from tablewright.passes import dense_chains, fuse_mlp
 from tablewright.passes.dense_chains import DenseChains
 from tablewright.passes.fast_dropout import FastDropout
+from tablewright.passes.fuse_dot_interaction import FuseDotInteraction
 from tablewright.passes.fuse_mlp import FuseMlp
 from tablewright.passes.measure import Timing
+from tablewright.rewriter.verify import check_structure
 from torch import nn
 from torch.nn import functional as F
 
@@ -169,3 +171,35 @@ def test_what_is_not_faster_is_left_and_the_fastest_form_is_taken(monkeypatch):
     monkeypatch.setattr("tablewright.passes.measure.time_both", lambda *args: Timing(1.0, 1.0, 4))
     done = rewrite(tower(), (torch.randn(4, 7),), FuseMlp())
     assert "must be 1.05x faster" in done.of("SKIPPED")[0].reason and not done.nodes("mlp")
+
+
+class Interaction(nn.Module):
+    """10 columns of an interaction of 4 features, or with a reader more."""
+
+    def __init__(self, read_twice=False):
+        super().__init__()
+        self.first, self.top, self.read_twice = nn.Linear(7, 4), nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 1)), read_twice
+
+    def forward(self, x):
+        rows = self.first(x)
+        z = torch.stack([rows, rows * 2, rows + 1, rows * rows], 1)
+        i, j = torch.tril_indices(4, 4, -1)
+        out = torch.cat([rows, torch.bmm(z, z.mT)[:, i, j]], 1)
+        return self.top(out) + (out.sum(1, keepdim=True) if self.read_twice else 0)
+
+
+@needs_library
+@pytest.mark.parametrize("read_twice", [False, True])
+def test_rows_are_filled_up_to_16_bytes_where_asked(monkeypatch, read_twice):
+    """As on a GPU in half precision, here in float32 on CPU."""
+    monkeypatch.setattr(fuse_mlp, "_columns", lambda value: 8)
+    done = rewrite(Interaction(read_twice), (torch.randn(5, 7),), FuseDotInteraction(measure=False))
+    before = done.after
+    check_structure(done.before, before, done.shell)  # which leaves the shapes of new nodes behind
+    done = again(done.shell, before, done.leaves, FUSE)
+    assert len(done.of("APPLIED")) == 1 and done.nodes("dot_interaction")[0].args[-1] == (8 if not read_twice else "")
+    assert len(done.nodes("constant_pad_nd")) == (2 if read_twice else 1), "the weight, and what nobody fills up as it is made"
+    assert_same_numbers(done.shell, before, done.after, done.leaves)
+    plain = rewrite(tower(nn.ReLU()), (torch.randn(5, 7),), FUSE)
+    assert len(plain.nodes("constant_pad_nd")) == 2
+    assert_sound(plain)
