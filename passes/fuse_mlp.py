@@ -175,7 +175,7 @@ def _filled(editor: Editor, x: Node, more: int, nodes: list[Node]) -> Node:
     if is_op(source, DOT_INTERACTION) and all(len(n.users) == 1 for n in (x, source)) and arguments(source)["multiple"] == 1:
         given = list({**arguments(source), "multiple": 8}.values())
         source.args, source.kwargs = tuple(given), {}
-        for node in {x, source}:
+        for node in [x] if x is source else [x, source]:
             if (value := value_of(node)) is not None:
                 node.meta["val"] = value.new_empty(value.shape[0], value.shape[1] + more)
         return x

@@ -104,6 +104,21 @@ def _decode_cpu(payload: Tensor, codec: str, dim: int, dtype: torch.dtype) -> Te
     return cpu.decode(payload, dim, dtype) if codec == "int8" and cpu.serves(payload) else reference_decode(payload, codec, dim, dtype)
 
 
+def _encode_gpu(rows: Tensor, codec: str) -> Tensor:
+    from . import gpu  # Triton is imported only where a GPU asks for it
+
+    _check_rows(rows, codec)
+    return gpu.encode(rows) if codec == "int8" and gpu.serves(rows, rows.shape[1]) else reference_encode(rows, codec)
+
+
+def _decode_gpu(payload: Tensor, codec: str, dim: int, dtype: torch.dtype) -> Tensor:
+    from . import gpu
+
+    _check_payload(payload, codec, dim, dtype)
+    fits = codec == "int8" and payload.stride(1) == 1 and gpu.serves(payload.new_empty(len(payload), dtype=dtype), dim)
+    return gpu.decode(payload, dim, dtype) if fits else reference_decode(payload, codec, dim, dtype)
+
+
 def _autograd_encode(rows: Tensor, codec: str) -> Tensor:
     if rows.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
@@ -128,8 +143,8 @@ def _fake_decode(payload, codec, dim, dtype):
 
 LIBRARY.impl("encode_rows", _encode_cpu, "CPU")
 LIBRARY.impl("decode_rows", _decode_cpu, "CPU")
-LIBRARY.impl("encode_rows", reference_encode, "CUDA")
-LIBRARY.impl("decode_rows", reference_decode, "CUDA")
+LIBRARY.impl("encode_rows", _encode_gpu, "CUDA")
+LIBRARY.impl("decode_rows", _decode_gpu, "CUDA")
 LIBRARY.impl("encode_rows", _autograd_encode, "Autograd")
 
 ENCODE, DECODE = torch.ops.tablewright.encode_rows.default, torch.ops.tablewright.decode_rows.default

@@ -168,6 +168,22 @@ def lookup_dots_cases():
             yield f"lookup dots{name} {kind} sm_{sm}", kernel, kinds, held, warps, stages, sm
 
 
+def codec_cases():
+    """(name, kernel, arguments, constants, warps, stages, sm) of the int8 row codec at width 128."""
+    from tablewright.kernels.codecs import gpu
+    from tablewright.kernels.codecs import triton_kernels as k
+
+    options = gpu.tile_options(128)
+    warps = options.pop("num_warps")
+    kinds = {"payload": "*u8", "x_row": "i32:16", "count": "i32", "dim": "i32:16", "width": "i32", "payload_row": "i32"}
+    for name, dtype in DTYPES.items():
+        vector = 128 // dtype.primitive_bitwidth
+        for kernel, values, held in ((k.encode_kernel, "x", {"X_VEC": vector}), (k.decode_kernel, "out", {"OUT_VEC": vector})):
+            constants = options | held | {"VEC": 8}
+            given = {n: kinds.get(n, f"*{dtype}") for n in kernel.arg_names if n not in constants}
+            yield f"{'encode' if values == 'x' else 'decode'} {name}", kernel, given, constants, warps, 3, 90
+
+
 def mlp_cases():
     """(name, kernel, arguments, constants, warps, stages, sm) of the kernels of the fused multilayer perceptron, as ``gpu.py`` launches them."""
     from tablewright.kernels.mlp import gpu
@@ -196,7 +212,7 @@ def mlp_cases():
     yield case("keep", k.keep_kernel, tl.float32, {"BLOCK": 256})
 
 
-CASES = {"--embedding": embedding_cases, "--interactions": interaction_cases, "--mlp": mlp_cases, "--lookup-dots": lookup_dots_cases}
+CASES = {"--embedding": embedding_cases, "--interactions": interaction_cases, "--mlp": mlp_cases, "--lookup-dots": lookup_dots_cases, "--codecs": codec_cases}
 
 
 def main() -> None:

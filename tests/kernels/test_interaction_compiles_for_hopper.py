@@ -1,27 +1,16 @@
 """Every interaction kernel is compiled for an H100/H200, with no GPU, and its machine code is held to what makes it fast."""
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton", reason="NOT TESTED: the Triton kernels, because triton is not installed")
 
+from compiled import facts_of  # noqa: E402
+
 
 @pytest.fixture(scope="module")
 def facts() -> dict[str, dict[str, int]]:
-    """Kernel case -> registers, spills, loads, ...; compiled in a process where no kernel is interpreted."""
-    script = Path(__file__).with_name("hopper.py")
-    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    path = os.pathsep.join(p for p in sys.path if p)
-    command = [sys.executable, str(script), "--interactions"]
-    done = subprocess.run(command, env=kept | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return facts_of("--interactions")
 
 
 def test_nothing_is_spilled(facts):

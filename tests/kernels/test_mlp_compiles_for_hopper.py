@@ -1,27 +1,16 @@
 """The kernels of the fused multilayer perceptron are compiled for sm_90 and sm_80, with no GPU, and held to what makes them fast."""
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton", reason="NOT TESTED: the Triton kernels, because triton is not installed")
 
+from compiled import facts_of  # noqa: E402
+
 
 @pytest.fixture(scope="module")
 def facts() -> dict[str, dict[str, int]]:
-    """Kernel case -> registers, spills, loads, ...; compiled in a process where no kernel is interpreted."""
-    script = Path(__file__).with_name("hopper.py")
-    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    path = os.pathsep.join(p for p in sys.path if p)
-    command = [sys.executable, str(script), "--mlp"]
-    done = subprocess.run(command, env=kept | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return facts_of("--mlp")
 
 
 def test_nothing_is_spilled_and_nothing_added_atomically(facts):

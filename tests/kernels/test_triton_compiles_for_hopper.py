@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 triton = pytest.importorskip("triton", reason="NOT TESTED: the Triton kernels, because triton is not installed")
+
+from compiled import facts_of  # noqa: E402
 
 TILES_OF_SEVERAL_WIDTHS = "D16+D64+D256"
 # Instructions that touch local memory. ptxas sometimes keeps a few cold numbers there to fit one more block on a processor: the
@@ -21,15 +17,7 @@ ALLOWED_SPILLS_OF_SEVERAL_WIDTHS = 16
 
 @pytest.fixture(scope="module")
 def facts() -> dict[str, dict[str, int]]:
-    """Kernel case -> registers, spills, loads, ...; compiled in a process where no kernel is interpreted."""
-    script = Path(__file__).with_name("hopper.py")
-    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    path = os.pathsep.join(p for p in sys.path if p)
-    done = subprocess.run(
-        [sys.executable, str(script), "--embedding"], env=kept | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return facts_of("--embedding")
 
 
 def test_nothing_is_spilled(facts):
