@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in serving.NAMES:
         return serving.main(argv)  # in a serving image there is no torch to import
+    from .planner import commands as planner
     from .viewer import command as inspect
 
     parser = argparse.ArgumentParser(prog="python -m tablewright", description="Tablewright's commands.")
@@ -55,8 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     coverage.add_argument("--verbose", action="store_true", help="every reason, and torch's warnings")
     inspect.add(commands, _FACTORY)
     serving.add_commands(commands)
+    planner.add_commands(commands, _FACTORY)
     args = parser.parse_args(argv)
     try:
+        if hasattr(args, "run"):
+            return args.run(args)
         return inspect.run(args) if args.command == inspect.NAME else _coverage(args)
     except TablewrightError as error:
         print(f"tablewright {args.command}: {error}", file=sys.stderr)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.optim import Optimizer
@@ -63,16 +64,16 @@ def read_model(
     if samples.args is None:
         raise PlanError("sample_inputs is None; the planner counts ids and sizes on one rank's batch, so it needs one")
     shell = clone_shell(model)
-    meta = _give_address_space(shell)
+    empty_buffers = _give_address_space(shell)
     with CAPTURING:
-        captured = capture(shell, [(samples.args, samples.kwargs)])
+        captured = capture(shell, [pytree.tree_map(_with_memory, (samples.args, samples.kwargs))])
     if captured.program is not None:
         raise PlanError(f"the model was captured by {captured.door} and not as one graph, and only one graph can be sharded: {'; '.join(captured.notes)}")
     context = Context(copy_graph(captured.graph), shell)
     PoolSequences().run(context)
     graph = context.graph
     leaves = captured.guards.flatten(samples.args, samples.kwargs or {})
-    notes = ["buffers of a meta model hold no values: ids that are computed from them are counted as if they were zero"] if meta else []
+    notes = ["buffers of a meta model hold no values: ids that are computed from them are counted as if they were zero"] if empty_buffers else []
     every = tables_read(graph, shell)
     wishes = plan.resolve(every, _aliases(shell, every))
     reads, others = _lookups(graph, shell)
@@ -110,14 +111,21 @@ def _numbers(cost: Cost) -> tuple:
 
 
 def _give_address_space(shell: nn.Module) -> bool:
-    """Zeros that take no memory in place of meta tensors; True if there were any."""
+    """Zeros that take no memory in place of meta tensors; True if buffers were among them."""
     made: dict[int, Tensor] = {}
+    buffers = False
     for module in shell.modules():
         for home in (module._parameters, module._buffers):
             for name, tensor in home.items():
                 if tensor is not None and tensor.is_meta:
                     home[name] = made.setdefault(id(tensor), _zeros_like(tensor))
-    return bool(made)
+                    buffers |= home is module._buffers
+    return buffers
+
+
+def _with_memory(value: Any) -> Any:
+    """A tensor of zeros for one on the meta device."""
+    return torch.zeros_like(value, device="cpu") if isinstance(value, Tensor) and value.is_meta else value
 
 
 def _zeros_like(tensor: Tensor) -> Tensor:
