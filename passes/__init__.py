@@ -25,10 +25,11 @@ from .share_repeats import ShareRepeats
 from .short_softmax import ShortSoftmax
 from .table_gradients import TableGradients
 from .tier_tables import TierTables
+from .wide_rows import WideRows
 
 DEFAULT: tuple[type[Pass], ...] = (
     RemoveZeroDropout, FuseFm, FuseDotInteraction, FusePairProducts, FuseCin, FieldProducts, PoolSequences, ConcatenatedLookups,
-    ShareRepeats, IdColumns, GroupTables, TableGradients, FuseCross,
+    ShareRepeats, IdColumns, GroupTables, TableGradients, WideRows, FuseCross,
     BatchExperts, MixedPrecision, DenseChains, FuseDice, ShortSoftmax, FastDropout, FuseMlp, FuseLookupDots,
 )  # fmt: skip
 OVER_RANKS: tuple[type[Pass], ...] = (ShardTables,)  # then, where a model runs over several ranks; no plan leaves them out

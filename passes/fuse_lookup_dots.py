@@ -110,6 +110,8 @@ def _unfit(node: Node, path: list[Node], writes: Writes) -> str | None:
         return "the features have different widths; one was needed"
     if tuple(values[0].shape[1:]) != features(spec):
         return f"the rows are viewed as {[str(s) for s in values[0].shape]}; [batch, features, dim] was needed"
+    if spec.wide:
+        return f"the tables are stored as {str(tables[0].dtype).removeprefix('torch.')} and read in float32; one dtype was needed"
     if any(v.dtype != tables[0].dtype for v in (*tables, *values[1 + len(a["indices"]) :])):
         return "tables and dense vectors have different dtypes; one was needed"
     written = next((n for n in (*path, *a["tables"], *a["indices"], *a["extras"]) if writes.to(n)), None)

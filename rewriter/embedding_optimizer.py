@@ -31,12 +31,18 @@ def decide(
     planned: dict[str, EmbeddingOptimizer] = {}
     for name, table in tables.items():
         wish = resolved[name]
+        low = wish.dtype not in (None, "fp32")
         if wish.trainable is False:
             choices[name] = Choice("none", detail="frozen by the plan", required=True)
         elif not isinstance(table, nn.Parameter):
             choices[name] = Choice("keep", reason="it is a buffer, which nothing trains")
         elif not table.requires_grad:
             choices[name] = Choice("keep", reason="it is frozen (requires_grad=False)")
+        elif low and not (wish.embedding_optimizer is not None and wish.embedding_optimizer.in_backward):
+            raise PlanError(
+                f"the plan stores table '{name}' as {wish.dtype}, and it is trained: its gradients are kept in float32 inside the backward only. "
+                "Give it an embedding_optimizer with in_backward: true, or trainable: false"
+            )
         elif wish.embedding_optimizer is not None:
             if id(table) in claimed:
                 raise PlanError(
@@ -54,7 +60,8 @@ def decide(
             choices[name] = _user_choice(table, optimizer, claimed[id(table)], plan.numerics)
         else:
             choices[name] = Choice("keep", reason=_nobody(optimizer))
-    plan_optimizer = _plan_optimizer(tables, planned) if planned else None
+    stored = {name for name in planned if resolved[name].dtype not in (None, "fp32")}
+    plan_optimizer = _plan_optimizer(tables, planned, stored) if planned else None
     if plan_optimizer is not None:
         plan_optimizer.huge_pages = plan.huge_pages
     owner = in_backward.register(plan_optimizer) if plan_optimizer is not None else -1
@@ -85,10 +92,12 @@ def _user_choice(table: Tensor, optimizer: Optimizer | None, group: dict, numeri
     return Choice("sparse", detail=f"{type(optimizer).__name__} on touched rows, one fused step", moves_by_zero=moves)
 
 
-def _plan_optimizer(tables: dict[str, Tensor], planned: dict[str, EmbeddingOptimizer]) -> RowUpdates:
-    groups: dict[EmbeddingOptimizer, dict] = {}
+def _plan_optimizer(tables: dict[str, Tensor], planned: dict[str, EmbeddingOptimizer], stored: set[str]) -> RowUpdates:
+    """``stored``: the tables that are stored in a lower dtype, which are rounded stochastically."""
+    groups: dict[tuple[EmbeddingOptimizer, bool], dict] = {}
     for name, chosen in planned.items():
-        group = groups.setdefault(chosen, {"params": [], "kind": chosen.key, **chosen.settings()})
+        new = {"params": [], "kind": chosen.key, **chosen.settings(), "stochastic": name in stored}
+        group = groups.setdefault((chosen, name in stored), new)
         group["params"].append((name, tables[name]))
     return RowUpdates(list(groups.values()))
 

@@ -23,12 +23,13 @@ from ..kernels.embedding.spec import decode
 from ..kernels.memory import use_huge_pages
 from ..passes import IN_TIERS, OVER_RANKS
 from ..passes.lookups import tables_read
-from ..passes.records import APPLIED
+from ..passes.records import APPLIED, Record
 from ..passes.table_gradients import Choice
 from .bisect import first_difference
 from .capture import CAPTURING, Captured, attach, capture, clone_shell
 from .capture.plain_model import watch
 from .capture.shell import TICKET
+from .capture.stored import store_tables
 from .embedding_optimizer import decide
 from .equivalence import numeric_check
 from .errors import CaptureError, PlanError, TablewrightError
@@ -103,7 +104,9 @@ def optimize_with_samples(
         model = copy.deepcopy(model)
     drop_placeholders(model)
     shell = clone_shell(model)
+    stored = store_tables(shell, plan)
     compiler = Compiler(shell, {} if duplicate else dict(model.named_modules()), plan, samples, verify, ranks)
+    compiler.stored = stored
     with CAPTURING, stand_ins(shell, plan, optimizer) as compiler.empty:
         variants = compiler.compile_all(optimizer)
     if compiler.sharded is not None:
@@ -215,6 +218,7 @@ class Compiler:
         self.plan_optimizer: RowUpdates | None = None
         self.user_optimizer: weakref.ref | None = None
         self.row_wise_tables: list[str] = []
+        self.stored: dict[str, tuple[int, int]] = {}  # tables in memory of their own: bytes in the plain model, and here
 
     def for_copy(self, shell: nn.Module) -> Compiler:
         """For a deep copy of the model, which no longer follows the user's own."""
@@ -351,7 +355,7 @@ class Compiler:
         """What was done in ``variants``, the first of each method."""
         fused = [n for variant in variants for graph in variant.graphs for n in graph.nodes if n.target is OP]
         table_bytes = sum(t.numel() * t.element_size() for t in self.tables.values())
-        copied_bytes = table_bytes if copied else 0
+        copied_bytes = table_bytes if copied else sum(low for _, low in self.stored.values())
         notes = []
         for variant in variants:
             entry = variant.captured.entry
@@ -361,11 +365,17 @@ class Compiler:
         done = {variant.captured.entry for variant in variants}
         notes += [f"{entry}() has no sample inputs: it is captured at its first call" for entry in self.samples if entry not in done]
         return Report(
-            records=merged(r for variant in variants for step in variant.steps for r in step.records),
+            records=(*merged(r for variant in variants for step in variant.steps for r in step.records), *self._storage()),
             door=variants[0].captured.door, pieces=variants[0].pieces, notes=tuple(notes), launches=len(fused),
             table_bytes=table_bytes, copied_bytes=copied_bytes, huge_page_bytes=huge, kernels=f"CPU kernels: {cpu.describe()}",
             seconds=seconds, passes=tuple(dict.fromkeys(step.name for variant in variants for step in variant.steps)),
         )  # fmt: skip
+
+    def _storage(self) -> list[Record]:
+        """A row for each table that has storage of its own."""
+        said = "{} in memory of its own, {:,} bytes instead of {:,}; the plain model's float32 table is not read or trained"
+        words = {n: str(self.tables[n].dtype).removeprefix("torch.") for n in self.stored if n in self.tables}
+        return [Record("stored tables", APPLIED, n, "storage", detail=said.format(w, *self.stored[n][::-1])) for n, w in words.items()]
 
     def returned_optimizer(self, optimizer: Optimizer, variants: list[Variant]) -> Optimizer:
         """The user's optimizer in the form that steps the tables which now have sparse gradients."""

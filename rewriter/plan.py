@@ -6,6 +6,7 @@ embedding_optimizer: {rowwise_adagrad: {lr: 0.01, eps: 1.0e-8, in_backward: true
 tables:                       # globs on module paths; every matching entry applies, key by key, the earlier one winning
   "user*": {embedding_optimizer: {adagrad: {lr: 0.02}}}
   "frozen.*": {trainable: false}
+  "huge.*": {dtype: bf16}     # fp32 | fp16 | bf16: in memory of their own; updates in the backward round stochastically
 passes: {group_tables: true}  # absent = default, false = off, mapping = options
 numerics: reassociated        # exact | reassociated | approximate: the loosest class of rewrite allowed
 precision: fp32               # fp32 | bf16 | fp16: of the dense part; parameters, tables and updates stay fp32
@@ -108,10 +109,12 @@ _OPTIMIZERS: dict[str, type[EmbeddingOptimizer]] = {c.key: c for c in (SGD, Adag
 @dataclass(frozen=True)
 class TablePlan:
     """What a plan says of the tables that one glob matches; ``None`` says nothing. ``trainable: false`` freezes them in the
-    optimized model, whatever ``requires_grad`` says. The rest places them on ranks (``placement.py``)."""
+    optimized model, whatever ``requires_grad`` says. ``dtype``: store them in it, apart from the plain model's; their optimizer then is
+    the plan's, in the backward, if they are trained. The rest places them on ranks (``placement.py``)."""
 
     embedding_optimizer: EmbeddingOptimizer | None = None
     trainable: bool | None = None
+    dtype: str | None = None
     sharding: str | None = None
     ranks: tuple[int, ...] | None = None
     exchange: str | None = None
@@ -123,6 +126,7 @@ class TablePlan:
         _check_optimizer(self.embedding_optimizer, "tables.<glob>.embedding_optimizer")
         _expect(self.trainable is None or isinstance(self.trainable, bool), "tables.<glob>.trainable", self.trainable, "true or false")
         _expect(self.storage is None or isinstance(self.storage, Storage), "tables.<glob>.storage", self.storage, "a tw.Storage")
+        _expect(self.dtype is None or self.dtype in PRECISIONS, "tables.<glob>.dtype", self.dtype, " | ".join(PRECISIONS))
         ranks = check_placement(self.sharding, self.ranks, self.exchange, self.communication, self.split, "tables.<glob>")
         object.__setattr__(self, "ranks", ranks)
 
@@ -304,8 +308,19 @@ class Plan:
                 f.name: next((v for e in entries if (v := getattr(e, f.name)) is not None), None) for f in fields(TablePlan)
             }
             check_together(name, chosen["sharding"], chosen["ranks"])
+            if chosen["sharding"] is not None and (chosen["dtype"] or "fp32") != "fp32":
+                raise PlanError(f"tables: '{name}' is both {chosen['sharding']} and stored as {chosen['dtype']}, which do not go together yet")
             resolved[name] = TablePlan(**chosen)
         return resolved
+
+    def storage(self, names: Mapping[str, Iterable[str]]) -> dict[str, str]:
+        """The tables (by parameter name; ``names`` also gives the other names of each) that are stored in another dtype than float32."""
+        found = {}
+        for name, aliases in names.items():
+            said = [t.dtype for glob, t in self.tables.items() if t.dtype and any(_matches(glob, n) for n in (name, *aliases))]
+            if said and said[0] != "fp32":
+                found[name] = said[0]
+        return found
 
     def make_passes(self) -> list[Pass | Disabled]:
         """The passes to run, in order, and those that are off with the reason."""

@@ -24,6 +24,8 @@ _WORDS = {
     "id columns": "cut at once",
     "tiers": "tables kept in tiers",
     "ops": "in low precision",
+    "stored tables": "in their own dtype",
+    "wide rows": "of low tables",
 }
 _MAX_LINES = 25
 

@@ -61,7 +61,8 @@ def _forward(tables, indices, offsets, sample_weights, extras, text: str) -> lis
     same = not extras or all([e.dtype == dtype for e in extras])
     given = extras if same else [e.to(dtype) for e in extras]
     slots = implementation(tables[0].device).forward(spec, tables, indices, offsets, sample_weights, given)
-    return slots if same else _promote(spec, slots, extras)
+    slots = slots if same else _promote(spec, slots, extras)
+    return [slot.float() for slot in slots] if spec.wide else slots
 
 
 def _unmade(spec: GroupSpec, tables, indices, offsets) -> list[Tensor]:
@@ -104,7 +105,7 @@ def _fake(tables, indices, offsets, sample_weights, extras, spec, ticket=None, o
     parsed = decode(spec)
     if parsed.unmade:
         return _unmade(parsed, tables, indices, offsets)
-    dtypes = [tables[0].dtype] * len(parsed.slots)
+    dtypes = [torch.float32 if parsed.wide else tables[0].dtype] * len(parsed.slots)
     for place, extra in zip(parsed.extras, extras):
         dtypes[place.slot] = torch.promote_types(dtypes[place.slot], extra.dtype)
     shapes = leading_shapes(parsed, indices, offsets)

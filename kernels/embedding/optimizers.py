@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, SparseAdam
 
 from ..memory import use_huge_pages
-from . import cpu
+from . import cpu, low_tables
+from .rounding import seed_of
 from .spec import GroupSpec
 from .updates import TableUpdate
 
@@ -265,7 +266,8 @@ class RowUpdates(Optimizer):
 
     Each param group has ``kind``, ``lr``, ``eps``, ``betas``, ``weight_decay`` (decoupled, touched rows), ``maximize`` and
     ``in_backward``. Tables of an ``in_backward`` group are updated when a backward ends; for the others ``step()`` reads the
-    sparse ``.grad``. A dense ``.grad`` is taken as touching its rows that are not all zero.
+    sparse ``.grad``. A dense ``.grad`` is taken as touching its rows that are not all zero. ``stochastic``: the group's tables, in float16
+    or bfloat16, are rounded stochastically where they are updated in a backward (``low_tables.py``).
 
     ``guard``, if set, is told before and after each update inside a backward, and may refuse it by raising.
 
@@ -278,7 +280,7 @@ class RowUpdates(Optimizer):
     row_squares: Any = None  # for tables whose rows are cut over ranks (kernels/collectives/row_squares.py)
 
     def __init__(self, groups: list[dict]) -> None:
-        defaults = dict(kind="sgd", lr=0.01, eps=0.0, betas=(0.9, 0.999), weight_decay=0.0, maximize=False, in_backward=False)
+        defaults = dict(kind="sgd", lr=0.01, eps=0.0, betas=(0.9, 0.999), weight_decay=0.0, maximize=False, in_backward=False, stochastic=False)
         super().__init__(groups, defaults)
         self._index()
 
@@ -394,8 +396,8 @@ class RowUpdates(Optimizer):
 
     def launch_key(self, table: str) -> tuple:
         """Tables with equal keys can be updated in one launch."""
-        param = self._by_name[table][0]
-        return param.device, param.dtype
+        param, group = self._by_name[table]
+        return param.device, param.dtype, bool(group.get("stochastic"))
 
     def update_rows(self, spec: GroupSpec, slot_grads, indices, offsets, sample_weights) -> None:
         """The in-backward update of the tables of ``spec``; called once by each backward that reached them."""
@@ -412,9 +414,13 @@ class RowUpdates(Optimizer):
         if len(due) < len(held):
             made = dict(zip(due, updates))
             updates = [made.get(i) for i in range(len(held))]
-        slot_grads = [None if g is None else g.to(tables[0].dtype) for g in slot_grads]
         _raise_bad_ids(tables[0])
         run = _implementation(tables[0])
+        if held[0][1].get("stochastic"):
+            seeds = [0 if u is None else seed_of(t.name, u.step) for t, u in zip(spec.tables, updates)]
+            low_tables.update(run, spec, slot_grads, tables, indices, offsets, sample_weights, updates, seeds)
+            return self._updated(tables)
+        slot_grads = [None if g is None else g.to(tables[0].dtype) for g in slot_grads]
         cut = [False]
         if self.row_squares is not None:
             cut = [u is not None and self._is_cut(t.name, group) for t, (_, group), u in zip(spec.tables, held, updates)]
@@ -425,6 +431,9 @@ class RowUpdates(Optimizer):
             updates = [None if is_cut else u for u, is_cut in zip(updates, cut)]
         if not all(cut):
             run.update(spec, slot_grads, tables, indices, offsets, sample_weights, updates)
+        return self._updated(tables)
+
+    def _updated(self, tables: list[Tensor]) -> None:
         if self.after_update is not None:
             self.after_update()
         torch.autograd.graph.increment_version(tables)

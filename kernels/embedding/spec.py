@@ -70,17 +70,22 @@ class Extra:
 @dataclass(frozen=True)
 class GroupSpec:
     """All static facts of one launch. ``slots[s]`` is the width of output ``s``. ``unmade``: the slots are not made, because their only
-    reader looks the rows up itself (``kernels/lookup_dots``): they come as zeros without memory, and carry gradients."""
+    reader looks the rows up itself (``kernels/lookup_dots``): they come as zeros without memory, and carry gradients. ``wide``: outputs
+    of float16 and bfloat16 tables are widened to float32, and so are the gradients that come back."""
 
     tables: tuple[Table, ...]
     lookups: tuple[Lookup, ...]
     slots: tuple[int, ...]
     extras: tuple[Extra, ...] = ()
     unmade: bool = False
+    wide: bool = False
 
     def encode(self) -> str:
         """The canonical text of this spec: compact JSON, field order fixed."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        raw = asdict(self)
+        if not self.wide:
+            del raw["wide"]
+        return json.dumps(raw, separators=(",", ":"))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -93,4 +98,5 @@ def decode(text: str) -> GroupSpec:
         slots=tuple(raw["slots"]),
         extras=tuple(Extra(**e) for e in raw["extras"]),
         unmade=raw.get("unmade", False),
+        wide=raw.get("wide", False),
     )

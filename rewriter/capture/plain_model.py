@@ -36,11 +36,10 @@ def watch(model: nn.Module, shell: nn.Module) -> list[Watched]:
     modules, found = dict(shell.named_modules()), []
     for path, module in model.named_modules():
         for home in _HOMES:
-            seen = dict(module.__dict__[home])
-            if home == "_parameters":
-                seen = dict.fromkeys(name for name, value in seen.items() if value is not None)
+            seen, ours = dict(module.__dict__[home]), modules[path].__dict__[home]
+            if home == "_parameters":  # those that are shared: a table may be stored apart
+                seen = dict.fromkeys(name for name, value in seen.items() if value is not None and ours.get(name) is value)
             if seen:
-                ours = modules[path].__dict__[home]
                 first = weakref.WeakValueDictionary({n: v for n, v in ours.items() if v is not None})
                 ref = weakref.ref(module, lambda _, seen=seen: seen.clear())
                 found.append(Watched(ref, path, home, seen, ours, first))  # type: ignore[arg-type]

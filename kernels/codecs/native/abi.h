@@ -13,6 +13,8 @@ struct Kernels {
     void (*encode)(const float* x, int64_t stride, uint8_t* payload, int64_t rows, int64_t dim);
     // The reverse; here `stride` is in bytes and the floats have no gaps.
     void (*decode)(const uint8_t* payload, int64_t stride, float* x, int64_t rows, int64_t dim);
+    // One row of floats into a float16 (or, if `brain`, bfloat16) row, stochastically rounded with the hashes of its columns.
+    void (*round_row)(const float* x, uint16_t* out, int64_t dim, uint32_t row_hash, bool brain);
 };
 
 }  // namespace twc

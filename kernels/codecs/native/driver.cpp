@@ -30,7 +30,7 @@ const Kernels* active = kernels_of(active_level);
 
 #define TW_EXPORT extern "C" __attribute__((visibility("default")))
 
-TW_EXPORT int64_t twc_abi() { return 1; }
+TW_EXPORT int64_t twc_abi() { return 2; }
 
 // The instruction set in use; a level that this CPU has makes it that one, for tests.
 TW_EXPORT int64_t twc_level(int64_t level) {
@@ -66,4 +66,14 @@ TW_EXPORT void twc_decode(const uint8_t* payload, int64_t stride, float* x, int6
     const Kernels* kernels = active;
     in_parts(rows, dim, threads,
              [=](int64_t i, int64_t count) { kernels->decode(payload + i * stride, stride, x + i * dim, count, dim); });
+}
+
+// table[rows[i]] = stochastically rounded x[i]; `hashes` has one for each row.
+TW_EXPORT void twc_write_rounded(const float* x, const int64_t* rows, const uint32_t* hashes, uint16_t* table, int64_t stride,
+                                 int64_t count, int64_t dim, int64_t brain, int64_t threads) {
+    const Kernels* kernels = active;
+    in_parts(count, dim, threads, [=](int64_t first, int64_t many) {
+        for (int64_t i = first; i < first + many; i++)
+            kernels->round_row(x + i * dim, table + rows[i] * stride, dim, hashes[i], brain != 0);
+    });
 }
