@@ -101,6 +101,7 @@ def restore_plain(model: nn.Module) -> None:
         if isinstance(module, _Stored):
             low = module.weight
             dtype = module.__dict__.pop("plain_dtype")
-            made[id(low)] = made.get(id(low)) or nn.Parameter(low.detach().to(dtype), requires_grad=low.requires_grad)
+            if id(low) not in made:
+                made[id(low)] = nn.Parameter(low.detach().to(dtype), requires_grad=low.requires_grad)
             module._parameters = OrderedDict(module._parameters, weight=made[id(low)])  # type: ignore[assignment]
             module.__class__ = plain[type(module)]
