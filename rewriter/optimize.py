@@ -105,6 +105,8 @@ def optimize_with_samples(
     drop_placeholders(model)
     shell = clone_shell(model)
     stored = store_tables(shell, plan)
+    if stored and ranks is not None:
+        raise PlanError(f"the plan stores '{next(iter(stored))}' in another dtype, which over several ranks (mesh=) is not supported yet")
     compiler = Compiler(shell, {} if duplicate else dict(model.named_modules()), plan, samples, verify, ranks)
     compiler.stored = stored
     with CAPTURING, stand_ins(shell, plan, optimizer) as compiler.empty:

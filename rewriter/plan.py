@@ -308,12 +308,13 @@ class Plan:
                 f.name: next((v for e in entries if (v := getattr(e, f.name)) is not None), None) for f in fields(TablePlan)
             }
             check_together(name, chosen["sharding"], chosen["ranks"])
-            if chosen["sharding"] is not None and (chosen["dtype"] or "fp32") != "fp32":
-                raise PlanError(f"tables: '{name}' is both {chosen['sharding']} and stored as {chosen['dtype']}, which do not go together yet")
+            placed = chosen["sharding"] or ("in tiers" if chosen["storage"] is not None else "")
+            if placed and (chosen["dtype"] or "fp32") != "fp32":
+                raise PlanError(f"tables: '{name}' is both {placed} and stored as {chosen['dtype']}, which do not go together yet")
             resolved[name] = TablePlan(**chosen)
         return resolved
 
-    def storage(self, names: Mapping[str, Iterable[str]]) -> dict[str, str]:
+    def stored_dtypes(self, names: Mapping[str, Iterable[str]]) -> dict[str, str]:
         """The tables (by parameter name; ``names`` also gives the other names of each) that are stored in another dtype than float32."""
         found = {}
         for name, aliases in names.items():
