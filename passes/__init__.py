@@ -17,6 +17,7 @@ from .fuse_pair_products import FusePairProducts
 from .group_tables import GroupTables
 from .id_columns import IdColumns
 from .mixed_precision import MixedPrecision
+from .overlap_communication import OverlapCommunication
 from .pool_sequences import PoolSequences
 from .remove_zero_dropout import RemoveZeroDropout
 from .rule import Pass
@@ -32,5 +33,5 @@ DEFAULT: tuple[type[Pass], ...] = (
     ShareRepeats, IdColumns, GroupTables, TableGradients, WideRows, FuseCross,
     BatchExperts, MixedPrecision, DenseChains, FuseDice, ShortSoftmax, FastDropout, FuseMlp, FuseLookupDots,
 )  # fmt: skip
-OVER_RANKS: tuple[type[Pass], ...] = (ShardTables,)  # then, where a model runs over several ranks; no plan leaves them out
+OVER_RANKS: tuple[type[Pass], ...] = (ShardTables, OverlapCommunication)  # then, where a model runs over several ranks; no plan leaves them out
 IN_TIERS: tuple[type[Pass], ...] = (TierTables,)  # then, where tables are larger than memory

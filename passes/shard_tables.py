@@ -18,6 +18,7 @@ gradient needs the rows.
 """
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -29,7 +30,9 @@ from ..kernels.collectives import exchange_ids, exchange_rows, merge_rows, route
 from ..kernels.collectives.spec import ExchangeSpec, Stream, TableLayout
 from ..kernels.embedding.op import OP
 from ..kernels.embedding.spec import Extra, GroupSpec, Lookup, Table, decode
-from .graph import Editor, aten, is_op, packet_name, stored_tensor
+from .cost import KEY as COST
+from .cost import Cost
+from .graph import Editor, aten, is_op, packet_name, stored_tensor, value_of
 from .records import APPLIED, Record
 from .rule import Context, Pass
 
@@ -132,11 +135,14 @@ class _Exchange:
         ids, offsets = [self.ids[i] for i in self.far], [self.offsets[i] for i in self.far]
         routed = self.call(route_ids.OP, ids, offsets, text)
         header, payload, places, counts = self.parts(routed, 4)
-        header_in, payload_in = self.parts(self.call(exchange_ids.EXCHANGE, header, payload, text, rank, group), 2)
+        exchanged = self.call(exchange_ids.EXCHANGE, header, payload, text, rank, group)
+        header_in, payload_in = self.parts(exchanged, 2)
         answers = self.local_lookup(exchange, self.call(exchange_ids.RECEIVED, header_in, payload_in, text, rank))
         anchor = self.editor.attribute(ANCHOR, before=self.node, sources=[self.node])
         sent = self.call(exchange_rows.PACK, answers, anchor, header_in, text, rank)
         wire = self.call(exchange_rows.SEND, sent, header_in, header, text, rank, group)
+        numbers, rows = self.wire_bytes(exchange)
+        exchanged.meta[COST], wire.meta[COST] = Cost(wire=numbers, calls=1, messages=2), Cost(wire=rows, calls=1, messages=1)
         received = self.call(exchange_rows.WAIT, sent, wire, header_in, header, text, rank, group)
         own = self.pooled_here(exchange, routed, received, header, text)
         near = self.near_lookups()
@@ -145,6 +151,22 @@ class _Exchange:
         slots.meta["val"] = self.node.meta.get("val")
         self.editor.replace(self.node, slots)
         assert len(joined) == len(exchange.group.extras) and spec.slots == exchange.group.slots
+
+    def wire_bytes(self, exchange: ExchangeSpec) -> tuple[float, float]:
+        """Bytes that one rank expects to send as ids, and as rows, for a batch of the sample's shapes spread evenly; 0 without shapes."""
+        numbers = rows = 0.0
+        for stream in exchange.streams:
+            share = stream.shard.rows / self.spec.tables[stream.table].rows * (exchange.world - 1) / exchange.world
+            for lookup in stream.lookups:
+                ids, asked = value_of(self.ids[self.far[lookup]]), exchange.group.lookups[lookup]
+                if ids is None or not all(isinstance(n, int) or n.node.has_hint() for n in ids.shape):
+                    continue
+                count = math.prod(n if isinstance(n, int) else n.node.hint for n in ids.shape)
+                single = asked.pooling == "none" or ids.dim() != 2
+                bags = count if single else count // max(1, ids.shape[1] if isinstance(ids.shape[1], int) else ids.shape[1].node.hint)
+                numbers += 4 * count * share
+                rows += min(bags * (exchange.world - 1) / exchange.world, count * share) * stream.shard.columns * self.dtype.itemsize
+        return numbers, rows
 
     # --- the static half ---------------------------------------------------------------------------------------------------------
 

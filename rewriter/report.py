@@ -23,6 +23,8 @@ _WORDS = {
     "repeats": "computed once",
     "id columns": "cut at once",
     "tiers": "tables kept in tiers",
+    "shards": "placed",
+    "overlaps": "scheduled",
     "ops": "in low precision",
     "stored tables": "in their own dtype",
     "wide rows": "of low tables",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import tablewright as tw
 import torch
 from sharding_models import TABLES, Everything, ReferenceUpdates, batch_of, loss_of, touched
+from tablewright.passes.shard_tables import exchanges
 from torch import Tensor
 
 STEPS = 5
@@ -110,7 +111,7 @@ def train(rank: int, world: int, mesh, case: Case) -> dict:
     for name, value in untouched.items():
         if model._sharded.layouts[name].replicated is False:
             assert torch.equal(plain.get_parameter(name), value), f"the user's own {name} changed"
-    return {"plan": model._sharded.digest}
+    return {"plan": model._sharded.digest, "collectives": [n.name for n in exchanges(model.graph_module.graph)]}
 
 
 def mesh_of(case: Case, mesh):

@@ -26,8 +26,9 @@ def pools():
 
 @pytest.mark.parametrize("case", sorted((Case(**c) for c in pairs(AXES)), key=lambda c: c.world), ids=str)
 def test_training_equals_the_plain_model(pools, case):
-    digests = {found["plan"] for found in pools(case.world).run(train, case)}
-    assert len(digests) == 1
+    found = pools(case.world).run(train, case)
+    assert all(each == found[0] for each in found), "plans, or the order of collectives, differ between ranks"
+    assert len(found[0]["collectives"]) <= 4  # rows and ids; an exchange for each of two launches at most
 
 
 def main() -> None:

@@ -1,0 +1,70 @@
+"""The graphs of many ranks, made by one process under a fake process group: collectives counted, bytes against the least possible."""
+from __future__ import annotations
+
+import json
+
+import pytest
+
+_CODE = """
+import json, sys, torch, torch.distributed as dist
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.distributed.device_mesh import init_device_mesh
+import tablewright as tw
+from tablewright.kernels.collectives import exchange_ids, exchange_rows
+from tablewright.kernels.collectives.route_ids import _route
+from tablewright.kernels.collectives.spec import decode
+from tablewright.passes.graph import is_pure, positions
+from tablewright.passes.shard_tables import exchanges
+
+WORLD, SHARDING, RANK = {world}, "{sharding}", 3
+TABLES, ROWS, DIM, BATCH, BAG = {tables}, 3000, 16, 64, 4
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bags = nn.ModuleList(nn.EmbeddingBag(ROWS + 7 * i, DIM, mode="sum") for i in range(TABLES))
+        self.bottom = nn.Sequential(nn.Linear(13, 512), nn.ReLU(), nn.Linear(512, DIM), nn.ReLU())
+
+    def forward(self, dense, ids):
+        return torch.cat([self.bottom(dense), *(bag(ids[i]) for i, bag in enumerate(self.bags))], 1)
+
+dist.init_process_group("fake", rank=RANK, world_size=WORLD, store=FakeStore())
+mesh = init_device_mesh("cpu", (WORLD,))
+ids = torch.randint(0, ROWS, (TABLES, BATCH, BAG), generator=torch.Generator().manual_seed(5))
+model = tw.optimize(Model(), {{"version": 1, "tables": {{"*": {{"sharding": SHARDING}}}}}}, sample_inputs=(torch.randn(BATCH, 13), ids), mesh=mesh)
+graph = model.graph_module.graph
+(start,) = [n for n in graph.nodes if n.target is exchange_ids.EXCHANGE]
+text = start.args[2]
+spec = decode(text)
+header = _route([ids[i] for i in range(TABLES)], [None] * TABLES, text)[0].tolist()
+remote = [(s, h) for s, h in zip(spec.streams, header) if s.shard.rank != RANK]
+sent = sum(rows + (bags if ragged else 0) for _, (bags, rows, ragged) in remote)
+answered = sum(bags * s.shard.columns for s, (bags, _, _) in remote)
+least_ids = least_rows = 0
+for i in range(TABLES):
+    for shard in model._sharded.layouts[f"bags.{{i}}.weight"].shards:
+        inside = ((ids[i] >= shard.row) & (ids[i] < shard.row + shard.rows)).sum(1)
+        some = inside[inside > 0]
+        if shard.rank != RANK and len(some):
+            least_ids += int(some.sum()) + (0 if len(some.unique()) == 1 else len(some))
+            least_rows += len(some) * shard.columns
+place = positions(graph)
+(wait,) = [n for n in graph.nodes if n.target is exchange_rows.WAIT]
+print(json.dumps(dict(
+    exchanges=[str(n.target) for n in exchanges(graph)], streams=len(spec.streams), sent=[sent, least_ids], answered=[answered, least_rows],
+    start=place[start], bottom=max(place[n] for n in graph.nodes if n.op == "call_function" and ("dense" in n.name or "linear" in n.name)), wait=place[wait],
+    blocks=len({{s.shard.rank for s in spec.streams}}), held=list(model.get_parameter("bags.0.weight").shape),
+)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("world", "sharding", "tables"), [(128, "row_wise", 4), (128, "column_wise", 6), (1024, "table_wise", 26)]
+)
+def test_one_exchange_of_ids_and_one_of_rows_however_many_ranks(run_python, world, sharding, tables):
+    found = json.loads(run_python(_CODE.format(world=world, sharding=sharding, tables=tables)).splitlines()[-1])
+    assert found["exchanges"] == ["tablewright.exchange_ids.default", "tablewright.send_rows.default"]
+    assert found["streams"] == {"row_wise": world * tables, "column_wise": 16 * tables, "table_wise": tables}[sharding]
+    assert found["sent"][0] == found["sent"][1] and found["answered"][0] == found["answered"][1]
+    assert found["start"] < found["bottom"] < found["wait"], "the bottom MLP runs while ids and rows travel"
