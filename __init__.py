@@ -15,6 +15,7 @@ _HOME = {
     "Plan": "rewriter.plan",
     "TablePlan": "rewriter.plan",
     "Storage": "rewriter.storage",
+    "pipeline": "rewriter.prefetch",
     "Communication": "rewriter.placement",
     "Topology": "rewriter.planner.topology",
     "Measured": "rewriter.planner.forecast",
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from .rewriter.plan import SGD, Adagrad, Adam, Plan, RowwiseAdagrad, TablePlan
     from .rewriter.planner.forecast import Measured
     from .rewriter.planner.topology import Topology
+    from .rewriter.prefetch import pipeline
     from .rewriter.report import Report
     from .rewriter.serving.export import export_delta, export_serving
     from .rewriter.serving.parity import check_parity

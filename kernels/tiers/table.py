@@ -4,6 +4,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class TieredTable:
         self._lock = threading.Lock()
         self._due: list[int] = []  # tickets of rows that an update is still to come for
         self._looked: list[int] = []  # tickets of lookups without gradients
+        self._ahead: deque[tuple[int, Tensor, Tensor, int, bool]] = deque()  # (batch, ids, slots, ticket, train) of what was prefetched
         self.number = next(_numbers)
         _tables[self.number] = self
         if padding is not None:
@@ -42,6 +44,37 @@ class TieredTable:
         """
         train = self.trains and torch.is_grad_enabled()
         ids = ids.detach().to(torch.int64)
+        with self._lock:
+            if self._ahead and self._ahead[0][4] == train and torch.equal(self._ahead[0][1], ids):
+                _, _, slots, ticket, _ = self._ahead.popleft()
+                self._release_looked()
+                (self._due if train else self._looked).append(ticket)
+                return slots
+            self._release_looked()
+            slots, ticket = self._fetch(ids, train)
+            (self._due if train else self._looked).append(ticket)
+        return slots
+
+    def prefetch(self, ids: Tensor, batch: int) -> None:
+        """Bring the rows that the lookup of ``batch`` will want, in the order of the lookups; raises what :meth:`slots` raises."""
+        train = self.trains and torch.is_grad_enabled()
+        ids = ids.detach().to(torch.int64).clone()
+        with self._lock:
+            slots, ticket = self._fetch(ids, train)
+            self._ahead.append((batch, ids, slots, ticket, train))
+
+    def drop_before(self, batch: int | None) -> None:
+        """Let go of what was prefetched for batches before ``batch`` (``None``: for all) and not looked up."""
+        with self._lock:
+            while self._ahead and (batch is None or self._ahead[0][0] < batch):
+                self.cache.release(self._ahead.popleft()[3])
+
+    def _release_looked(self) -> None:
+        for ticket in self._looked:
+            self.cache.release(ticket)
+        self._looked.clear()
+
+    def _fetch(self, ids: Tensor, train: bool) -> tuple[Tensor, int]:
         rows = self.cache.rows
         if ids.numel():
             low, high = (int(v) for v in torch.aminmax(ids))
@@ -49,22 +82,17 @@ class TieredTable:
                 raise IndexError(f"id {high if high >= rows else low} is out of range for table '{self.name}' of {rows} rows")
             if low < 0:
                 ids = torch.where(ids < 0, ids + rows, ids)
-        with self._lock:
-            for ticket in self._looked:
-                self.cache.release(ticket)
-            self._looked.clear()
-            out = torch.full_like(ids, self.home)
-            wanted = None if self.padding is None else ids != self.padding
-            try:
-                found, ticket = self.cache.fetch(ids if wanted is None else ids[wanted], train=train)
-            except TierError as error:
-                raise TierError(f"table '{self.name}': {error}. {len(self._due)} batches wait for their update: call the optimizer's step(), "
-                                "and look up what is not trained under torch.no_grad()") from None  # fmt: skip
-            (self._due if train else self._looked).append(ticket)
-        if wanted is None:
-            return found
-        out[wanted] = found
-        return out
+        wanted = None if self.padding is None else ids != self.padding
+        try:
+            found, ticket = self.cache.fetch(ids if wanted is None else ids[wanted], train=train)
+        except TierError as error:
+            raise TierError(
+                f"table '{self.name}': {error}. {len(self._due)} lookups wait for their update and {len(self._ahead)} were prefetched: call "
+                "the optimizer's step(), and look up what is not trained under torch.no_grad()"
+            ) from None
+        if wanted is not None:
+            found = torch.full_like(ids, self.home).masked_scatter_(wanted, found)
+        return found, ticket
 
     def updated(self) -> None:
         """The optimizer stepped: what was looked up may leave."""

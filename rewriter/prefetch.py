@@ -1,0 +1,156 @@
+"""``tw.pipeline(loader, opt)``: the rows of the next batches come while the present one computes.
+
+A thread takes batches from the loader, runs the part of the model's graph that makes ids (``passes/ids_ahead.py``) and fetches their rows
+into the caches of tables in tiers; the training loop gets each batch when its rows are there. Exact: a row that a batch under way will
+change is the same slot for the next one, which reads it after the update, and rows that are waited for do not leave.
+"""
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..kernels.tiers.table import TieredTable, table_of
+from ..passes.ids_ahead import ids_ahead
+from .errors import PlanError
+from .optimized_model import OptimizedModel, Variant, runnable
+
+_END = object()
+
+
+@dataclass
+class PipelineReport:
+    """``batches`` given out, ``ahead`` of them with their rows fetched before. Seconds: ``loading`` (the loader), ``fetching`` (ids and
+    rows), ``waiting`` (the training loop for a batch). ``not_ahead``: why rows were not fetched ahead, "" where they were."""
+
+    batches: int = 0
+    ahead: int = 0
+    loading: float = 0.0
+    fetching: float = 0.0
+    waiting: float = 0.0
+    not_ahead: str = ""
+
+    @property
+    def hidden(self) -> float:
+        """The part of the loading and fetching time that the training loop did not wait for, 0 to 1."""
+        return max(0.0, 1 - self.waiting / max(1e-12, self.loading + self.fetching))
+
+    def __str__(self) -> str:
+        said = f"{self.batches} batches, {self.ahead} with their rows fetched ahead; loading {self.loading:.2f} s, fetching {self.fetching:.2f} s, waited {self.waiting:.2f} s ({self.hidden:.0%} hidden)"
+        return said + (f"; {self.not_ahead}" if self.not_ahead else "")
+
+
+class Pipeline:
+    """See :func:`pipeline`. Iterate over it; ``report`` says how it went."""
+
+    def __init__(self, loader: Iterable[Any], model: OptimizedModel, inputs: Callable[[Any], Any] | None, prefetch: int) -> None:
+        self.loader, self.model, self.inputs, self.prefetch = loader, model, inputs, prefetch
+        self.report = PipelineReport()
+        self._ahead: dict[int, tuple[Callable, list[int], str]] = {}  # by the variant's id
+
+    def __iter__(self) -> Iterator[Any]:
+        self.report = PipelineReport()
+        given: queue.Queue = queue.Queue(self.prefetch)
+        stop = threading.Event()
+        grad = torch.is_grad_enabled()
+        thread = threading.Thread(target=self._work, args=(given, stop, grad), name="tablewright prefetch", daemon=True)
+        thread.start()
+        tables = self._tables()
+        try:
+            while True:
+                started = time.perf_counter()
+                kind, number, value = given.get()
+                self.report.waiting += time.perf_counter() - started
+                if kind is _END:
+                    return
+                if kind is BaseException:
+                    raise value
+                self.report.batches += 1
+                for table in tables:
+                    table.drop_before(number)
+                yield value
+        finally:
+            stop.set()
+            while thread.is_alive():  # it may wait for room in the queue
+                try:
+                    given.get_nowait()
+                except queue.Empty:
+                    thread.join(0.01)
+            for table in tables:
+                table.drop_before(None)
+
+    def _tables(self) -> list[TieredTable]:
+        tiered = self.model._tiered
+        return [] if tiered is None else list(tiered.open.values())
+
+    def _work(self, given: queue.Queue, stop: threading.Event, grad: bool) -> None:
+        try:
+            batches = iter(self.loader)
+            number = 0
+            while not stop.is_set():
+                started = time.perf_counter()
+                batch = next(batches, _END)
+                loaded = time.perf_counter()
+                self.report.loading += loaded - started
+                if batch is _END:
+                    given.put((_END, number, None))
+                    return
+                with torch.set_grad_enabled(grad):
+                    self._fetch(batch, number)
+                self.report.fetching += time.perf_counter() - loaded
+                given.put((None, number, batch))
+                number += 1
+        except BaseException as error:  # noqa: B036 - it is raised where the loop takes its next batch
+            given.put((BaseException, -1, error))
+
+    def _fetch(self, batch: Any, number: int) -> None:
+        if not self._tables():
+            self.report.not_ahead = "no table is in tiers"
+            return
+        args, kwargs = self._arguments(batch)
+        variant = next((v for v in self.model._variants if v.captured.entry == "forward" and v.captured.guards.failure(args, kwargs) is None), None)
+        if variant is None:
+            self.report.not_ahead = "some batches fit no captured form of the model (inputs= says which part of a batch the model takes)"
+            return
+        run, numbers, why = self._of(variant)
+        if why:
+            self.report.not_ahead = why
+            return
+        with torch.no_grad():
+            ids = run(*variant.captured.guards.flatten(args, kwargs))
+        for table, each in zip(numbers, ids):
+            table_of(table).prefetch(each, number)
+        self.report.ahead += 1
+
+    def _arguments(self, batch: Any) -> tuple[tuple, dict]:
+        taken = batch if self.inputs is None else self.inputs(batch)
+        if isinstance(taken, dict):
+            return (), taken
+        return (tuple(taken), {}) if isinstance(taken, (tuple, list)) else ((taken,), {})
+
+    def _of(self, variant: Variant) -> tuple[Callable, list[int], str]:
+        found = self._ahead.get(id(variant))
+        if found is None:
+            graph, numbers, why = ids_ahead(variant.graph)
+            found = self._ahead[id(variant)] = (runnable(self.model._shell, graph) if not why else lambda *_: (), numbers, why)
+        return found
+
+
+def pipeline(loader: Iterable[Any], model: OptimizedModel, *, inputs: Callable[[Any], Any] | None = None, prefetch: int = 2) -> Pipeline:
+    """Iterate over ``loader`` with the rows of up to ``prefetch`` batches fetched ahead: ``for dense, ids, y in tw.pipeline(loader, opt,
+    inputs=lambda batch: batch[:2]): ...`` is the plain loop, with the same results.
+
+    ``inputs``: from a batch to the model's arguments (a tuple of positional ones, a mapping of keyword ones, or one tensor); by default the
+    batch itself. The loader runs in a thread of its own; what it raises is raised at the batch it raised it for. The cache must hold the
+    rows of ``prefetch`` + 2 batches. Raises :class:`PlanError` for a model that ``optimize`` did not return, and for ``prefetch`` below 1.
+    """
+    if not isinstance(model, OptimizedModel):
+        raise PlanError(f"pipeline() takes the model that optimize() returned, not {type(model).__name__}")
+    if type(prefetch) is not int or prefetch < 1:
+        raise PlanError(f"prefetch is {prefetch!r}; it must be a number of batches, 1 or more")
+    return Pipeline(loader, model, inputs, prefetch)
