@@ -58,7 +58,7 @@ def bound(cls: type, model: nn.Module, name: str) -> types.FunctionType:
     plain = getattr(type(model), name)
 
     def method(self: OptimizedModel, *args: Any, **kwargs: Any) -> Any:
-        return self._run(self._variant_for(args, kwargs, name), args, kwargs)
+        return self._call(name, args, kwargs)
 
     method.__name__, method.__doc__, method.__qualname__ = name, plain.__doc__, f"{cls.__name__}.{name}"
     try:

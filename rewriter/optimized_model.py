@@ -4,7 +4,7 @@ from __future__ import annotations
 import copy
 import inspect
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ..kernels.library import DIRECT
 from ..passes.records import Record
 from . import shard_map
 from .capture import CAPTURING, Captured, attach, deep_copy, verify
+from .capture.data_guard import ASSERT, OtherData, guarded, holds
 from .capture.entry import compile_entry, packer, with_live_tensors
 from .capture.plain_model import follow
 from .capture.program_check import leaves_of
@@ -59,7 +60,7 @@ class Variant:
     def __post_init__(self) -> None:
         if self.captured.program is None:
             self.graphs = [self.graph]
-        self.run = runnable(self.module._shell, self.graph)
+        self.run = guarded(runnable(self.module._shell, self.graph), self.module._shell, self.graph)
         self.enter = _first_call
         self.pack = packer(self.captured, self.module._shell)
 
@@ -78,7 +79,7 @@ def runnable(shell: nn.Module, graph: Graph) -> Callable[..., tuple]:
     """What eager mode calls for ``graph``: a copy of it whose ops are called directly, on the shell."""
     direct = copy_graph(graph)
     for node in direct.nodes:
-        node.target = DIRECT.get(node.target, node.target)
+        node.target = holds if node.target is ASSERT else DIRECT.get(node.target, node.target)
     return with_live_tensors(shell, direct)
 
 
@@ -118,8 +119,35 @@ class OptimizedModel(nn.Module):
         if not torch.compiler.is_compiling():
             for variant in self._variants:
                 if variant.captured.entry == "forward" and (inputs := variant.enter(args, kwargs)) is not None:
-                    return self._run_on(variant, inputs)
-        return self._run(self._variant_for(args, kwargs), args, kwargs)
+                    try:
+                        return self._run_on(variant, inputs)
+                    except OtherData:
+                        continue
+        return self._call("forward", args, kwargs)
+
+    def _call(self, entry: str, args: tuple, kwargs: dict) -> Any:
+        """Run the first variant that serves this call; one is made where none does."""
+        if torch.compiler.is_compiling():
+            return self._run(self._variant_for_mode(entry), args, kwargs)
+        others: list[Variant] = []  # whose graphs are for other data, which shows when they run
+        while True:
+            known = list(self._variants)
+            variant = self._variant_for(args, kwargs, entry, others)
+            try:
+                return self._run(variant, args, kwargs)
+            except OtherData as error:
+                if error.__cause__ is not None or not any(variant is each for each in known):
+                    return self._run_plainly(entry, args, kwargs, error)  # the model's own error, or a way that chance decides
+                others.append(variant)
+
+    def _run_plainly(self, entry: str, args: tuple, kwargs: dict, error: Exception) -> Any:
+        method = getattr(self._shell, entry)
+        if self._guard is not None:
+            method = plainly(method, self._in_backward_tables())
+        try:
+            return method(*args, **kwargs)
+        except Exception as plain:
+            raise plain from error.__cause__
 
     def _run(self, variant: Variant, args: tuple, kwargs: dict) -> Any:
         if variant.captured.program is not None:
@@ -154,13 +182,17 @@ class OptimizedModel(nn.Module):
             guard.watch([leaf for _, leaf in leaves_of(result)])
         return result
 
-    def _variant_for(self, args: tuple, kwargs: dict, entry: str = "forward") -> Variant:
+    def _variant_for(self, args: tuple, kwargs: dict, entry: str = "forward", others: Sequence[Variant] = ()) -> Variant:
+        """The variant whose guards hold for this call, but for ``others``; a new one where there is none."""
         if torch.compiler.is_compiling():
             return self._variant_for_mode(entry)
         with CAPTURING:  # another thread may be making the variant that this call needs
             failure = self._follow_plain_model()
             for variant in self._variants:
                 if variant.captured.entry != entry:
+                    continue
+                if any(variant is each for each in others):
+                    failure = "the data takes another way through the model than the one captured"
                     continue
                 failure = variant.captured.guards.failure(args, kwargs)
                 if failure is None and variant.unverified:
@@ -197,9 +229,12 @@ class OptimizedModel(nn.Module):
             if isinstance(value, types.MethodType) and not torch.compiler.is_compiling():
                 self._follow_plain_model()  # the method may read what was replaced there
             if self._guard is not None and isinstance(value, types.MethodType):
-                tables = {n for n, choice in self._compiler.choices.items() if choice.grad == "in_backward"}
-                return plainly(value, {id(self.get_parameter(n)) for n in tables})
+                return plainly(value, self._in_backward_tables())
             return value
+
+    def _in_backward_tables(self) -> set[int]:
+        names = [name for name, choice in self._compiler.choices.items() if choice.grad == "in_backward"]
+        return {id(self.get_parameter(name)) for name in names}
 
     def __setattr__(self, name: str, value: Any) -> None:
         shell = self.__dict__.get("_shell")

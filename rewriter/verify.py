@@ -12,6 +12,7 @@ from torch.fx import Graph, Interpreter, Node
 from ..passes.graph import ancestors, fetch, stored_tensor
 from ..passes.origin import KEY
 from .capture import attach
+from .capture.data_followed import SIZED_BY_DATA
 from .errors import VerifyError
 
 
@@ -46,8 +47,8 @@ class _ShapePropagation(Interpreter):
         return self.mode.from_tensor(plain, static_shapes=True)
 
     def run_node(self, n: Node):
-        if any(self.env[i] is _UNKNOWN for i in n.all_input_nodes) and n.op != "output":
-            value = _UNKNOWN
+        if n.op != "output" and (SIZED_BY_DATA in n.meta or any(self.env[i] is _UNKNOWN for i in n.all_input_nodes)):
+            value = self.known.get(n.name, _UNKNOWN)
         else:
             try:
                 value = super().run_node(n)

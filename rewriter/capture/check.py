@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from ..errors import CaptureError, explain
 from .cleanup import is_mutable
+from .data_guard import OtherData, is_other_data
 from .fx_tracer import CONSTANT
 from .recording import raised_at
 
@@ -42,7 +43,8 @@ def undisturbed():
 
 
 def mismatch(shell: nn.Module, captured, args: tuple, kwargs: dict, *, required: bool = True, modes: bool = True) -> str | None:
-    """A sentence that says how graph and model differ on this batch, None where they agree.
+    """A sentence that says how graph and model differ on this batch, None where they agree. Raises OtherData where the graph says
+    that it is not for this batch.
 
     ``required=False``: a batch of our own making, which the plain model may refuse; then there is nothing to compare.
     ``modes=False``: in the current mode only.
@@ -91,6 +93,8 @@ def _compare(shell, captured, args, kwargs, required: bool) -> str | None:
         try:
             found = fx.Interpreter(shell, graph=captured.graph).run(*leaves, enable_io_processing=False)
         except Exception as error:
+            if is_other_data(error):
+                raise OtherData(str(error).strip().splitlines()[0]) from None
             return f"the graph stops with {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
         if spec != captured.out_spec:
             return "the result has another structure"

@@ -34,6 +34,16 @@ _NOT_WHOLE = (TorchDynamoException, GuardOnDataDependentSymNode, ConstraintViola
 _MANY = 16  # more graphs of one function than that: something that Python reads changes at every call
 
 
+class NotWhole(CaptureError):
+    """One graph was asked for, and is not to be had."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        super().__init__(explain(
+            "the model no longer runs as one graph", why=why,
+            fix="take in_backward and trainable out of the plan: pieces of a model cannot follow them"))
+
+
 class Plain:
     """The model as it is. ``why``: what could not be captured, with its file:line."""
 
@@ -93,9 +103,7 @@ class Dynamo:
                     return self._run(*args, **kwargs)
             except _NOT_WHOLE as error:  # raised before any of the model's code has run
                 if self.only_whole:
-                    raise CaptureError(explain(
-                        "the model no longer runs as one graph", why=_said(error),
-                        fix="take in_backward and trainable out of the plan: pieces of a model cannot follow them")) from error
+                    raise NotWhole(_said(error)) from error
                 self.in_pieces(_said(error))
         with _configured(_CONFIG):
             return self._run(*args, **kwargs)

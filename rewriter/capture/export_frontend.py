@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 import torch.utils._pytree as pytree
@@ -17,6 +17,8 @@ from torch import fx, nn
 from ...passes.origin import KEY, Origin
 from ..errors import CaptureError, explain
 from .cleanup import make_functional, remove_dead, simplify
+from .data_followed import AS_ATEN, FollowsData, name_sizes, values_known
+from .data_guard import mark
 from .fx_frontend import register_outputs, sample_inputs
 from .fx_tracer import CONSTANT
 from .inputs import Inputs
@@ -56,9 +58,10 @@ class _Seen:
 class _Flat(nn.Module):
     """The shell as a function of its tensor leaves, so that every input has a place in one flat list."""
 
-    def __init__(self, shell: nn.Module, inputs: Inputs, leaves: list, log: ReadLog, entry: str):
+    def __init__(self, shell: nn.Module, inputs: Inputs, leaves: list, log: ReadLog, entry: str, mode: DataIsDetached):
         super().__init__()
         self.m = shell
+        self._mode = mode
         self._entry = entry
         self.training = shell.training
         self._inputs, self._constants, self.seen = inputs, leaves, _Seen(log)
@@ -69,7 +72,7 @@ class _Flat(nn.Module):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._inputs.spec)
         self.seen.log.written.clear()
-        with DataIsDetached():
+        with self._mode:
             result = self.m(*args, **kwargs) if self._entry == "forward" else getattr(self.m, self._entry)(*args, **kwargs)
         self.seen.log.check_containers()  # here, since export puts lists back
         register_outputs(result)
@@ -79,11 +82,12 @@ class _Flat(nn.Module):
         return tuple([*results, *extra])
 
 
-def export(shell: nn.Module, args: tuple, kwargs: dict, entry: str = "forward", exact: bool = False):
+def export(shell: nn.Module, args: tuple, kwargs: dict, entry: str = "forward", exact: bool = False, data: bool = False):
     """(graph, inputs, out_spec, effects, log, conditions) of the shell in its current mode; the shell is left as it was.
 
     ``conditions`` are Python expressions over ``S`` (the shapes of the tensor leaves) that the graph takes for granted.
-    ``exact``: keep a batch of one as it is, though the graph then serves batches of one only.
+    ``exact``: keep a batch of one as it is, though the graph then serves batches of one only. ``data``: where Python looks at data,
+    follow what it does with these inputs, and assert in the graph what they decided (see ``data_guard.py``).
     Raises CaptureError with the cause and the user's line.
     """
     inputs, leaves = sample_inputs(shell, args, kwargs, entry)
@@ -91,24 +95,28 @@ def export(shell: nn.Module, args: tuple, kwargs: dict, entry: str = "forward", 
     if not exact:
         tensors = _at_least_two(tensors)
     constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-    program, wrapper, log = _run(shell, entry, inputs, constants, tensors, flip=True)
+    following = FollowsData() if data else None
+    program, wrapper, log = _run(shell, entry, inputs, constants, tensors, True, following)
+    if following is not None and following.converts:  # again, now that it is known which modules' int() must not fix a number
+        program, wrapper, log = _run(shell, entry, inputs, constants, tensors, True, following)
     if log.flags_flipped & log.modes:  # the model itself looks at a dropout's mode: it must see the true one
-        program, wrapper, log = _run(shell, entry, inputs, constants, tensors, flip=False)
+        program, wrapper, log = _run(shell, entry, inputs, constants, tensors, False, following)
     graph = _normal_form(program, shell, inputs, log)
     inputs.examples = None
     return graph, inputs, wrapper.seen.out_spec, wrapper.seen.effects, log, _conditions(program)
 
 
-def _run(shell, entry, inputs, constants, tensors, flip: bool):
+def _run(shell, entry, inputs, constants, tensors, flip: bool, following: FollowsData | None):
     log = _ExportLog(shell)
-    wrapper = _Flat(shell, inputs, constants, log, entry)
+    wrapper = _Flat(shell, inputs, constants, log, entry, following or DataIsDetached())
     flagged = {path: module for path, module in shell.named_modules() if isinstance(module, _FLAGGED)} if flip else {}
     log.flags_flipped = {path for path, module in flagged.items() if not module.training}
     log.flagged = set(flagged)
     auto = torch.export.Dim.AUTO
     shapes = (tuple({dim: auto for dim in range(tensor.dim())} for tensor in tensors),)
     modes = {path: module.__dict__["training"] for path, module in flagged.items()}
-    with _restored(shell), recording(log, calls=False), quiet():
+    values = nullcontext() if following is None else values_known(shell, dict(following.converts))
+    with _restored(shell), recording(log, calls=False), quiet(), values:
         try:
             for module in flagged.values():
                 module.__dict__["training"] = True
@@ -198,7 +206,7 @@ def _normal_form(program, shell, inputs: Inputs, log) -> fx.Graph:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = program.module(**keep)
-    graph, copies = fx.Graph(), {}
+    graph, copies, sizes = fx.Graph(), {}, {}
     placeholders = iter(inputs.tensors)
     made = {}
     for position in inputs.placeholders:
@@ -221,8 +229,11 @@ def _normal_form(program, shell, inputs: Inputs, log) -> fx.Graph:
             output.meta[KEY] = Origin((output.name,), "capture")
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node].target = AS_ATEN.get(node.target, node.target)
             copies[node].meta = dict(node.meta)
+            name_sizes(copies[node], sizes)
             _stamp(copies[node])
+    mark(graph)
     _open_flags(graph, shell, log)
     simplify(graph, shell)
     make_functional(graph)

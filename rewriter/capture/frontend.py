@@ -12,8 +12,8 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from ..errors import CaptureError, explain
-from . import check, dynamo_frontend, export_frontend, fx_frontend, program_check
-from .dynamo_frontend import Dynamo, Plain
+from . import check, data_guard, dynamo_frontend, export_frontend, fx_frontend, program_check
+from .dynamo_frontend import Dynamo, NotWhole, Plain
 from .guards import Guards
 from .lazy import fill_lazy_attributes
 from .recording import Effect
@@ -139,26 +139,57 @@ def _program(shell, batches, originals, entry, why: str) -> Captured:
             raise program_check.plain_fails(error) from error
     notes, failed = [], None
     for whole in (True, False):
+        if not whole and (captured := _one_way(shell, batches, originals, entry, why, notes)) is not None:
+            return captured
         program = Dynamo(shell, entry, whole=whole)
+        program.only_whole = whole  # else it would go on in pieces at once
         if not whole:
             program.breaks.append(str(failed))
         try:
             failed = program_check.program_mismatch(shell, program, batches)
         except check.PlainModelFails:
             raise
+        except NotWhole as error:
+            failed = error.why
         except Exception as error:  # dynamo's own limits, or ours: the plain model has just run on this batch
             failed = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
         if failed is None:
             break
-        notes.append(f"dynamo{'' if whole else ' in pieces'} was not used: {failed}")
+        if not whole:
+            notes.append(f"dynamo in pieces was not used: {failed}")
     else:
         program = Plain(shell, entry, why)
+    if isinstance(program, Dynamo):
+        program.only_whole = False
     read = {name for name, tensor in shell.named_parameters() if id(tensor) in log.tensors and _is_table(shell, name)}
     for form in [form for piece in program.pieces for form in piece.forms]:
         read -= {name for name in form.names if name is not None}
     captured = Captured(_empty(), None, None, program.door, dynamo_frontend.Watch(shell, originals, log), entry=entry,
                         program=program, tables_outside=tuple(sorted(read)))
     captured.notes += _program_notes(program, why, notes)
+    return captured
+
+
+def _one_way(shell, batches, originals, entry, why: str, notes: list[str]) -> Captured | None:
+    """One graph of the way that the first batch takes through a forward() which looks at data; None (and a note) where it cannot be."""
+    try:
+        refuse_hooks(shell)
+        captured = _by_export(shell, *batches[0], originals, entry, data=True)
+        if captured.guards.failure(*batches[0]) is not None:
+            captured = _by_export(shell, *batches[0], originals, entry, exact=True, data=True)
+        data_guard.require_undoable(captured.graph)
+        different = _checked(shell, captured, batches)
+    except check.PlainModelFails:
+        raise
+    except CaptureError as error:
+        different = str(error)
+    except Exception as error:  # export's own limits
+        different = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+    if different is not None:
+        notes.append(f"not one graph for this data either, because {different}")
+        return None
+    captured.notes.insert(0, f"captured by torch.export for such data as the sample's: forward() looks at data ({why}). What that decided "
+                             "is asserted in the graph; other data is captured anew")
     return captured
 
 
@@ -198,8 +229,8 @@ def _no_other_broadcasts(shapes: list[torch.Size]) -> list[str]:
     return ones + [f"1 not in ({', '.join(names)}) or {' == '.join(names)}" for names in equal.values() if len(names) > 1]
 
 
-def _by_export(shell, args, kwargs, originals, entry, exact: bool = False) -> Captured:
-    graph, inputs, out_spec, effects, log, conditions = export_frontend.export(shell, args, kwargs, entry, exact)
+def _by_export(shell, args, kwargs, originals, entry, exact: bool = False, data: bool = False) -> Captured:
+    graph, inputs, out_spec, effects, log, conditions = export_frontend.export(shell, args, kwargs, entry, exact, data)
     return _finished("export", entry, graph, inputs, out_spec, effects,
                      Guards(shell, originals, inputs, log, conditions=conditions, baked_dtypes=True))
 
@@ -223,7 +254,14 @@ def _checked(shell, captured: Captured, batches) -> str | None:
                 captured.notes.append(f"sample batch {number + 1} needs a capture of its own: {reason}")
                 continue
             return reason
-        if (reason := check.mismatch(shell, captured, args, kwargs)) is not None:
+        try:
+            reason = check.mismatch(shell, captured, args, kwargs)
+        except data_guard.OtherData as other:
+            if not number:
+                return str(other)
+            captured.notes.append(f"sample batch {number + 1} needs a capture of its own: {other}")
+            continue
+        if reason is not None:
             return reason
     made = check.derived_batches(captured.guards.inputs, *batches[0])
     if len(batches) == 1 and not made:
@@ -231,7 +269,12 @@ def _checked(shell, captured: Captured, batches) -> str | None:
     for rows, args, kwargs in made:
         if captured.guards.failure(args, kwargs) is not None:
             continue  # never run at this size: the guard asks for another capture
-        reason = check.mismatch(shell, captured, args, kwargs, required=False, modes=rows > 1)
+        try:
+            reason = check.mismatch(shell, captured, args, kwargs, required=False, modes=rows > 1)
+        except data_guard.OtherData as other:
+            if rows > 1:
+                return f"it would serve batches of {rows - 1} rows only: {other}"
+            continue
         if reason is not None and rows < 2 and captured.door == "export":
             # export reasons about sizes of two and more; the guard keeps smaller batches away from this graph
             captured.guards.require([f"S[{i}][0] > {rows}" for i in range(len(captured.guards.inputs.tensors))])
