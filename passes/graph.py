@@ -50,7 +50,7 @@ class Editor:
         self.graph.erase_node(old)
 
     def remove_dead(self) -> None:
-        """Erase nodes nobody reads. Inputs, and calls that change state or draw random numbers, stay."""
+        """Erase nodes nobody reads. Inputs, and calls that change state, draw random numbers or assert something, stay."""
         for node in reversed(list(self.graph.nodes)):
             if not node.users and node.op not in ("placeholder", "output") and is_pure(node):
                 self.graph.erase_node(node)
@@ -110,7 +110,7 @@ def is_op(node: Any, *targets: Any) -> bool:
 
 
 def is_pure(node: Node) -> bool:
-    """True if ``node`` may be moved or dropped: it changes nothing and draws no random numbers."""
+    """True if ``node`` may be moved or dropped: it changes nothing, draws no random numbers and asserts nothing."""
     if node.op in ("get_attr", "placeholder"):
         return True
     if node.op != "call_function":
@@ -120,7 +120,7 @@ def is_pure(node: Node) -> bool:
         if is_detach_of_ids(node):
             return True
         seeded = torch.Tag.nondeterministic_seeded in target.tags
-        return not (target._schema.is_mutable or seeded)
+        return not (target._schema.is_mutable or seeded or "assert" in target._schema.name)
     return target in (operator.getitem, getattr) or getattr(target, "__module__", "") in ("_operator", "math", "torch")
 
 

@@ -27,12 +27,14 @@ from ..passes.records import APPLIED, Record
 from ..passes.table_gradients import Choice
 from .bisect import first_difference
 from .capture import CAPTURING, Captured, attach, capture, clone_shell
+from .capture.check import undisturbed
+from .capture.data_guard import asserted
 from .capture.plain_model import watch
 from .capture.shell import TICKET
 from .capture.stored import store_tables
 from .embedding_optimizer import decide
 from .equivalence import numeric_check
-from .errors import CaptureError, PlanError, TablewrightError
+from .errors import PlanError, TablewrightError
 from .in_backward_guard import InBackwardGuard, drop_placeholders
 from .methods import FORWARD, samples_of
 from .optimized_model import OptimizedModel, Variant, refuse_optimized, with_signature_of
@@ -46,6 +48,7 @@ from .sharding import Ranks, ShardedTables, prepare, start
 from .tiers import TieredTables, hook_checkpoints, stand_ins
 
 _MAX_VARIANTS = 16
+_MAX_WAYS = 4  # graphs for one way of the data each, before pieces take what is left
 VERIFY = ("structure", "numerics")
 
 
@@ -247,20 +250,20 @@ class Compiler:
             self.choices = self.sharded.choices(self.choices)
         return [self._rewritten(each, self.samples[each.entry].args, self.samples[each.entry].kwargs) for each in captured]
 
-    def compile(self, entry: str, args: Any, kwargs: Any) -> Variant:
-        """A variant for such inputs: capture, and run the plan's passes."""
+    def compile(self, entry: str, args: Any, kwargs: Any, form: str = "one graph", why: str = "") -> Variant:
+        """A variant for such inputs: capture (see ``capture()`` for ``form``), and run the plan's passes."""
         with self.whole():
-            return self._rewritten(self._capture(entry, args, kwargs), args, kwargs)
+            return self._rewritten(self._capture(entry, args, kwargs, form=form, why=why), args, kwargs)
 
     def whole(self) -> AbstractContextManager:
         """The shell with whole tables, as a capture needs them."""
         own = self.sharded or self.tiered
         return nullcontext() if own is None else own.whole_tables(self.shell)
 
-    def _capture(self, entry: str, args: Any, kwargs: Any, more: Any = None) -> Captured:
+    def _capture(self, entry: str, args: Any, kwargs: Any, more: Any = None, form: str = "one graph", why: str = "") -> Captured:
         alive = {path: module for path, ref in self.originals.items() if (module := ref()) is not None}
         batches = args if args is None else [(args, kwargs), *(more or [])]
-        return capture(self.shell, batches, originals=alive, entry=entry)
+        return capture(self.shell, batches, originals=alive, entry=entry, form=form, why=why)
 
     def _rewritten(self, captured: Captured, args: Any, kwargs: Any) -> Variant:
         self.shell.__dict__.setdefault(TICKET, torch.zeros((), dtype=torch.int64))
@@ -335,22 +338,26 @@ class Compiler:
     def recapture(self, model: OptimizedModel, args: tuple, kwargs: dict, failure: str, entry: str) -> Variant:
         """A variant for a call that no present one fits. Raises :class:`CaptureError` saying what changed."""
         present = [variant for variant in model._variants if variant.captured.entry == entry]
+        form, why = "one graph", ""
         if len(present) >= _MAX_VARIANTS:
-            raise CaptureError(
-                f"{failure}, and {_MAX_VARIANTS} forms of the model have been captured already: something changes at every call. "
-                "Pass it as a tensor input instead"
-            )
+            form = "plain"
+            why = f"{len(present)} forms of {entry}() have been captured, as something that Python reads changes at every call: {failure}"
+        elif sum(bool(asserted(variant.graph)) for variant in present) >= _MAX_WAYS:
+            form, why = "pieces", f"{_MAX_WAYS} ways that data takes through {entry}() have been captured, each in one graph"
         if present:
             _refuse_ids(present[0], args, kwargs)
         for variant in model._variants:
             variant.captured.guards.sync()
         try:
-            variant = self.compile(entry, args, kwargs)
+            with undisturbed():
+                variant = self.compile(entry, args, kwargs, form, why)
         except TablewrightError as error:
             if not failure:
                 raise
             raise type(error)(f"{failure}; the model had to be captured again, which failed: {error}") from error
         model._variants.append(variant)
+        if form != "one graph":
+            model._say(f"from now on other calls of {entry}() run {'plainly' if form == 'plain' else 'in pieces'}: {why}")
         return variant
 
     def report(self, variants: list[Variant], seconds: float, copied: bool, huge: int) -> Report:

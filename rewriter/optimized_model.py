@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 import inspect
 import types
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -116,20 +117,23 @@ class OptimizedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the plain model's ``forward`` computes."""
+        others: list[Variant] = []  # whose graphs are for other data, which shows when they run
         if not torch.compiler.is_compiling():
             for variant in self._variants:
                 if variant.captured.entry == "forward" and (inputs := variant.enter(args, kwargs)) is not None:
                     try:
                         return self._run_on(variant, inputs)
-                    except OtherData:
-                        continue
-        return self._call("forward", args, kwargs)
+                    except OtherData as error:
+                        if error.__cause__ is not None:
+                            return self._run_plainly("forward", args, kwargs, error)
+                        others.append(variant)
+        return self._call("forward", args, kwargs, others)
 
-    def _call(self, entry: str, args: tuple, kwargs: dict) -> Any:
-        """Run the first variant that serves this call; one is made where none does."""
+    def _call(self, entry: str, args: tuple, kwargs: dict, others: Sequence[Variant] = ()) -> Any:
+        """Run the first variant but ``others`` that serves this call; one is made where none does."""
         if torch.compiler.is_compiling():
             return self._run(self._variant_for_mode(entry), args, kwargs)
-        others: list[Variant] = []  # whose graphs are for other data, which shows when they run
+        others = list(others)
         while True:
             known = list(self._variants)
             variant = self._variant_for(args, kwargs, entry, others)
@@ -245,6 +249,11 @@ class OptimizedModel(nn.Module):
 
     def extra_repr(self) -> str:
         return self._report._summary()
+
+    def _say(self, sentence: str) -> None:
+        """Add to the report's notes, and warn: what it says was found out by a call."""
+        self.__dict__["_report"] = replace(self._report, notes=(*self._report.notes, sentence))
+        warnings.warn(f"{type(self._shell).__name__}: {sentence}", stacklevel=5)
 
     # --- what was done -------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from ..passes.graph import ancestors, fetch, stored_tensor
 from ..passes.origin import KEY
 from .capture import attach
 from .capture.data_followed import SIZED_BY_DATA
+from .capture.data_guard import asserted
 from .errors import VerifyError
 
 
@@ -90,6 +91,8 @@ def check_structure(before: Graph, after: Graph, shell: nn.Module, elsewhere: Co
     lost = [n for n in _names(shell, _stored(before, shell) - _stored(after, shell)) if n not in elsewhere]
     if lost:
         raise VerifyError(f"the graph no longer reads {', '.join(sorted(lost))}")
+    if len(asserted(before)) > len(asserted(after)):
+        raise VerifyError("an assertion about data is gone, without which the graph would run on data that it is not for")
     old_values = _outputs(before)
     try:
         known = propagate(after, shell, before)

@@ -7,20 +7,19 @@ runs). This module is what export lacks for that: packed sequences, and tensors 
 from __future__ import annotations
 
 import logging
-import sys
 from contextlib import contextmanager
 
 import torch
 import torch._functorch.config  # noqa: F401  (not loaded by ``import torch``)
 from torch import fx, nn
-from torch._subclasses import meta_utils
 from torch._dynamo.source import ConstantSource
+from torch._subclasses import meta_utils
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, explain
-from .recording import DataIsDetached
+from .traced_builtins import TracedCalls
 
 aten = torch.ops.aten
 SIZED_BY_DATA = "tablewright_sized_by_data"  # in the meta of nodes whose fake form cannot be made again
@@ -79,15 +78,10 @@ _MAKERS = {getattr(place, name) for place, names in {
     "repeat split chunk"}.items() for name in names.split()}  # fmt: skip
 
 
-class FollowsData(DataIsDetached):
+class FollowsData(TracedCalls):
     """Also: packed sequences become ops that know their shapes, and a tensor that means a number is read as one."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.converts: dict[int, dict] = {}  # namespaces of the modules that call int() on a tensor
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+    def called(self, func, args: tuple, kwargs: dict):
         if (op := _CALLS.get(func)) is not None and _is_packed(func, args):
             return op(*args)
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
@@ -95,10 +89,7 @@ class FollowsData(DataIsDetached):
         elif func in _MAKERS:
             own = args[:1] if args and func not in _TORCH_MAKERS else ()
             args, kwargs = (*own, *_numbers(args[len(own):])), _numbers(kwargs)
-        elif func is torch.Tensor.__int__:
-            space = sys._getframe(1).f_globals
-            self.converts[id(space)] = space
-        return super().__torch_function__(func, types, args, kwargs)
+        return super().called(func, args, kwargs)
 
 
 _TORCH_MAKERS = {each for each in _MAKERS if not hasattr(each, "__objclass__")}
@@ -141,23 +132,6 @@ def _within(bounds: slice, size) -> None:
         bool(start <= bounds.stop)
 
 
-class _IntOfTensors(type):
-    def __instancecheck__(cls, value) -> bool:
-        return isinstance(value, int)
-
-    def __subclasscheck__(cls, other) -> bool:
-        return issubclass(other, int)
-
-    def __call__(cls, *args, **kwargs):
-        if len(args) == 1 and isinstance(args[0], torch.Tensor) and not args[0].dtype.is_floating_point:
-            return args[0].item()
-        return args[0] if len(args) == 1 and isinstance(args[0], torch.SymInt) else int(*args, **kwargs)
-
-
-class _Int(int, metaclass=_IntOfTensors):
-    """``int`` for code under trace: of a tensor it is a number that the graph knows, where Python's would be the sample's."""
-
-
 @contextmanager
 def _mended():
     """Export leaves parameters (a class of their own) without values, and compares what fake and real ops give, by which it takes
@@ -178,24 +152,14 @@ def _mended():
 
 
 @contextmanager
-def values_known(shell: nn.Module, spaces: dict[int, dict]):
-    """For its body, export carries real values; ``int`` in the module namespaces ``spaces`` takes traced tensors."""
+def values_known(shell: nn.Module):
+    """For its body, export carries real values."""
     size = sum(each.numel() * each.element_size() for each in [*shell.parameters(), *shell.buffers()])
     if size > _MOST:
         raise CaptureError(explain("the model's Python looks at data", why=f"to follow it, its parameters are copied, and these are "
                                    f"{size / 2**30:.1f} GiB", fix="capture the model with smaller tables, or write it without looking at data"))
     with torch._functorch.config.patch(fake_tensor_propagate_real_tensors=True), _mended():
-        own = [space for space in spaces.values() if space.get("int", int) is int]
-        before = ["int" in space for space in own]
-        for space in own:
-            space["int"] = _Int
-        try:
-            yield
-        finally:
-            for space, had in zip(own, before):
-                space["int"] = int
-                if not had:
-                    del space["int"]
+        yield
 
 
 def name_sizes(node: fx.Node, sizes: dict) -> None:

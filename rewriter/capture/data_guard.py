@@ -78,7 +78,8 @@ def guarded(run: Callable[..., tuple], shell: nn.Module, graph: fx.Graph) -> Cal
     draws = any(map(_is_random, before))
 
     def call(*inputs):
-        state = [(tensor, tensor.detach().clone()) for tensor in (fetch(shell, path) for path in paths)]
+        live = [value for path in paths if isinstance(value := fetch(shell, path), torch.Tensor)]
+        state = [(tensor, tensor.detach().clone()) for tensor in live]
         random = _random_state() if draws else None
         try:
             return run(*inputs)

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch.export import _trace
 
 from ...passes.origin import KEY, Origin
 from ..errors import CaptureError, explain
@@ -22,7 +23,8 @@ from .data_guard import mark
 from .fx_frontend import register_outputs, sample_inputs
 from .fx_tracer import CONSTANT
 from .inputs import Inputs
-from .recording import DataIsDetached, ReadLog, is_users, raised_at, recording
+from .recording import ReadLog, is_users, raised_at, recording
+from .traced_builtins import Again, TracedCalls, symbolic
 
 aten = torch.ops.aten
 # the argument that is the training flag
@@ -58,10 +60,10 @@ class _Seen:
 class _Flat(nn.Module):
     """The shell as a function of its tensor leaves, so that every input has a place in one flat list."""
 
-    def __init__(self, shell: nn.Module, inputs: Inputs, leaves: list, log: ReadLog, entry: str, mode: DataIsDetached):
+    def __init__(self, shell: nn.Module, inputs: Inputs, leaves: list, log: ReadLog, entry: str, calls: TracedCalls):
         super().__init__()
         self.m = shell
-        self._mode = mode
+        self._calls = calls
         self._entry = entry
         self.training = shell.training
         self._inputs, self._constants, self.seen = inputs, leaves, _Seen(log)
@@ -72,7 +74,7 @@ class _Flat(nn.Module):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._inputs.spec)
         self.seen.log.written.clear()
-        with self._mode:
+        with self._calls:
             result = self.m(*args, **kwargs) if self._entry == "forward" else getattr(self.m, self._entry)(*args, **kwargs)
         self.seen.log.check_containers()  # here, since export puts lists back
         register_outputs(result)
@@ -95,28 +97,34 @@ def export(shell: nn.Module, args: tuple, kwargs: dict, entry: str = "forward", 
     if not exact:
         tensors = _at_least_two(tensors)
     constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-    following = FollowsData() if data else None
-    program, wrapper, log = _run(shell, entry, inputs, constants, tensors, True, following)
-    if following is not None and following.converts:  # again, now that it is known which modules' int() must not fix a number
-        program, wrapper, log = _run(shell, entry, inputs, constants, tensors, True, following)
+    calls = FollowsData() if data else TracedCalls()
+    program, wrapper, log = _run(shell, entry, inputs, constants, tensors, True, calls)
     if log.flags_flipped & log.modes:  # the model itself looks at a dropout's mode: it must see the true one
-        program, wrapper, log = _run(shell, entry, inputs, constants, tensors, False, following)
+        program, wrapper, log = _run(shell, entry, inputs, constants, tensors, False, calls)
     graph = _normal_form(program, shell, inputs, log)
     inputs.examples = None
     return graph, inputs, wrapper.seen.out_spec, wrapper.seen.effects, log, _conditions(program)
 
 
-def _run(shell, entry, inputs, constants, tensors, flip: bool, following: FollowsData | None):
+def _run(shell, entry, inputs, constants, tensors, flip: bool, calls: TracedCalls):
+    while True:
+        try:
+            return _run_once(shell, entry, inputs, constants, tensors, flip, calls)
+        except Again:
+            continue
+
+
+def _run_once(shell, entry, inputs, constants, tensors, flip: bool, calls: TracedCalls):
     log = _ExportLog(shell)
-    wrapper = _Flat(shell, inputs, constants, log, entry, following or DataIsDetached())
+    wrapper = _Flat(shell, inputs, constants, log, entry, calls)
     flagged = {path: module for path, module in shell.named_modules() if isinstance(module, _FLAGGED)} if flip else {}
     log.flags_flipped = {path for path, module in flagged.items() if not module.training}
     log.flagged = set(flagged)
     auto = torch.export.Dim.AUTO
     shapes = (tuple({dim: auto for dim in range(tensor.dim())} for tensor in tensors),)
     modes = {path: module.__dict__["training"] for path, module in flagged.items()}
-    values = nullcontext() if following is None else values_known(shell, dict(following.converts))
-    with _restored(shell), recording(log, calls=False), quiet(), values:
+    values = values_known(shell) if isinstance(calls, FollowsData) else nullcontext()
+    with _restored(shell), recording(log, calls=False), quiet(), values, symbolic(dict(calls.spaces)), _no_print():
         try:
             for module in flagged.values():
                 module.__dict__["training"] = True
@@ -174,6 +182,16 @@ def quiet():
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         yield
+
+
+@contextmanager
+def _no_print():
+    """Export prints the graph that it could not finish."""
+    _trace.__dict__["print"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del _trace.__dict__["print"]
 
 
 def _at_least_two(tensors: list) -> list:

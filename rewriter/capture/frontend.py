@@ -65,8 +65,10 @@ CAPTURING = threading.RLock()
 
 
 def capture(shell: nn.Module, args: tuple | list | None, kwargs: dict | None = None, *,
-            originals: dict[str, nn.Module] | None = None, entry: str = "forward") -> Captured:
+            originals: dict[str, nn.Module] | None = None, entry: str = "forward", form: str = "one graph", why: str = "") -> Captured:
     """Captures ``shell(*args, **kwargs)``, or the method named by ``entry``, in the shell's current mode.
+
+    ``form``: the best that is tried: "one graph", "pieces" or "plain"; ``why`` not a better one.
 
     ``args`` may be a list of ``(args, kwargs)`` batches, or None to trace without inputs. ``originals`` maps module
     paths to the user's own modules, whose attributes are then guarded too. Nothing that belongs to the user changes.
@@ -79,6 +81,8 @@ def capture(shell: nn.Module, args: tuple | list | None, kwargs: dict | None = N
         batches = [(tuple(a), dict(k or {})) for a, k in args] if isinstance(args, list) else [(tuple(args), dict(kwargs or {}))]
         if not batches:
             raise CaptureError(explain("sample_inputs is an empty list", fix="pass a batch, or a list of two (args, kwargs) batches"))
+        if form != "one graph":
+            return _program(shell, batches, originals, entry, why, form)
         try:
             return _one_graph(shell, batches, originals, entry)
         except check.PlainModelFails:
@@ -130,7 +134,7 @@ def _one_graph(shell, batches, originals, entry) -> Captured:
     return captured
 
 
-def _program(shell, batches, originals, entry, why: str) -> Captured:
+def _program(shell, batches, originals, entry, why: str, form: str = "one graph") -> Captured:
     """By the third door, and where that does not compute the same either, the model as it is."""
     with program_check.kept(shell), check.undisturbed():
         try:
@@ -138,13 +142,13 @@ def _program(shell, batches, originals, entry, why: str) -> Captured:
         except Exception as error:
             raise program_check.plain_fails(error) from error
     notes, failed = [], None
-    for whole in (True, False):
-        if not whole and (captured := _one_way(shell, batches, originals, entry, why, notes)) is not None:
+    for whole in {"one graph": (True, False), "pieces": (False,), "plain": ()}[form]:
+        if not whole and form == "one graph" and (captured := _one_way(shell, batches, originals, entry, why, notes)) is not None:
             return captured
         program = Dynamo(shell, entry, whole=whole)
         program.only_whole = whole  # else it would go on in pieces at once
         if not whole:
-            program.breaks.append(str(failed))
+            program.breaks.append(str(failed or why))
         try:
             failed = program_check.program_mismatch(shell, program, batches)
         except check.PlainModelFails:
@@ -273,7 +277,7 @@ def _checked(shell, captured: Captured, batches) -> str | None:
             reason = check.mismatch(shell, captured, args, kwargs, required=False, modes=rows > 1)
         except data_guard.OtherData as other:
             if rows > 1:
-                return f"it would serve batches of {rows - 1} rows only: {other}"
+                captured.notes.append(f"the graph is not for the sample with {rows - 1} row more: {other}")
             continue
         if reason is not None and rows < 2 and captured.door == "export":
             # export reasons about sizes of two and more; the guard keeps smaller batches away from this graph

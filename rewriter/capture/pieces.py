@@ -23,8 +23,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ...passes.origin import KEY, Origin
 from .cleanup import make_functional, remove_dead, simplify
 from .fx_tracer import CONSTANT
-from .recording import DataIsDetached, is_users
+from .recording import is_users
 from .shell import attach
+from .traced_builtins import DataIsDetached
 
 Rewrite = Callable[[fx.Graph], tuple[Callable[..., Any], Any]]
 aten = torch.ops.aten

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError, explain
 
@@ -60,19 +59,6 @@ def raised_at(error: BaseException) -> str:
             where = f"{name}:{step.tb_lineno}"
         step = step.tb_next
     return where
-
-
-class DataIsDetached(TorchFunctionMode):
-    """``x.data`` of a tensor that is being traced would be a tensor nobody traces: it is ``x.detach()`` instead, which differs
-    only where forward() writes to it, and then torch says so."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is _DATA:
-            return args[0].detach()
-        return func(*args, **(kwargs or {}))
-
-
-_DATA = torch.Tensor.data.__get__
 
 
 class Effect(NamedTuple):
