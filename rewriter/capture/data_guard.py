@@ -124,7 +124,7 @@ def _is_random(node: fx.Node) -> bool:
 
 
 def _root(node: fx.Node) -> fx.Node:
-    source = node.args[0]
+    source: Any = node.args[0]
     while source.op == "call_function" and may_alias(source) and source.args and isinstance(source.args[0], fx.Node):
         source = source.args[0]
     return source

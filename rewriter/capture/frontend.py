@@ -166,8 +166,8 @@ def _program(shell, batches, originals, entry, why: str, form: str = "one graph"
     if isinstance(program, Dynamo):
         program.only_whole = False
     read = {name for name, tensor in shell.named_parameters() if id(tensor) in log.tensors and _is_table(shell, name)}
-    for form in [form for piece in program.pieces for form in piece.forms]:
-        read -= {name for name in form.names if name is not None}
+    for each in [each for piece in program.pieces for each in piece.forms]:
+        read -= {name for name in each.names if name is not None}
     captured = Captured(_empty(), None, None, program.door, dynamo_frontend.Watch(shell, originals, log), entry=entry,
                         program=program, tables_outside=tuple(sorted(read)))
     captured.notes += _program_notes(program, why, notes)

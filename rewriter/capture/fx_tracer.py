@@ -236,7 +236,7 @@ class Tracer(ReadLog):
 
     # what the shells report ---------------------------------------------------------------------------------------------
     def read_training(self, module, value):
-        path = self.paths.get(id(module))
+        path = self.path_of(module)
         if path is None:
             return value
         target = f"{path}.training" if path else "training"
@@ -248,7 +248,7 @@ class Tracer(ReadLog):
         return self._numbers[target]
 
     def tensor(self, module, name, value):
-        path = self.paths.get(id(module))
+        path = self.path_of(module)
         if path is None or isinstance(value, TensorValue):
             return value
         super().tensor(module, name, value)
@@ -257,7 +257,7 @@ class Tracer(ReadLog):
         return self.state(f"{path}.{name}" if path else name, value)
 
     def call(self, module, forward, args, kwargs):
-        path = self.paths.get(id(module))
+        path = self.path_of(module)
         self.stack.append((self.stack[-1][0] if path is None else path, type(module).__bases__[0]))
         try:
             if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and type(module).forward is nn.BatchNorm1d.forward:
@@ -270,7 +270,7 @@ class Tracer(ReadLog):
 
     def write(self, module, name, value):
         if name in module.__dict__.get("_buffers", ()):
-            path = self.paths.get(id(module), "")
+            path = self.path_of(module) or ""
             node = value.__dict__.get("node") if isinstance(value, TensorValue) else None
             if node is not None and node.op == "get_attr" and node.target == (f"{path}.{name}" if path else name):
                 return False  # ``self.buffer += 1``: changed in place already

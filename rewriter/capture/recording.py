@@ -61,6 +61,12 @@ def raised_at(error: BaseException) -> str:
     return where
 
 
+def _place(module: nn.Module) -> int:
+    """What tells modules apart while they are traced: export shows a module that has two names through a proxy, which is another
+    object with the module's namespace."""
+    return id(object.__getattribute__(module, "__dict__"))
+
+
 class Effect(NamedTuple):
     """A plain attribute that forward() sets: of the module at ``path``, to a value of structure ``spec``."""
 
@@ -78,20 +84,24 @@ class ReadLog:
 
     def __init__(self, shell: nn.Module):
         self.shell = shell
-        self.paths = {id(module): path for path, module in shell.named_modules()}
+        self.paths = {_place(module): path for path, module in shell.named_modules()}
         self.attributes: dict[str, dict[str, object]] = {}
         self.class_attributes: dict[str, dict[str, object]] = {}
         self.flags: set[str] = set()
         self.modes: set[str] = set()
-        self.written: dict[tuple[int, str], object] = {}  # what forward() has set: (id of the module, name) -> value
+        self.written: dict[tuple[int, str], object] = {}  # what forward() has set: (id of the module's namespace, name) -> value
         self._seen: set[tuple[int, str]] = set()  # tensors and missing attributes that were looked at before that
         self._before: list[tuple[str, str, object, object]] = []  # containers as they were at the first read
+
+    def path_of(self, module) -> str | None:
+        """The path of a module of the shell."""
+        return self.paths.get(_place(module))
 
     # What the recording classes call. A subclass may replace values (the FX door gives proxies).
     def read(self, module, name, value):
         if name == "training":
             return self.read_training(module, value)
-        path = self.paths.get(id(module))
+        path = self.path_of(module)
         if path is not None:
             seen = self.attributes.setdefault(path, {})
             if name not in seen:
@@ -101,7 +111,7 @@ class ReadLog:
         return value
 
     def read_training(self, module, value):
-        path = self.paths.get(id(module))
+        path = self.path_of(module)
         if path is not None:
             caller = sys._getframe(3).f_code.co_filename
             harmless = caller.startswith(_TORCH) and (caller.endswith(_FLAG_READERS) or "/nn/" not in caller)
@@ -109,18 +119,18 @@ class ReadLog:
         return value
 
     def read_class(self, module, name, value):
-        path = self.paths.get(id(module))
+        path = self.path_of(module)
         if path is not None:
             self.class_attributes.setdefault(path, {})[name] = value
         return value
 
     def tensor(self, module, name, value):
-        self._seen.add((id(module), name))
+        self._seen.add((_place(module), name))
         return value
 
     def absent(self, module, name) -> None:
         """Python asked for an attribute that is not there (hasattr, getattr with a default)."""
-        self._seen.add((id(module), name))
+        self._seen.add((_place(module), name))
 
     def call(self, module, forward, args, kwargs):
         return forward(*args, **kwargs)
@@ -131,10 +141,10 @@ class ReadLog:
         call has left there, or registers a parameter or a module."""
         if name in module.__dict__.get("_buffers", ()):
             return True
-        path = self.paths.get(id(module))
+        path = self.path_of(module)
         if path is None or name[:2] == "__":
             return True  # a module made on the way, or a copy
-        key = (id(module), name)
+        key = (_place(module), name)
         if key not in self.written:
             old = module.__dict__.get(name, _MISSING)
             if old is value or (type(old) is type(value) and isinstance(value, (int, float, str, bool)) and old == value):
@@ -191,8 +201,8 @@ def _recording_class(cls: type, log: ReadLog) -> type:
     get, find, put = cls.__getattribute__, getattr(cls, "__getattr__", None), cls.__setattr__
 
     def __getattribute__(self, name):
-        if log.written and (id(self), name) in log.written:
-            return log.written[id(self), name]
+        if log.written and (_place(self), name) in log.written:
+            return log.written[_place(self), name]
         value = get(self, name)
         if name in _PRIVATE or name[:2] == "__":
             return value
@@ -252,7 +262,7 @@ def recording(log: ReadLog, calls: bool = True):
             try:
                 module.__class__ = classes[cls]
             except TypeError as error:
-                raise CaptureError(explain(f"the class {cls.__name__} of '{log.paths[id(module)]}' cannot be watched",
+                raise CaptureError(explain(f"the class {cls.__name__} of '{log.path_of(module)}' cannot be watched",
                                            why=str(error), fix="remove __slots__ from the class")) from error
             swapped.append((module, cls))
         yield log

@@ -7,6 +7,7 @@ import types
 import weakref
 
 import pytest
+import tablewright as tw
 import torch
 import torch.nn.functional as F
 from tablewright.rewriter.capture import attach, capture, clone_shell
@@ -417,3 +418,37 @@ def test_custom_autograd_functions_are_not_looked_through():
         return Reverse.apply(self.table(rows))
 
     assert "autograd" in refused(forward, None) or "view_as" in refused(forward, None)
+
+
+def test_a_module_with_two_names_is_watched_by_both():
+    """Export shows such a module through a proxy."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.scale = nn.Linear(4, 4), 2.0
+
+        def forward(self, x):
+            x = self.linear(x) * self.scale
+            return x * 2 if self.training else x
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.item, self.last = nn.Embedding(20, 4), Block()
+            self.blocks = nn.ModuleList([Block(), self.last])
+
+        def forward(self, ids):
+            x = self.item(ids).sum(1)
+            for block in self.blocks:
+                x = block(x)
+            return torch.fft.rfft(x).real
+
+    model, ids = Model(), torch.randint(0, 20, (4, 3))
+    opt = tw.optimize(model, sample_inputs=(ids,))
+    assert opt.report.door == "export"
+    torch.testing.assert_close(opt(ids), model(ids))
+    model.eval(), opt.eval()
+    torch.testing.assert_close(opt(ids), model(ids))
+    model.last.scale = 3.0
+    torch.testing.assert_close(opt(ids), model(ids))
