@@ -108,10 +108,13 @@ def export(shell: nn.Module, args: tuple, kwargs: dict, entry: str = "forward", 
 
 def _run(shell, entry, inputs, constants, tensors, flip: bool, calls: TracedCalls):
     while True:
+        known = len(calls.spaces)
         try:
-            return _run_once(shell, entry, inputs, constants, tensors, flip, calls)
+            result = _run_once(shell, entry, inputs, constants, tensors, flip, calls)
         except Again:
             continue
+        if len(calls.spaces) == known:  # else forward() hid what it was asked
+            return result
 
 
 def _run_once(shell, entry, inputs, constants, tensors, flip: bool, calls: TracedCalls):

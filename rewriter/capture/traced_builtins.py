@@ -25,7 +25,7 @@ class DataIsDetached(TorchFunctionMode):
     only where forward() writes to it, and then torch says so."""
 
     def __torch_function__(self, func, _, args=(), kwargs=None):
-        return args[0].detach() if func is _DATA else func(*args, **(kwargs or {}))
+        return args[0].detach() if func == _DATA else func(*args, **(kwargs or {}))
 
 
 class TracedCalls(DataIsDetached):
