@@ -58,7 +58,9 @@ def bound(cls: type, model: nn.Module, name: str) -> types.FunctionType:
     plain = getattr(type(model), name)
 
     def method(self: OptimizedModel, *args: Any, **kwargs: Any) -> Any:
-        return self._call(name, args, kwargs)
+        from .data_ways import call  # which needs this module
+
+        return call(self, name, args, kwargs)
 
     method.__name__, method.__doc__, method.__qualname__ = name, plain.__doc__, f"{cls.__name__}.{name}"
     try:

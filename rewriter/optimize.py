@@ -32,12 +32,13 @@ from .capture.data_guard import asserted
 from .capture.plain_model import watch
 from .capture.shell import TICKET
 from .capture.stored import store_tables
+from .data_ways import say
 from .embedding_optimizer import decide
 from .equivalence import numeric_check
 from .errors import PlanError, TablewrightError
 from .in_backward_guard import InBackwardGuard, drop_placeholders
 from .methods import FORWARD, samples_of
-from .optimized_model import OptimizedModel, Variant, refuse_optimized, with_signature_of
+from .optimized_model import OptimizedModel, refuse_optimized, with_signature_of
 from .pipeline import Check, Step, run_passes
 from .plan import Plan, TablePlan
 from .programs import merged, program_variant, tables_of
@@ -46,6 +47,7 @@ from .sample_reads import reads_of
 from .samples import Samples
 from .sharding import Ranks, ShardedTables, prepare, start
 from .tiers import TieredTables, hook_checkpoints, stand_ins
+from .variant import Variant
 
 _MAX_VARIANTS = 16
 _MAX_WAYS = 4  # graphs for one way of the data each, before pieces take what is left
@@ -357,7 +359,7 @@ class Compiler:
             raise type(error)(f"{failure}; the model had to be captured again, which failed: {error}") from error
         model._variants.append(variant)
         if form != "one graph":
-            model._say(f"from now on other calls of {entry}() run {'plainly' if form == 'plain' else 'in pieces'}: {why}")
+            say(model, f"from now on other calls of {entry}() run {'plainly' if form == 'plain' else 'in pieces'}: {why}")
         return variant
 
     def report(self, variants: list[Variant], seconds: float, copied: bool, huge: int) -> Report:

@@ -4,9 +4,8 @@ from __future__ import annotations
 import copy
 import inspect
 import types
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,11 @@ from torch.optim import Optimizer
 from ..kernels.embedding import in_backward
 from ..kernels.embedding.op import OP
 from ..kernels.embedding.optimizers import RowUpdates
-from ..kernels.library import DIRECT
 from ..passes.records import Record
-from . import shard_map
-from .capture import CAPTURING, Captured, attach, deep_copy, verify
-from .capture.data_guard import ASSERT, OtherData, guarded, holds
-from .capture.entry import compile_entry, packer, with_live_tensors
+from . import data_ways, shard_map
+from .capture import CAPTURING, attach, deep_copy, verify
+from .capture.data_guard import OtherData
+from .capture.entry import compile_entry
 from .capture.plain_model import follow
 from .capture.program_check import leaves_of
 from .capture.shell import plain_copy
@@ -34,6 +32,7 @@ from .pipeline import Step
 from .plan import Plan
 from .report import Report
 from .sharded_state import whole_state_dict
+from .variant import Variant, first_call
 from .verify import copy_graph
 
 # Hooks on the whole plain model run around the optimized one too.
@@ -42,46 +41,6 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
     "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
-
-
-@dataclass
-class Variant:
-    """One captured and rewritten form of the model, valid while its guards hold."""
-
-    captured: Captured
-    graph: Graph
-    steps: list[Step]
-    module: torch.fx.GraphModule
-    unverified: bool = False  # captured without inputs: compared with the plain model at the first call
-    graphs: list[Graph] = field(default_factory=list)  # the rewritten graphs of a program's pieces; else the one graph
-    run: Callable[..., tuple] = field(init=False, repr=False)  # what eager calls: the same graph, ops called directly
-    enter: Callable[[tuple, dict], list | None] = field(init=False, repr=False)  # its inputs, where all guards hold
-    pack: Callable[[tuple], Any] = field(init=False, repr=False)  # from its outputs to the model's
-
-    def __post_init__(self) -> None:
-        if self.captured.program is None:
-            self.graphs = [self.graph]
-        self.run = guarded(runnable(self.module._shell, self.graph), self.module._shell, self.graph)
-        self.enter = _first_call
-        self.pack = packer(self.captured, self.module._shell)
-
-    @property
-    def pieces(self) -> int:
-        """In how many graphs the model runs; 0 where it runs plainly."""
-        program = self.captured.program
-        return 1 if program is None else len(program.pieces)
-
-
-def _first_call(args: tuple, kwargs: dict) -> None:
-    """What ``Variant.enter`` is until the guards have held once."""
-
-
-def runnable(shell: nn.Module, graph: Graph) -> Callable[..., tuple]:
-    """What eager mode calls for ``graph``: a copy of it whose ops are called directly, on the shell."""
-    direct = copy_graph(graph)
-    for node in direct.nodes:
-        node.target = holds if node.target is ASSERT else DIRECT.get(node.target, node.target)
-    return with_live_tensors(shell, direct)
 
 
 class OptimizedModel(nn.Module):
@@ -125,33 +84,9 @@ class OptimizedModel(nn.Module):
                         return self._run_on(variant, inputs)
                     except OtherData as error:
                         if error.__cause__ is not None:
-                            return self._run_plainly("forward", args, kwargs, error)
+                            return data_ways.plainly(self, "forward", args, kwargs, error)
                         others.append(variant)
-        return self._call("forward", args, kwargs, others)
-
-    def _call(self, entry: str, args: tuple, kwargs: dict, others: Sequence[Variant] = ()) -> Any:
-        """Run the first variant but ``others`` that serves this call; one is made where none does."""
-        if torch.compiler.is_compiling():
-            return self._run(self._variant_for_mode(entry), args, kwargs)
-        others = list(others)
-        while True:
-            known = list(self._variants)
-            variant = self._variant_for(args, kwargs, entry, others)
-            try:
-                return self._run(variant, args, kwargs)
-            except OtherData as error:
-                if error.__cause__ is not None or not any(variant is each for each in known):
-                    return self._run_plainly(entry, args, kwargs, error)  # the model's own error, or a way that chance decides
-                others.append(variant)
-
-    def _run_plainly(self, entry: str, args: tuple, kwargs: dict, error: Exception) -> Any:
-        method = getattr(self._shell, entry)
-        if self._guard is not None:
-            method = plainly(method, self._in_backward_tables())
-        try:
-            return method(*args, **kwargs)
-        except Exception as plain:
-            raise plain from error.__cause__
+        return data_ways.call(self, "forward", args, kwargs, others)
 
     def _run(self, variant: Variant, args: tuple, kwargs: dict) -> Any:
         if variant.captured.program is not None:
@@ -161,7 +96,7 @@ class OptimizedModel(nn.Module):
             if self._guard is not None and torch.is_grad_enabled():
                 self._guard.before_forward()
             return variant.captured.result(self._shell, variant.module.forward(*inputs))
-        if variant.enter is _first_call:
+        if variant.enter is first_call:
             variant.enter = compile_entry(variant.captured.guards, self._watched)
         return self._run_on(variant, inputs)
 
@@ -249,11 +184,6 @@ class OptimizedModel(nn.Module):
 
     def extra_repr(self) -> str:
         return self._report._summary()
-
-    def _say(self, sentence: str) -> None:
-        """Add to the report's notes, and warn: what it says was found out by a call."""
-        self.__dict__["_report"] = replace(self._report, notes=(*self._report.notes, sentence))
-        warnings.warn(f"{type(self._shell).__name__}: {sentence}", stacklevel=5)
 
     # --- what was done -------------------------------------------------------------------------------------------------------
 

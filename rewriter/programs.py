@@ -14,8 +14,8 @@ from .capture import Captured, attach
 from .capture.dynamo_frontend import Dynamo
 from .capture.pieces import Rewrite
 from .errors import PlanError, TablewrightError
-from .optimized_model import Variant, runnable
 from .pipeline import Step
+from .variant import Variant, runnable
 
 if TYPE_CHECKING:
     from .optimize import Compiler

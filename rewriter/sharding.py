@@ -25,6 +25,7 @@ from ..passes.shard_tables import ANCHOR, Sharding
 from ..passes.table_gradients import Choice
 from . import shard_map
 from .capture import Captured
+from .capture.data_guard import asserted
 from .errors import PlanError
 from .plan import TablePlan
 from .sample_reads import even_cuts, exchange_bytes
@@ -155,6 +156,8 @@ class ShardedTables:
         for each in captured:
             if each.program is not None and cut is not None:
                 raise PlanError(f"the plan shards table '{cut}', which needs {each.entry}() as one graph; but {each.notes[0]}")
+            if cut is not None and asserted(each.graph):
+                raise PlanError(f"the plan shards table '{cut}', and ranks whose data take different ways would wait for each other: {each.notes[0]}")
 
     def choices(self, chosen: dict[str, Choice]) -> dict[str, Choice]:
         """Who trains each table: one that every rank holds is updated when its gradients have been averaged, at the end of the backward."""

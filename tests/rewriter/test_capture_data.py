@@ -154,9 +154,9 @@ def test_a_branch_is_asked_for_at_every_call_and_leaves_no_trace():
 
 
 def test_without_the_assertion_the_graph_would_be_stale(monkeypatch):
-    from tablewright.rewriter import optimized_model
+    from tablewright.rewriter import variant
 
-    monkeypatch.setattr(optimized_model, "holds", lambda condition, message: None)
+    monkeypatch.setattr(variant, "holds", lambda condition, message: None)
     model = Branches().eval()
     low, high = torch.randint(1, 20, (4, 3)), torch.randint(21, 30, (4, 3))
     opt = tw.optimize(model, sample_inputs=(low,))
