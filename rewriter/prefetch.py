@@ -18,7 +18,8 @@ import torch
 from ..kernels.tiers.table import TieredTable, table_of
 from ..passes.ids_ahead import ids_ahead
 from .errors import PlanError
-from .optimized_model import OptimizedModel, Variant, runnable
+from .optimized_model import OptimizedModel
+from .variant import Variant, runnable
 
 _END = object()
 
