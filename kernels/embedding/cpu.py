@@ -26,6 +26,7 @@ from .updates import TableUpdate
 
 _ABI = 3  # tw_abi() of native/driver.cpp
 _LEVELS = ("baseline", "AVX2", "AVX-512")  # of tw_level()
+_PAIRS, _COALESCED, _DENSE = range(3)  # layouts of gradients() in native/python.cpp
 _OK, _BAD_INPUT, _UNSUPPORTED, _NO_MEMORY = range(4)  # enum Result of native/call.h
 
 
@@ -64,7 +65,7 @@ def _connect() -> Any:
     except (ImportError, AttributeError):  # built without Python's headers; a torch that does not publish its tensors
         return None
     makers = torch.empty, torch.zeros, buffers.empty, buffers.SMALLEST
-    return module if module.connect(exchange, torch.Tensor, torch.nn.Parameter, *makers, torch.int64) else None
+    return module if module.connect(exchange, torch.Tensor, torch.nn.Parameter, *makers, torch.int64, torch.sparse_coo_tensor) else None
 
 
 _direct = _connect()
@@ -155,17 +156,11 @@ def sparse_gradients(
     wanted: Sequence[bool],
 ) -> list[tuple[Tensor, Tensor] | None]:
     """See :func:`reference.sparse_gradients`. The result is the same bits for any number of threads."""
-    if _direct is not None:
-        plan, threads = plan_of(spec), torch.get_num_threads()
-        gradients = _direct.sparse_gradients(
-            plan.pointer, threads, slot_grads, tables, indices, offsets, sample_weights, spec.slots, wanted
-        )
-        if gradients is not None:
-            return gradients
-    gradients = _gradients(spec, slot_grads, tables, indices, offsets, sample_weights, wanted, dense=False)
+    args = (spec, slot_grads, tables, indices, offsets, sample_weights, wanted)
+    gradients = _packed_in_c(*args, _PAIRS)
     if gradients is None:
-        return reference.sparse_gradients(spec, slot_grads, tables, indices, offsets, sample_weights, wanted)
-    return gradients
+        gradients = _gradients(*args, dense=False)
+    return reference.sparse_gradients(*args) if gradients is None else gradients
 
 
 def dense_gradients(
@@ -178,10 +173,39 @@ def dense_gradients(
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """See :func:`reference.dense_gradients`."""
-    gradients = _gradients(spec, slot_grads, tables, indices, offsets, sample_weights, wanted, dense=True)
+    args = (spec, slot_grads, tables, indices, offsets, sample_weights, wanted)
+    gradients = _packed_in_c(*args, _DENSE)
+    if gradients is not None:
+        return gradients
+    gradients = _gradients(*args, dense=True)
     if gradients is None:
-        return reference.dense_gradients(spec, slot_grads, tables, indices, offsets, sample_weights, wanted)
+        return reference.dense_gradients(*args)
     return [None if pair is None else pair[1] for pair in gradients]
+
+
+def coalesced_gradients(
+    spec: GroupSpec,
+    slot_grads: OptionalTensors,
+    tables: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    offsets: OptionalTensors,
+    sample_weights: OptionalTensors,
+    wanted: Sequence[bool],
+) -> list[Tensor | None] | None:
+    """:func:`sparse_gradients` as sparse tensors; None: nothing was done."""
+    return _packed_in_c(spec, slot_grads, tables, indices, offsets, sample_weights, wanted, _COALESCED)
+
+
+def _packed_in_c(spec, slot_grads, tables, indices, offsets, sample_weights, wanted, layout: int) -> list | None:
+    if _direct is None:
+        return None
+    place, threads = plan_of(spec).pointer, torch.get_num_threads()
+    return _direct.gradients(place, threads, slot_grads, tables, indices, offsets, sample_weights, spec.slots, wanted, layout)
+
+
+def count_up(steps: list[Tensor]) -> bool:
+    """Add 1 to each of many numbers; False: nothing was done."""
+    return _direct is not None and _direct.count_up(steps) is True
 
 
 def _gradients(

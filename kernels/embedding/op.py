@@ -115,24 +115,30 @@ def _fake(tables, indices, offsets, sample_weights, extras, spec, ticket=None, o
 # --- backward ----------------------------------------------------------------------------------------------------------------
 
 
-def _backward(slot_grads, tables, indices, offsets, sample_weights, text: str, wanted_tables, wanted_weights) -> list[Tensor]:
-    """Per wanted table (rows, values) if sparse, else a dense gradient; then a gradient for each wanted sample weight."""
+def _backward(slot_grads, tables, indices, offsets, sample_weights, text: str, wanted_tables, wanted_weights, whole=False) -> list[Tensor]:
+    """Per wanted table (rows, values) if sparse (``whole``: one sparse tensor), else a dense gradient; then a gradient for each wanted
+    sample weight."""
     spec = decode(text)
     dtype = tables[0].dtype
     slot_grads = [g if g is None or g.dtype == dtype else g.to(dtype) for g in slot_grads]
     run = implementation(tables[0].device)
     args = (spec, slot_grads, tables, indices, offsets, sample_weights)
-    sparse = [w and t.grad == "sparse" for w, t in zip(wanted_tables, spec.tables)]
-    dense = [w and t.grad == "dense" for w, t in zip(wanted_tables, spec.tables)]
-    pairs = run.sparse_gradients(*args, sparse) if any(sparse) else [None] * len(sparse)
-    full = run.dense_gradients(*args, dense) if any(dense) else [None] * len(dense)
     out: list[Tensor] = []
-    for is_sparse, is_dense, pair, grad in zip(sparse, dense, pairs, full):
-        if is_sparse:
-            out.extend(pair)
-        elif is_dense:
-            out.append(grad)
-    if any(wanted_weights):
+    if True in wanted_tables:
+        sparse = [w and t.grad == "sparse" for w, t in zip(wanted_tables, spec.tables)]
+        dense = [w and t.grad == "dense" for w, t in zip(wanted_tables, spec.tables)]
+        nothing = [None] * len(sparse)
+        full = run.dense_gradients(*args, dense) if True in dense else nothing
+        made = run.coalesced_gradients(*args, sparse) if whole and True in sparse and run is cpu else None
+        pairs = run.sparse_gradients(*args, sparse) if made is None and True in sparse else nothing
+        for i, table in enumerate(tables):
+            if dense[i]:
+                out.append(full[i])
+            elif sparse[i] and made is not None:
+                out.append(made[i])
+            elif sparse[i]:
+                out += [_coalesced(*pairs[i], table)] if whole else pairs[i]
+    if True in wanted_weights:
         out.extend(g for g in run.sample_weight_gradients(*args, wanted_weights) if g is not None)
     return out
 
@@ -218,8 +224,8 @@ class _Lookup(torch.autograd.Function):
 
         made: list[Tensor] = []
         if True in wanted or True in wanted_weights:
-            call = torch.ops.tablewright.embedding_bags_backward if traced else _backward
-            made = call(list(slot_grads), tables, indices, offsets, weights, text, wanted, wanted_weights)
+            args = (list(slot_grads), tables, indices, offsets, weights, text, wanted, wanted_weights)
+            made = torch.ops.tablewright.embedding_bags_backward(*args) if traced else _backward(*args, whole=True)
         if due:
             if traced:
                 torch.ops.tablewright.embedding_bags_defer_update(list(slot_grads), indices, offsets, weights, text, owner, ticket)
@@ -228,11 +234,11 @@ class _Lookup(torch.autograd.Function):
         parts = iter(made)
         table_grads: list[Tensor | None] = [None] * n_tables
         for i, kind in enumerate(kinds):
-            if kind == "sparse":
+            if kind == "sparse" and traced:
                 table_grads[i] = _coalesced(next(parts), next(parts), tables[i])
             elif kind is not None:
                 table_grads[i] = next(parts)
-        if made and not traced:
+        if "sparse" in kinds and not traced:
             _keep_coalesced(tables, table_grads)
         weight_grads = [next(parts) if wanted_weights[place] else None for place in weighted]
         extra_grads = [
@@ -339,10 +345,30 @@ LIBRARY.impl("embedding_bags", _autograd, "Autograd")
 OP = torch.ops.tablewright.embedding_bags.default
 
 
+_FEW = 512  # ids: up to here torch's own lookup of one table takes less time, more of it in the backward (benchmarks/shapes_cpu.py)
+
+
+@functools.lru_cache(maxsize=4096)
+def _lone(text: str) -> tuple[int, bool] | None:
+    """The padding row (-1: none) of a spec that is one ``nn.Embedding``, and whether its gradient is dense; ``None`` for others."""
+    spec = decode(text)
+    lookup, grad = spec.lookups[0], spec.tables[0].grad
+    if len(spec.lookups) != 1 or spec.extras or lookup.pooling != "none" or lookup.wrap_negative or spec.slots[0] != spec.tables[0].dim:
+        return None
+    return -1 if lookup.padding_idx is None else lookup.padding_idx, grad == "dense"
+
+
 def call(tables, indices, offsets, sample_weights, extras, spec, ticket=None, owner=-1) -> list[Tensor]:
     """:data:`OP` without the trip through torch's dispatcher (2 us a lookup), wherever nothing needs to see the op."""
     if torch.compiler.is_compiling() or tracing():
         return OP(tables, indices, offsets, sample_weights, extras, spec, ticket, owner)
+    if len(indices) == 1 and indices[0].numel() <= _FEW and (lone := _lone(spec)) and tables[0].is_cpu:
+        padding, dense = lone
+        if dense or not torch.is_grad_enabled():
+            try:
+                return [torch.embedding(tables[0], indices[0], padding)]
+            except (IndexError, RuntimeError):  # the words are found below
+                pass
     return _autograd(tables, indices, offsets, sample_weights, extras, spec, ticket, owner)
 
 

@@ -78,8 +78,8 @@ def _adagrad(states: dict, tables: list[Tensor], group: dict) -> list[TableUpdat
     held = [states[table] for table in tables]
     lr, decay, eps, maximize = float(group["lr"]), group["lr_decay"], group["eps"], group["maximize"]
     steps = [state["step"] for state in held]
-    if all(isinstance(step, Tensor) for step in steps):
-        torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
+    if cpu.count_up(steps):
+        torch.autograd.graph.increment_version(steps)
     else:
         for state in held:
             state["step"] += 1

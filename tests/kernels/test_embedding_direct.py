@@ -19,11 +19,12 @@ def every_call(group: Group, kind: str) -> list:
     """All that the kernels compute for ``group``, tables and state after an update included."""
     wanted = [True] * len(group.tables)
     pairs = cpu.sparse_gradients(group.spec, group.grads, *group.inputs, wanted)
+    dense = cpu.dense_gradients(group.spec, group.grads, *group.inputs, wanted)
     tables = [t.clone() for t in group.tables]
     rules = group.rules(kind, weight_decay=0.1, maximize=True)
     cpu.update(group.spec, group.grads, tables, *group.inputs[1:], rules)
     found = cpu.forward(group.spec, *group.inputs, group.extras)
-    return [*found, *(x for pair in pairs for x in pair), *tables, *(s for r in rules for s in r.state)]
+    return [*found, *(x for pair in pairs for x in pair), *dense, *tables, *(s for r in rules for s in r.state)]
 
 
 @direct
@@ -46,12 +47,33 @@ def test_same_bits_as_calls_packed_in_python(dtype, kind, batch, monkeypatch):
         group.grads = [torch.cat([group.grads[0]] * 2, 1)[:, : group.spec.slots[0]]]
         group.tables[0] = torch.cat([group.tables[0]] * 2, 1)[:, :16]
     got = every_call(group, kind)
-    assert len(taken) == 3 and all(result is not None for result in taken)
+    assert len(taken) == 4 and all(result is not None for result in taken)
     monkeypatch.setattr(cpu, "_direct", None)
     want = every_call(group, kind)
     assert len(got) == len(want)
     for mine, theirs in zip(got, want):
         assert mine.dtype == theirs.dtype and mine.shape == theirs.shape and torch.equal(mine, theirs)
+
+
+@direct
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sparse_tensors_made_in_c_hold_the_same_rows_and_values(dtype):
+    group = Group(dtype)
+    args = (group.spec, group.grads, *group.inputs)
+    made = cpu.coalesced_gradients(*args, [True, False])
+    (rows, values), _ = cpu.sparse_gradients(*args, [True, False])
+    assert made[1] is None and made[0].is_coalesced() and made[0].shape == group.tables[0].shape
+    assert torch.equal(made[0].indices(), rows[None]) and torch.equal(made[0].values(), values)
+    torch.sparse_coo_tensor(made[0].indices(), made[0].values(), made[0].shape, is_coalesced=True, check_invariants=True)
+
+
+@direct
+def test_count_up():
+    steps = [torch.tensor(0.0), torch.tensor(7.0)]
+    assert cpu.count_up(steps) and steps == [1, 8] and cpu.count_up([])
+    for other in (torch.tensor(1), torch.tensor(1.0, dtype=torch.float64), torch.tensor([1.0]), 3, torch.tensor(1.0, device="meta")):
+        assert not cpu.count_up([steps[0], other])
+    assert steps == [1, 8]
 
 
 @direct
@@ -114,7 +136,9 @@ SPEC = GroupSpec((Table("t", 5, 4),), (Lookup(0, "l", "none", 0, 0),), (4,))
 def test_what_is_not_plain_is_not_taken(table, ids):
     plan = cpu.plan_of(SPEC)
     assert cpu._direct.forward(plan.reading, 1, [table], [ids], [None], [None], [], SPEC.slots) is None
-    assert cpu._direct.sparse_gradients(plan.pointer, 1, [torch.ones(1, 4)], [table], [ids], [None], [None], SPEC.slots, [True]) is None
+    for layout in range(3):
+        args = (plan.pointer, 1, [torch.ones(1, 4)], [table], [ids], [None], [None], SPEC.slots, [True], layout)
+        assert cpu._direct.gradients(*args) is None
     rules = [TableUpdate("sgd", 0.1)]
     assert cpu._direct.update(plan.pointer, 1, [torch.ones(1, 4)], [table], [ids], [None], [None], SPEC.slots, rules) is None
 
@@ -146,6 +170,37 @@ def lookup(table, ids, offsets=None, weights=None):
     pooling = "none" if offsets is None else "sum"
     spec = GroupSpec((Table("t", *table.shape),), (Lookup(0, "l", pooling, 0, 0),), (table.shape[1],))
     return op.call([table], [ids], [offsets], [weights], [], spec.encode())[0]
+
+
+@pytest.mark.parametrize("count", [0, 1, op._FEW, op._FEW + 1])
+@pytest.mark.parametrize("grad", ["dense", "sparse", "none"])
+@pytest.mark.parametrize("padding", [None, 3])
+def test_one_lookup_of_few_ids_means_what_many_do(count, grad, padding):
+    table = torch.randn(50, 4, requires_grad=True)
+    ids = torch.randint(0, 50, (count,), dtype=torch.int32)
+    spec = GroupSpec((Table("t", 50, 4, grad),), (Lookup(0, "l", "none", 0, 0, padding),), (4,)).encode()
+    (out,) = op.call([table], [ids], [None], [None], [], spec)
+    assert torch.equal(out, table[ids.long()]) and out.requires_grad == (grad != "none")
+    if out.requires_grad:
+        weights = torch.randn(count, 4)
+        (out * weights).sum().backward()
+        rows = ids.long() if padding is None else ids.long()[ids != padding]
+        expected = torch.zeros(50, 4).index_add(0, rows, weights if padding is None else weights[ids != padding])
+        assert table.grad.is_sparse == (grad == "sparse")
+        assert not table.grad.is_sparse or table.grad.is_coalesced()
+        torch.testing.assert_close(table.grad.to_dense(), expected)
+    with torch.no_grad():
+        assert torch.equal(op.call([table], [ids], [None], [None], [], spec)[0], out)
+
+
+@pytest.mark.parametrize("few", [3, op._FEW + 1])
+@pytest.mark.parametrize("wrong,error,words", [(9, IndexError, "9"), (-1, IndexError, "-1"), (1.0, TypeError, "float32")])
+def test_one_lookup_of_bad_ids_says_which(few, wrong, error, words):
+    ids = torch.zeros(few, dtype=torch.float32 if isinstance(wrong, float) else torch.int64)
+    ids[2] = wrong
+    for mode in (torch.no_grad(), torch.enable_grad()):
+        with mode, pytest.raises(error, match=rf"'[lt]'.*{words}|{words}.*'t'"):
+            lookup(torch.randn(5, 4, requires_grad=True), ids)
 
 
 @pytest.mark.parametrize("which", ["ids", "offsets", "weights"])

@@ -31,7 +31,6 @@ PyObject* make_matrix(int64_t rows, int64_t columns, int64_t bytes, PyObject* dt
     const int64_t shape[] = {rows};
     return make_slot(Leading{shape, 1, rows}, columns, bytes, true, dtype);
 }
-PyObject* make_rows(int64_t count) { return make_slot(Leading{nullptr, 0, 0}, count, 8, true, int64_dtype); }
 int64_t element_of(int64_t dtype) { return dtype == F64 ? 8 : dtype == F32 ? 4 : 2; }
 
 // ---- the functions ----
@@ -91,12 +90,43 @@ PyObject* forward(PyObject*, PyObject* const* a, Py_ssize_t n) {
     return none();
 }
 
-// sparse_gradients(spec, threads, slot_grads, tables, indices, offsets, weights, widths, wanted)
-// -> for each wanted table (rows [U], values [U, dim]), else None; or None
-PyObject* sparse_gradients(PyObject*, PyObject* const* a, Py_ssize_t n) {
-    if (!has(n, 9)) return nullptr;
+// What gradients() makes for each wanted table: (rows [U], values [U, dim]), a coalesced sparse tensor of the two, or a dense tensor.
+enum { PAIRS = 0, COALESCED = 1, DENSE = 2 };
+
+// The tensors that one table's gradient is written to, as one object, and where they lie.
+PyObject* make_gradient(const TableInfo& table, int64_t count, int64_t layout, int64_t element, PyObject* dtype, int64_t*& rows, char*& values) {
+    View at_rows, at_values;
+    if (layout == DENSE) {
+        const int64_t shape[] = {table.rows};
+        PyObject* v = make_slot(Leading{shape, 1, table.rows}, table.dim, element, false, dtype);
+        if (!v || !view_of(v, at_values)) Py_CLEAR(v);
+        else values = at_values.data;
+        return v;
+    }
+    static const int64_t one[] = {1};
+    PyObject* r = make_slot(Leading{one, layout == COALESCED, 1}, count, 8, true, int64_dtype);
+    PyObject* v = r ? make_matrix(count, table.dim, element, dtype) : nullptr;
+    PyObject* made = nullptr;
+    if (v && view_of(r, at_rows) && view_of(v, at_values)) {
+        rows = reinterpret_cast<int64_t*>(at_rows.data);
+        values = at_values.data;
+        PyObject* size = layout == COALESCED ? Py_BuildValue("(LL)", (long long)table.rows, (long long)table.dim) : nullptr;
+        PyObject* args[] = {r, v, size, Py_True, Py_False};
+        if (layout == PAIRS) made = PyTuple_Pack(2, r, v);
+        else if (size) made = PyObject_Vectorcall(sparse, args, 3, names_coalesced);
+        Py_XDECREF(size);
+    }
+    Py_XDECREF(r);
+    Py_XDECREF(v);
+    return made;
+}
+
+// gradients(spec, threads, slot_grads, tables, indices, offsets, weights, widths, wanted, layout)
+// -> the gradient of each wanted table, else None; or None
+PyObject* gradients(PyObject*, PyObject* const* a, Py_ssize_t n) {
+    if (!has(n, 10)) return nullptr;
     const Spec spec(static_cast<const int64_t*>(PyLong_AsVoidPtr(a[0])));
-    const int64_t tables = spec.head->tables;
+    const int64_t tables = spec.head->tables, layout = PyLong_AsLongLong(a[9]);
     Words w(*spec.head);
     if (!w.arena.data) return PyErr_NoMemory();
     PyObject** wishes = items_of(a[8], tables);
@@ -115,25 +145,9 @@ PyObject* sparse_gradients(PyObject*, PyObject* const* a, Py_ssize_t n) {
     PyObject* dtype = PyObject_GetAttr(PySequence_Fast_GET_ITEM(a[3], 0), text_dtype);
     PyObject* out = dtype ? PyList_New(tables) : nullptr;
     for (int64_t t = 0; out && t < tables; ++t) {
-        if (!wanted[t]) {
-            PyList_SET_ITEM(out, t, none());
-            continue;
-        }
-        const int64_t dim = spec.tables[t].dim;
-        PyObject* r = make_rows(counts[t]);
-        PyObject* v = r ? make_matrix(counts[t], dim, element_of(w.head->dtype), dtype) : nullptr;
-        View at_rows, at_values;
-        const bool ok = v && view_of(r, at_rows) && view_of(v, at_values);
-        PyObject* pair = ok ? PyTuple_Pack(2, r, v) : nullptr;
-        Py_XDECREF(r);
-        Py_XDECREF(v);
-        if (!pair) {
-            Py_CLEAR(out);
-            break;
-        }
-        PyList_SET_ITEM(out, t, pair);
-        rows[t] = reinterpret_cast<int64_t*>(at_rows.data);
-        values[t] = at_values.data;
+        PyObject* made = wanted[t] ? make_gradient(spec.tables[t], counts[t], layout, element_of(w.head->dtype), dtype, rows[t], values[t]) : none();
+        if (made) PyList_SET_ITEM(out, t, made);
+        else Py_CLEAR(out);
     }
     Py_XDECREF(dtype);
     if (!out) {
@@ -141,7 +155,7 @@ PyObject* sparse_gradients(PyObject*, PyObject* const* a, Py_ssize_t n) {
         return PyErr_Occurred() ? nullptr : none();
     }
     Py_BEGIN_ALLOW_THREADS
-    tw_gradients_fill(spec.words(), w.words(), handle, rows, values, 0);
+    tw_gradients_fill(spec.words(), w.words(), handle, rows, values, layout == DENSE);
     Py_END_ALLOW_THREADS
     return out;
 }
@@ -210,9 +224,27 @@ PyObject* update_from_gradients(PyObject*, PyObject* const* a, Py_ssize_t n) {
     Py_RETURN_TRUE;
 }
 
-// connect(exchange capsule, Tensor, Parameter, empty, zeros, large_empty, large_from, int64) -> whether calls can be taken
+// count_up(steps) -> True, each a float32 number one larger; or None: nothing was done
+PyObject* count_up(PyObject*, PyObject* const* a, Py_ssize_t n) {
+    if (!has(n, 1)) return nullptr;
+    const int64_t count = PyList_CheckExact(a[0]) ? PyList_GET_SIZE(a[0]) : 0;
+    PyObject** steps = items_of(a[0], count);
+    Arena arena(size_t(count) * sizeof(float*) + 1);
+    if (!arena.data) return PyErr_NoMemory();
+    float** at = arena.take<float*>(count);
+    for (int64_t k = 0; k < count; ++k) {
+        View v;
+        if (!steps || !view_of(steps[k], v) || v.dims || dtype_of(v) != F32) return none();
+        at[k] = reinterpret_cast<float*>(v.data);
+    }
+    for (int64_t k = 0; k < count; ++k) *at[k] += 1;
+    Py_RETURN_TRUE;
+}
+
+// connect(exchange capsule, Tensor, Parameter, empty, zeros, large_empty, large_from, int64, sparse_coo_tensor)
+// -> whether calls can be taken
 PyObject* connect(PyObject*, PyObject* const* a, Py_ssize_t n) {
-    if (!has(n, 8)) return nullptr;
+    if (!has(n, 9)) return nullptr;
     const Exchange* given = static_cast<const Exchange*>(PyCapsule_GetPointer(a[0], "dlpack_exchange_api"));
     if (!given) return nullptr;
     if (given->major != 1) Py_RETURN_FALSE;
@@ -222,11 +254,12 @@ PyObject* connect(PyObject*, PyObject* const* a, Py_ssize_t n) {
     text_values = PyUnicode_InternFromString("_values");
     text_is_coalesced = PyUnicode_InternFromString("is_coalesced");
     names_dtype = PyTuple_Pack(1, text_dtype);
+    names_coalesced = Py_BuildValue("(ss)", "is_coalesced", "check_invariants");
     static const char* const fields[] = {"kind", "lr", "eps", "beta1", "beta2", "weight_decay", "step", "maximize", "state"};
     for (int k = 0; k < RULE_FIELDS; ++k) rule_fields[k] = PyUnicode_InternFromString(fields[k]);
     large_from = PyLong_AsLongLong(a[6]);
-    for (int k = 0; k < 8; ++k) Py_INCREF(a[k]);
-    tensor_type = a[1], parameter_type = a[2], empty = a[3], zeros = a[4], large_empty = a[5], int64_dtype = a[7];
+    for (int k = 0; k < 9; ++k) Py_INCREF(a[k]);
+    tensor_type = a[1], parameter_type = a[2], empty = a[3], zeros = a[4], large_empty = a[5], int64_dtype = a[7], sparse = a[8];
     if (PyErr_Occurred()) return nullptr;
     exchange = given;
     Py_RETURN_TRUE;
@@ -235,8 +268,8 @@ PyObject* connect(PyObject*, PyObject* const* a, Py_ssize_t n) {
 template <class F> PyMethodDef fast(const char* name, F function) {
     return PyMethodDef{name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)), METH_FASTCALL, nullptr};
 }
-PyMethodDef methods[] = {fast("connect", connect), fast("forward", forward), fast("sparse_gradients", sparse_gradients),
-                         fast("update", update), fast("update_from_gradients", update_from_gradients), PyMethodDef{nullptr, nullptr, 0, nullptr}};
+PyMethodDef methods[] = {fast("connect", connect), fast("forward", forward), fast("gradients", gradients),
+                         fast("update", update), fast("update_from_gradients", update_from_gradients), fast("count_up", count_up), PyMethodDef{nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace

@@ -36,9 +36,9 @@ enum { DL_CPU = 1, DL_INT = 0, DL_FLOAT = 2, DL_BFLOAT = 4 };
 
 // What connect() is given. They live as long as the process.
 const Exchange* exchange = nullptr;
-PyObject *tensor_type, *parameter_type, *empty, *zeros, *large_empty, *int64_dtype;
+PyObject *tensor_type, *parameter_type, *empty, *zeros, *large_empty, *int64_dtype, *sparse;
 int64_t large_from;
-PyObject *text_dtype, *text_contiguous, *names_dtype, *text_indices, *text_values, *text_is_coalesced;
+PyObject *text_dtype, *text_contiguous, *names_dtype, *names_coalesced, *text_indices, *text_values, *text_is_coalesced;
 enum { KIND, LR, EPS, BETA1, BETA2, WEIGHT_DECAY, STEP, MAXIMIZE, STATE, RULE_FIELDS };
 PyObject* rule_fields[RULE_FIELDS];  // the attributes of updates.TableUpdate
 
