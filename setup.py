@@ -30,7 +30,7 @@ def native(name: str) -> Extension:
     return Extension(
         f"tablewright.kernels.{name}._native",
         sources=sorted(glob.glob(f"kernels/{name}/native/*.cpp")),
-        depends=sorted(glob.glob(f"kernels/{name}/native/*.h") + glob.glob(f"kernels/{name}/native/*.inc")),
+        depends=sorted(glob.glob(f"kernels/{name}/native/*.h") + glob.glob(f"kernels/{name}/native/*.inc") + glob.glob("kernels/native/*")),
         # Square roots need no errno and nothing traps. GCC warns about its own AVX-512 header.
         extra_compile_args=[
             *("-O3", "-std=c++14", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"),

@@ -24,7 +24,7 @@ from .reference import OptionalTensors
 from .spec import GroupSpec
 from .updates import TableUpdate
 
-_ABI = 3  # tw_abi() of native/driver.cpp
+_ABI = 4  # tw_abi() of native/driver.cpp
 _LEVELS = ("baseline", "AVX2", "AVX-512")  # of tw_level()
 _PAIRS, _COALESCED, _DENSE = range(3)  # layouts of gradients() in native/python.cpp
 _OK, _BAD_INPUT, _UNSUPPORTED, _NO_MEMORY = range(4)  # enum Result of native/call.h

@@ -19,6 +19,7 @@ that are not integers; each names the lookup, the table and the first bad positi
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,7 +131,7 @@ def _backward(slot_grads, tables, indices, offsets, sample_weights, text: str, w
         nothing = [None] * len(sparse)
         full = run.dense_gradients(*args, dense) if True in dense else nothing
         made = run.coalesced_gradients(*args, sparse) if whole and True in sparse and run is cpu else None
-        pairs = run.sparse_gradients(*args, sparse) if made is None and True in sparse else nothing
+        pairs: Any = run.sparse_gradients(*args, sparse) if made is None and True in sparse else nothing
         for i, table in enumerate(tables):
             if dense[i]:
                 out.append(full[i])

@@ -1,30 +1,12 @@
 // The C functions that cpu.py calls.
+#include "../../native/cpu_level.h"
 #include "abi.h"
 
 using namespace twc;
 
 namespace {
 
-int supported_level() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        return 2;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return 1;
-#endif
-    return 0;
-}
-const Kernels* kernels_of(int level) {
-#if defined(__x86_64__)
-    if (level == 2) return &twc_kernels_avx512;
-    if (level == 1) return &twc_kernels_avx2;
-#endif
-    (void)level;
-    return &twc_kernels_baseline;
-}
-int active_level = supported_level();
-const Kernels* active = kernels_of(active_level);
+Builds<Kernels> builds = BUILDS(twc_kernels);
 
 }  // namespace
 
@@ -33,13 +15,7 @@ const Kernels* active = kernels_of(active_level);
 TW_EXPORT int64_t twc_abi() { return 2; }
 
 // The instruction set in use; a level that this CPU has makes it that one, for tests.
-TW_EXPORT int64_t twc_level(int64_t level) {
-    if (level >= 0 && level <= supported_level()) {
-        active_level = int(level);
-        active = kernels_of(active_level);
-    }
-    return active_level;
-}
+TW_EXPORT int64_t twc_level(int64_t level) { return builds.ask(level); }
 
 namespace {
 
@@ -57,13 +33,13 @@ void in_parts(int64_t rows, int64_t dim, int64_t threads, Run run) {
 }  // namespace
 
 TW_EXPORT void twc_encode(const float* x, int64_t stride, uint8_t* payload, int64_t rows, int64_t dim, int64_t threads) {
-    const Kernels* kernels = active;
+    const Kernels* kernels = builds.active();
     in_parts(rows, dim, threads,
              [=](int64_t i, int64_t count) { kernels->encode(x + i * stride, stride, payload + i * (dim + 8), count, dim); });
 }
 
 TW_EXPORT void twc_decode(const uint8_t* payload, int64_t stride, float* x, int64_t rows, int64_t dim, int64_t threads) {
-    const Kernels* kernels = active;
+    const Kernels* kernels = builds.active();
     in_parts(rows, dim, threads,
              [=](int64_t i, int64_t count) { kernels->decode(payload + i * stride, stride, x + i * dim, count, dim); });
 }

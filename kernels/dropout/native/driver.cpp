@@ -1,32 +1,14 @@
 // The C functions that cpu.py calls. The draws are those of torch's CPU generator, word for word: its state comes in and goes back.
 #include <string.h>
 
+#include "../../native/cpu_level.h"
 #include "abi.h"
 
 using namespace twd;
 
 namespace {
 
-int supported_level() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        return 2;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return 1;
-#endif
-    return 0;
-}
-const Kernels* kernels_of(int level) {
-#if defined(__x86_64__)
-    if (level == 2) return &twd_kernels_avx512;
-    if (level == 1) return &twd_kernels_avx2;
-#endif
-    (void)level;
-    return &twd_kernels_baseline;
-}
-int active_level = supported_level();
-const Kernels* active = kernels_of(active_level);
+Builds<Kernels> builds = BUILDS(twd_kernels);
 
 // The words that torch's generator draws, in order; `store` hands the generator on.
 struct Stream {
@@ -35,7 +17,7 @@ struct Stream {
     uint32_t words[WORDS];
     int64_t next;
 
-    explicit Stream(void* state) : generator(static_cast<GeneratorState*>(state)), kernels(active) {
+    explicit Stream(void* state) : generator(static_cast<GeneratorState*>(state)), kernels(builds.active()) {
         for (int j = 0; j < WORDS; j++) words[j] = uint32_t(generator->words[j]);
         next = generator->left == 1 ? WORDS : int64_t(generator->next);
     }
@@ -63,13 +45,7 @@ struct Stream {
 TW_EXPORT int64_t twd_abi() { return 3; }
 
 // The instruction set in use; a level that this CPU has makes it that one, for tests.
-TW_EXPORT int64_t twd_level(int64_t level) {
-    if (level >= 0 && level <= supported_level()) {
-        active_level = int(level);
-        active = kernels_of(active_level);
-    }
-    return active_level;
-}
+TW_EXPORT int64_t twd_level(int64_t level) { return builds.ask(level); }
 
 // y = dropout(x) for `count` values, and which values were kept; `state` moves on by two words a value.
 TW_EXPORT void twd_dropout(void* state, const float* x, float* y, uint8_t* kept, int64_t count, uint64_t limit, double scale) {
@@ -92,7 +68,7 @@ TW_EXPORT void twd_dropout(void* state, const float* x, float* y, uint8_t* kept,
 // [rows, words].
 TW_EXPORT void twd_finish(void* state, char* y, uint32_t* bits, int64_t rows, int64_t cols, int64_t half, int64_t relu, uint64_t limit,
                           double scale, int64_t threads) {
-    const Kernels* kernels = active;
+    const Kernels* kernels = builds.active();
     const int64_t words = (cols + 31) / 32, part = 256, size_of = half ? 2 : 4;
     if (state == nullptr) {
         (void)threads;
@@ -118,7 +94,7 @@ TW_EXPORT void twd_finish(void* state, char* y, uint32_t* bits, int64_t rows, in
 
 TW_EXPORT void twd_masked(const char* grad, const uint32_t* bits, char* out, int64_t rows, int64_t cols, int64_t half, double scale,
                           int64_t threads) {
-    const Kernels* kernels = active;
+    const Kernels* kernels = builds.active();
     const int64_t words = (cols + 31) / 32, width = cols * (half ? 2 : 4);
     (void)threads;
 #if defined(_OPENMP)
@@ -129,7 +105,7 @@ TW_EXPORT void twd_masked(const char* grad, const uint32_t* bits, char* out, int
 }
 
 TW_EXPORT void twd_back(const float* grad, const uint8_t* kept, float* out, int64_t count, double scale, int64_t threads) {
-    const Kernels* kernels = active;
+    const Kernels* kernels = builds.active();
     const int64_t part = 1 << 16, parts = (count + part - 1) / part;
     (void)threads;
 #if defined(_OPENMP)

@@ -7,39 +7,19 @@
 // No ids are trusted: forward and sorting return BAD_INPUT before anything of the user's is written, and cpu.py then asks
 // reference.check_inputs for the words.
 #include "api.h"
+#include "../../native/cpu_level.h"
 #include "call.h"
 #include "sorted_keys.h"
 
 namespace {
 
-// ---- instruction sets ----
-
-int supported_level() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        return 2;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return 1;
-#endif
-    return 0;
-}
-const Kernels* kernels_of(int level) {
-#if defined(__x86_64__)
-    if (level == 2) return &tw_kernels_avx512;
-    if (level == 1) return &tw_kernels_avx2;
-#endif
-    (void)level;
-    return &tw_kernels_baseline;
-}
-int active_level = supported_level();
-const Kernels* active = kernels_of(active_level);
+Builds<Kernels> builds = BUILDS(tw_kernels);
 
 // ---- tasks ----
 
 // Runs the second phase. `write` fills in what a job writes to, given its table.
 template <class Write> void apply_all(const Call& c, const Sorted& s, Write write) {
-    const Kernels* kernels = active;
+    const Kernels* kernels = builds.active();
     for_each_task(s.tasks, s.threads, [&](int64_t task, int thread) {
         const int64_t t = place_of(s.task_end, c.spec->tables, task + 1);
         const TableRuns& r = s.tables[t];
@@ -70,21 +50,15 @@ void copy_extra(const Call& c, int64_t e, int64_t first, int64_t last) {
 #define TW_API extern "C" __attribute__((visibility("default")))
 
 // The version of this interface; cpu.py refuses a library built from other sources.
-TW_API int64_t tw_abi() { return 3; }
+TW_API int64_t tw_abi() { return 4; }
 
 // 0 baseline, 1 AVX2, 2 AVX-512. A level below 0 or above what the CPU has only asks.
-TW_API int64_t tw_level(int64_t level) {
-    if (level >= 0 && level <= supported_level()) {
-        active_level = int(level);
-        active = kernels_of(active_level);
-    }
-    return active_level;
-}
+TW_API int64_t tw_level(int64_t level) { return builds.ask(level); }
 
 // All lookups and extras of a call, into its slots.
 TW_API int64_t tw_forward(const int64_t* spec, const int64_t* call) {
     const Call c(spec, call);
-    const Kernels* kernels = active;
+    const Kernels* kernels = builds.active();
     const int64_t lookups = c.spec->lookups, parts = lookups + c.spec->extras;
     int64_t most = 0;  // bags
     for (int64_t l = 0; l < lookups; ++l)
@@ -183,7 +157,7 @@ TW_API int64_t tw_update(const int64_t* spec, const int64_t* call, const int64_t
 // Updates from summed gradients. BAD_INPUT unless every table's row numbers ascend strictly and lie in the table.
 TW_API int64_t tw_update_from_sparse(int64_t dtype, int64_t threads, int64_t tables, const SparseArg* args,
                                      const UpdateArg* updates) {
-    const Kernels* kernels = active;
+    const Kernels* kernels = builds.active();
     int64_t max_dim = 1, tasks = 0;
     for (int64_t t = 0; t < tables; ++t) {
         const SparseArg& a = args[t];
@@ -213,7 +187,7 @@ TW_API int64_t tw_update_from_sparse(int64_t dtype, int64_t threads, int64_t tab
 // Gradients of the sample weights of every lookup l with out[l] not null (zero-filled by the caller).
 TW_API int64_t tw_sample_weight_gradients(const int64_t* spec, const int64_t* call, char* const* out) {
     const Call c(spec, call);
-    const Kernels* kernels = active;
+    const Kernels* kernels = builds.active();
     const int64_t threads = c.threads();
     Workspace* w = take_workspace(size_t(c.scratch_bytes() * threads));
     if (!w) return NO_MEMORY;
@@ -238,7 +212,7 @@ TW_API int64_t tw_sample_weight_gradients(const int64_t* spec, const int64_t* ca
 // The machine's own limits: read (and, with `out`, copy) rows at random, or read, change and write them back.
 TW_API void tw_probe(int64_t threads, char* rows, const int64_t* index, int64_t count, int64_t row_bytes, int64_t ahead, char* out,
                      int64_t write) {
-    const Kernels* kernels = active;
+    const Kernels* kernels = builds.active();
     const int64_t block = 2048;
     for_each_task((count + block - 1) / block, threads, [&](int64_t i, int) {
         const ProbeJob job = {rows, index, i * block, (i + 1) * block < count ? (i + 1) * block : count, row_bytes, ahead, out};

@@ -5,32 +5,14 @@
 #include <omp.h>
 #endif
 
+#include "../../native/cpu_level.h"
 #include "abi.h"
 
 using namespace twi;
 
 namespace {
 
-int supported_level() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        return 2;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return 1;
-#endif
-    return 0;
-}
-const Kernels* kernels_of(int level) {
-#if defined(__x86_64__)
-    if (level == 2) return &twi_kernels_avx512;
-    if (level == 1) return &twi_kernels_avx2;
-#endif
-    (void)level;
-    return &twi_kernels_baseline;
-}
-int active_level = supported_level();
-const Kernels* active = kernels_of(active_level);
+Builds<Kernels> builds = BUILDS(twi_kernels);
 
 // Threads worth waking: waking one costs as much as some 100,000 multiplications.
 int64_t threads_for(const Call& c) {
@@ -47,19 +29,13 @@ int64_t threads_for(const Call& c) {
 TWI_API int64_t twi_abi() { return 1; }
 
 // 0 baseline, 1 AVX2, 2 AVX-512. A level below 0 or above what the CPU has only asks.
-TWI_API int64_t twi_level(int64_t level) {
-    if (level >= 0 && level <= supported_level()) {
-        active_level = int(level);
-        active = kernels_of(active_level);
-    }
-    return active_level;
-}
+TWI_API int64_t twi_level(int64_t level) { return builds.ask(level); }
 
 TWI_API int64_t twi_run(const Call* call) {
     const Call& c = *call;
     for (int64_t p = 0; p < c.pairs; ++p)
         if (uint32_t(c.first[p]) >= uint64_t(c.features) || uint32_t(c.second[p]) >= uint64_t(c.features)) return BAD_PAIR;
-    const Kernels* kernels = active;
+    const Kernels* kernels = builds.active();
     void (*const run)(const Job*) = kernels->run[c.kind][c.wide][c.backward];
     int64_t threads = threads_for(c);
     if (threads < 1) threads = 1;
