@@ -2,12 +2,14 @@
 //
 // Backward in two parallel phases. First, per table, the (row, source) keys of all its lookups are collected and radix-sorted
 // (stable, so equal rows keep the order of lookups and positions). Then runs of equal rows are cut into chunks of similar size,
-// each summed and applied by one thread. A run is never split, so the result does not depend on the number of threads.
+// each summed and applied by one thread. A run is never split, so the result does not depend on the number of threads. Updates of
+// long bags go table by table instead (by_table.h), with the same sums in the same order.
 //
 // No ids are trusted: forward and sorting return BAD_INPUT before anything of the user's is written, and cpu.py then asks
 // reference.check_inputs for the words.
-#include "api.h"
 #include "../../native/cpu_level.h"
+#include "api.h"
+#include "by_table.h"
 #include "call.h"
 #include "sorted_keys.h"
 
@@ -143,6 +145,9 @@ TW_API int64_t tw_gradients_fill(const int64_t* spec, const int64_t* call, void*
 
 TW_API int64_t tw_update(const int64_t* spec, const int64_t* call, const int64_t* wanted, const UpdateArg* updates) {
     const Call c(spec, call);
+    const int64_t threads = c.threads();
+    const TableSizes most(c, wanted, threads);
+    if (most.pays) return update_by_table(c, builds.active(), wanted, updates, most, threads);
     Sorted s;
     int result = sort_all(c, wanted, s);
     if (result) return result;

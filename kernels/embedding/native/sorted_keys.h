@@ -39,10 +39,25 @@ double weight_at(const void* weights, int64_t dtype, int64_t p) {
     return half_value(static_cast<const uint16_t*>(weights)[p], dtype == BF16);
 }
 
+// Where the gradients of one table's bags are copied to lie side by side: see by_table.h.
+struct Packed {
+    char* next;  // null: they stay where they are
+    int64_t row_bytes;
+
+    const char* take(const char* gradient, int64_t stride) {
+        if (!next) return gradient;
+        for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(gradient + 12 * stride + i);
+        char* to = next;
+        memcpy(to, gradient, size_t(row_bytes));
+        next += row_bytes;
+        return to;
+    }
+};
+
 // Appends the keys of one lookup; false where an id is out of range.
 template <class I>
 bool collect(const LookupInfo& l, const LookupArg& a, int64_t rows, const char* grad, int64_t grad_stride, int shift, int64_t dtype,
-             uint64_t*& keys, const char**& source, double* scale, uint64_t& next_source) {
+             Packed& packed, uint64_t*& keys, const char**& source, double* scale, uint64_t& next_source) {
     const I* ids = static_cast<const I*>(a.ids);
     const int64_t padding = l.padding, wrap = l.wrap;
     uint64_t* key = keys;
@@ -59,7 +74,7 @@ bool collect(const LookupInfo& l, const LookupArg& a, int64_t rows, const char* 
                 worst |= row | (uint64_t(rows - 1) - row);
                 key[p] = (row << shift) | next_source;
             }
-            source[b] = grad;
+            source[b] = packed.take(grad, grad_stride);
         }
         keys += p;
         source += a.bags;
@@ -90,18 +105,24 @@ bool collect(const LookupInfo& l, const LookupArg& a, int64_t rows, const char* 
     return !bad;
 }
 
-int sort_table(const Call& c, int64_t t, bool wanted, TableRuns& r, uint64_t* spare) {
+// Whether rows and sources fit a key.
+bool can_sort(const Call& c, int64_t t, const TableRuns& r) {
+    return bits_for(uint64_t(r.sources)) + bits_for(uint64_t(c.tables[t].rows)) <= 63 && r.ids < int64_t(UINT32_MAX);
+}
+
+int sort_table(const Call& c, int64_t t, bool wanted, TableRuns& r, uint64_t* spare, char* packed_rows = nullptr) {
     if (!wanted) {
         r.starts[0] = 0;
         return OK;
     }
     const int shift = bits_for(uint64_t(r.sources)), row_bits = bits_for(uint64_t(c.tables[t].rows));
-    if (shift + row_bits > 63 || r.ids >= int64_t(UINT32_MAX)) return UNSUPPORTED;
+    if (!can_sort(c, t, r)) return UNSUPPORTED;
     const RadixPlan plan = plan_radix(r.ids, row_bits);
     uint64_t* begin = plan.passes % 2 ? spare : r.keys;  // so that the last pass ends in r.keys
     uint64_t* end = begin;
     const char** source = r.source;
     uint64_t next_source = 0;
+    Packed packed = {packed_rows, c.tables[t].dim * c.element};
     for (int64_t l = c.tables[t].first_lookup; l >= 0; l = c.lookups[l].next) {
         const LookupInfo& info = c.lookups[l];
         LookupArg a = c.lookup_args[l];
@@ -112,7 +133,7 @@ int sort_table(const Call& c, int64_t t, bool wanted, TableRuns& r, uint64_t* sp
         const char* grad = slot.data + info.column * c.element;
         const int64_t stride = slot.stride * c.element;
         auto collect_ids = a.id_bytes == 4 ? collect<int32_t> : collect<int64_t>;
-        if (!collect_ids(info, a, c.tables[t].rows, grad, stride, shift, c.head->dtype, end, source, r.scale, next_source)) return BAD_INPUT;
+        if (!collect_ids(info, a, c.tables[t].rows, grad, stride, shift, c.head->dtype, packed, end, source, r.scale, next_source)) return BAD_INPUT;
     }
     const int64_t n = end - begin;
     radix_sort(begin, begin == spare ? r.keys : spare, n, shift, plan);
@@ -140,22 +161,29 @@ struct Sorted {
     int64_t scratch_bytes, tasks, threads;
 };
 
+// How much a table's keys take, as far as they are wanted: ids, sources, and whether these have scales.
+TableRuns sizes_of(const Call& c, int64_t t, bool wanted, bool& scaled) {
+    TableRuns r;
+    memset(&r, 0, sizeof r);
+    scaled = false;
+    for (int64_t l = wanted ? c.tables[t].first_lookup : -1; l >= 0; l = c.lookups[l].next) {
+        if (!c.slot_args[c.lookups[l].slot].data) continue;
+        const LookupArg& a = c.lookup_args[l];
+        r.ids += a.id_count;
+        r.sources += a.weights ? a.id_count : a.bags;
+        scaled |= a.weights || c.lookups[l].pooling == POOL_MEAN;
+    }
+    return r;
+}
+
 void lay_out(const Call& c, const int64_t* wanted, Carver& carver, Sorted& s, uint64_t*& spare, int64_t& spare_size) {
     const int64_t T = c.spec->tables, threads = s.threads = c.threads();
     s.tables = carver.take<TableRuns>(T);
     s.task_end = carver.take<int64_t>(T);
     spare_size = 1;
     for (int64_t t = 0; t < T; ++t) {
-        TableRuns r;
-        memset(&r, 0, sizeof r);
-        bool scaled = false;
-        for (int64_t l = wanted[t] ? c.tables[t].first_lookup : -1; l >= 0; l = c.lookups[l].next) {
-            if (!c.slot_args[c.lookups[l].slot].data) continue;
-            const LookupArg& a = c.lookup_args[l];
-            r.ids += a.id_count;
-            r.sources += a.weights ? a.id_count : a.bags;
-            scaled |= a.weights || c.lookups[l].pooling == POOL_MEAN;
-        }
+        bool scaled;
+        TableRuns r = sizes_of(c, t, wanted[t] != 0, scaled);
         if (r.ids > spare_size) spare_size = r.ids;
         r.keys = carver.take<uint64_t>(r.ids + MOST_AHEAD);
         r.starts = carver.take<uint32_t>(r.ids + 1 + MOST_AHEAD);
