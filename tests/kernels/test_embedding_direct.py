@@ -193,6 +193,14 @@ def test_one_lookup_of_few_ids_means_what_many_do(count, grad, padding):
         assert torch.equal(op.call([table], [ids], [None], [None], [], spec)[0], out)
 
 
+@pytest.mark.parametrize("count", [3, op._FEW + 1])
+def test_one_lookup_of_few_ids_is_widened_as_asked(count):
+    table, ids = torch.randn(5, 4, dtype=torch.bfloat16, requires_grad=True), torch.randint(5, (count,))
+    spec = GroupSpec((Table("t", 5, 4),), (Lookup(0, "l", "none", 0, 0),), (4,), wide=True).encode()
+    (out,) = op.call([table], [ids], [None], [None], [], spec)
+    assert out.dtype == torch.float32 and torch.equal(out, table[ids].float())
+
+
 @pytest.mark.parametrize("few", [3, op._FEW + 1])
 @pytest.mark.parametrize("wrong,error,words", [(9, IndexError, "9"), (-1, IndexError, "-1"), (1.0, TypeError, "float32")])
 def test_one_lookup_of_bad_ids_says_which(few, wrong, error, words):

@@ -47,7 +47,7 @@ TW_EXPORT void twc_decode(const uint8_t* payload, int64_t stride, float* x, int6
 // table[rows[i]] = stochastically rounded x[i]; `hashes` has one for each row.
 TW_EXPORT void twc_write_rounded(const float* x, const int64_t* rows, const uint32_t* hashes, uint16_t* table, int64_t stride,
                                  int64_t count, int64_t dim, int64_t brain, int64_t threads) {
-    const Kernels* kernels = active;
+    const Kernels* kernels = builds.active();
     in_parts(count, dim, threads, [=](int64_t first, int64_t many) {
         for (int64_t i = first; i < first + many; i++)
             kernels->round_row(x + i * dim, table + rows[i] * stride, dim, hashes[i], brain != 0);
