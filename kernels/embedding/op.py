@@ -354,7 +354,9 @@ def _lone(text: str) -> tuple[int, bool] | None:
     """The padding row (-1: none) of a spec that is one ``nn.Embedding``, and whether its gradient is dense; ``None`` for others."""
     spec = decode(text)
     lookup, grad = spec.lookups[0], spec.tables[0].grad
-    if len(spec.lookups) != 1 or spec.extras or spec.unmade or spec.wide or lookup.pooling != "none" or lookup.wrap_negative or spec.slots[0] != spec.tables[0].dim:
+    if len(spec.lookups) != 1 or spec.extras or spec.unmade or spec.wide or spec.slots[0] != spec.tables[0].dim:
+        return None
+    if lookup.pooling != "none" or lookup.wrap_negative:
         return None
     return -1 if lookup.padding_idx is None else lookup.padding_idx, grad == "dense"
 

@@ -258,69 +258,6 @@ def test_update_equals_sparse_gradients_then_update_from_sparse(native_only):
     assert all(torch.equal(a, b) for a, b in zip(fused, split))
 
 
-class LongBags(Group):
-    """Mostly bags of many ids, which are updated table by table (native/by_table.h): fixed, ragged, tied, weighted, padded, wrapped."""
-
-    def __init__(self, dtype=torch.float32, rows=60, bags=120, tables=7):
-        g = torch.Generator().manual_seed(2)
-        lengths = torch.randint(0, 20, (bags,), generator=g)
-        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-        specs, self.indices, self.offsets, self.weights = [], [], [], []
-        for t in range(tables):
-            for kind in ("fixed", "ragged", "mean", "padded", "single") + ("weighted", "wrapped") * (t == 1):
-                fixed = kind not in ("ragged", "mean")
-                shape = (bags,) if kind in ("single", "wrapped") else (bags, 12) if fixed else (int(offsets[-1]),)
-                pooling = {"single": "none", "wrapped": "none", "mean": "mean"}.get(kind, "sum")
-                column = sum(16 if s.table % 2 else 64 for s in specs)
-                options = {"padding_idx": 4 if kind == "padded" else None, "wrap_negative": kind == "wrapped"}
-                specs.append(Lookup(t, f"{kind} {t}", pooling, 0, column, include_last_offset=not fixed, **options))
-                self.indices.append(torch.randint(-rows if kind == "wrapped" else 0, rows, shape, generator=g).to((torch.int64, torch.int32)[t % 2]))
-                self.offsets.append(None if fixed else offsets)
-                self.weights.append(torch.randn(shape, generator=g).to(dtype) if kind == "weighted" else None)
-        dims = [16 if t % 2 else 64 for t in range(tables)]
-        width = column + dims[-1]
-        self.spec = GroupSpec(tuple(Table(f"t{t}", rows, d) for t, d in enumerate(dims)), tuple(specs), (width,))
-        self.tables = [torch.randn(rows, d, generator=g).to(dtype) for d in dims]
-        self.grads = [torch.randn(bags, width, generator=g).to(dtype)]
-        self.extras, self.dtype = [], dtype
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_long_bags_have_the_bits_of_sums_made_first(threads, dtype, native_only, level):
-    torch.set_num_threads(threads)
-    group = LongBags(dtype)
-    rules, others = group.rules("rowwise_adagrad"), group.rules("rowwise_adagrad")
-    rules[2] = others[2] = None  # a table that nobody updates
-    wanted = [r is not None for r in rules]
-    pairs = cpu.sparse_gradients(group.spec, group.grads, *group.inputs, wanted)
-    mine, theirs = ([t.clone() for t in group.tables] for _ in range(2))
-    cpu.update(group.spec, group.grads, mine, *group.inputs[1:], rules)
-    cpu.update_from_sparse(theirs, [p and p[0] for p in pairs], [p and p[1] for p in pairs], others)
-    for a, b in zip([*mine, *(r.state[0] for r in rules if r)], [*theirs, *(r.state[0] for r in others if r)]):
-        assert torch.equal(a, b) if dtype == torch.float32 else torch.allclose(a.float(), b.float(), rtol=0.02, atol=0.02)
-    assert torch.equal(mine[2], group.tables[2]) and not torch.equal(mine[0], group.tables[0])
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("last", ["id", "offset"])
-def test_a_bad_input_of_the_last_table_leaves_long_bags_alone(last, threads, native_only):
-    torch.set_num_threads(threads)
-    group = LongBags()
-    place = max(i for i, lookup in enumerate(group.spec.lookups) if lookup.name == "ragged 6")
-    group.offsets[place] = group.offsets[place].clone()
-    if last == "id":
-        group.indices[place][-1] = 60
-    else:
-        group.offsets[place][-2] = 10_000
-    rules, tables = group.rules("adagrad"), [t.clone() for t in group.tables]
-    states = [r.state[0].clone() for r in rules]
-    with pytest.raises(IndexError if last == "id" else ValueError, match="ragged 6"):
-        cpu.update(group.spec, group.grads, tables, *group.inputs[1:], rules)
-    for now, before in zip([*tables, *(r.state[0] for r in rules)], [*group.tables, *states]):
-        assert torch.equal(now, before)
-
-
 def test_layouts_that_are_not_contiguous(native_only):
     """Strided ids, offsets, weights, gradients and a table that is a column range of a wider one."""
     group = Group(torch.float32, dims=(16,))
