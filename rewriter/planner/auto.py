@@ -80,7 +80,8 @@ def plan_of(forecast: Forecast, constraints: Plan) -> Plan:
         everywhere = way.sharding == "data_parallel"
         ranks = None if everywhere or p.ranks == tuple(range(forecast.topology.ranks)) and way.sharding == "row_wise" else p.ranks
         given = constraints.tables.get(path, TablePlan())
-        entries[path] = replace(given, sharding=way.sharding, ranks=ranks, exchange=None if everywhere else way.exchange)
+        split = given.split or ("sample" if way.split == "sample" else None)
+        entries[path] = replace(given, sharding=way.sharding, ranks=ranks, exchange=None if everywhere else way.exchange, split=split)
     rest = {key: entry for key, entry in constraints.tables.items() if key not in entries}
     return replace(constraints, tables={**entries, **rest})
 

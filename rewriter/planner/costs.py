@@ -7,7 +7,7 @@ part ``p`` of the ids (``q`` of the different ones) and ``d`` columns, where eac
 ==========  =====================================  =========================================  =====================================
 exchange    rows read at the owner                 results ``r`` sent to each rank            ids sent by each rank
 ==========  =====================================  =========================================  =====================================
-pooled      ``R n p``                              ``b (1 - (1 - p)^h)``: bags with a part    ``n p``, and an offset for each bag
+pooled      ``R n p``                              ``b (1 - (1 - p)^h)``: bags with a part    ``n p``, and a length for each bag
 unique      ``R u q``                              ``u q``                                    ``u q``
 ==========  =====================================  =========================================  =====================================
 
@@ -32,7 +32,7 @@ from .facts import TableFacts, even
 from .option import Option
 from .topology import GB, Topology
 
-_ID = 8  # bytes
+_ID = 4  # bytes of an id or a length on its way
 _LEAST_COLUMNS = 8  # of a column shard: narrower rows do not fill a cache line's worth of work
 
 
@@ -54,19 +54,21 @@ class Way:
     gradients: np.ndarray
     merge: float
     gathered: float = 0.0
+    split: str = "even"
 
     def __str__(self) -> str:
         if self.sharding == "data_parallel":
             return self.sharding
         over = f" over {len(self.rows)}" if len(self.rows) > 1 else ""
-        return f"{self.sharding}{over}, {self.exchange}"
+        return f"{self.sharding}{over}, {self.exchange}" + (", split by sample" if self.split == "sample" else "")
 
 
 def options_of(facts: TableFacts, topology: Topology, wish: TablePlan | None = None) -> list[Option]:
     """Every way that ``wish`` (a resolved entry of a plan) allows. Raises :class:`PlanError` where there is none."""
     wish = wish or TablePlan()
     key = replace(facts, name="", assumed="") if facts.sample is None else None
-    plain = TablePlan(sharding=wish.sharding, ranks=wish.ranks, exchange=wish.exchange, communication=wish.communication)
+    names = ("sharding", "ranks", "exchange", "communication", "split")
+    plain = TablePlan(**{name: getattr(wish, name) for name in names})
     found = _cached(key, topology, plain) if key is not None else list(_options(facts, topology, plain))
     if not found:
         on = f" on ranks {list(wish.ranks)}" if wish.ranks is not None else f" over {topology.ranks} ranks"
@@ -82,7 +84,7 @@ def _cached(facts: TableFacts, topology: Topology, wish: TablePlan) -> list[Opti
 def _options(facts: TableFacts, topology: Topology, wish: TablePlan) -> Iterator[Option]:
     ranks, node = topology.ranks, topology.ranks_per_node
     if ranks == 1:
-        yield _option(facts, topology, wish, "data_parallel", (), ())
+        yield _replicated(facts, topology, wish.communication or Communication())
         return
     sizes = _parts(ranks)
     fixed = wish.ranks
@@ -105,15 +107,17 @@ def _options(facts: TableFacts, topology: Topology, wish: TablePlan) -> Iterator
         if wish.sharding not in (None, sharding):
             continue
         if sharding == "data_parallel":
-            yield _option(facts, topology, wish, sharding, (), ())
+            yield _replicated(facts, topology, wish.communication or Communication())
             continue
         least = 1 if wish.sharding is not None else _LEAST_COLUMNS
         if rows > max(facts.rows, 1) or (columns > 1 and facts.dim // columns < least) or (fixed is not None and columns * rows != len(fixed)):
             continue
         if wish.sharding is None and sharding in ("table_row_wise", "grid_shard") and topology.nodes == 1:
             continue  # inside one node they are row_wise and column_wise
+        splits = [wish.split] if wish.split else ["even", "sample"] if rows > 1 and facts.sample is not None else ["even"]
         for exchange in ("pooled", "unique") if wish.exchange in (None, "auto") else (wish.exchange,):
-            yield _option(facts, topology, wish, sharding, even(facts.dim, columns), facts.shares(rows), exchange)
+            for split in splits:
+                yield _option(facts, topology, wish, sharding, even(facts.dim, columns), facts.ranges(rows, split), exchange, split)
 
 
 def _parts(most: int) -> list[int]:
@@ -125,11 +129,9 @@ def _parts(most: int) -> list[int]:
     return sorted(found | {most})
 
 
-def _option(facts, topology, wish, sharding: str, columns, shares, exchange: str = "none") -> Option:
+def _option(facts, topology, wish, sharding: str, columns, ranges, exchange: str, split: str) -> Option:
     travel = wish.communication or Communication()
-    if sharding == "data_parallel":
-        return _replicated(facts, topology, travel)
-    way = _blocks(facts, topology, sharding, np.asarray(columns), shares, exchange, travel)
+    way = _blocks(facts, topology, sharding, np.asarray(columns), ranges, exchange, travel, split)
     r = topology.ranks
     each = np.array([topology.all_to_all(1.0)]) * (way.ids + way.results + way.gradients)
     costs = way.lookup + way.update + each + topology.shard_us * 1e-6
@@ -161,13 +163,12 @@ def _row_bytes(codec: str, columns: float, facts: TableFacts) -> float:
 
 
 def _blocks(
-    facts: TableFacts, topology: Topology, sharding: str, columns: np.ndarray, shares: tuple[np.ndarray, np.ndarray], exchange: str,
-    travel: Communication,
+    facts: TableFacts, topology: Topology, sharding: str, columns: np.ndarray, ranges: tuple[np.ndarray, np.ndarray, np.ndarray],
+    exchange: str, travel: Communication, split: str,
 ) -> Way:  # fmt: skip
     r, s = topology.ranks, facts.itemsize
-    ids_share, unique_share = (np.tile(share, len(columns)) for share in shares)
-    rows = np.tile(even(facts.rows, len(shares[0])), len(columns))
-    d = np.repeat(columns, len(shares[0]))
+    rows, ids_share, unique_share = (np.tile(each, len(columns)) for each in ranges)
+    d = np.repeat(columns, len(ranges[0]))
     if exchange == "unique":
         read = results = facts.unique * unique_share
         numbers = read
@@ -175,7 +176,7 @@ def _blocks(
         read = facts.ids * ids_share
         if facts.pooled and facts.bags:
             results = facts.bags * (1 - (1 - ids_share) ** max(facts.ids / facts.bags, 1.0))
-            numbers = read + results
+            numbers = read + (results if facts.ids > facts.bags else 0.0)  # no lengths where every bag is one id
         else:
             results, numbers = read, read
     touched = facts.unique_in(r) * unique_share
@@ -191,7 +192,7 @@ def _blocks(
     if exchange == "unique":  # sorted ids, and rows that came back are read for each id
         pooling = facts.ids * facts.dim * s
         merge += (2.0 if facts.trained else 1.0) * pooling / fast + 8 * facts.ids * _ID / fast
-    return Way(sharding, exchange, travel, rows, d, lookup, update, numbers * _ID, results * out, results * back, merge)
+    return Way(sharding, exchange, travel, rows, d, lookup, update, numbers * _ID, results * out, results * back, merge, split=split)
 
 
 def _seconds_to_read(rows, different, row_bytes, topology: Topology):
@@ -207,11 +208,11 @@ def _replicated(facts: TableFacts, topology: Topology, travel: Communication) ->
     seconds = float(_seconds_to_read(facts.ids, facts.unique, d * s, topology)) + facts.bags * d * s / fast
     gathered = memory = 0.0
     if facts.trained:
-        gathered = facts.unique * (_ID + d * s) if r > 1 else 0.0
+        gathered = facts.unique * (8 + d * s) if r > 1 else 0.0
         seconds += (facts.bags + facts.ids) * d * s / fast
         seconds += facts.unique_in(r) * (2 * d * (s + facts.state) + 2 * facts.row_state) / scattered
         seconds += topology.all_to_all(gathered) + (2 * r * facts.unique * d * s / fast if r > 1 else 0.0)
-        memory = (r * facts.unique if r > 1 else facts.unique) * (_ID + d * s)
+        memory = (r * facts.unique if r > 1 else facts.unique) * (8 + d * s)
     none = np.zeros(0)
     way = Way("data_parallel", "none", travel, none, none, none, none, none, none, none, seconds, gathered)
     held = facts.bytes + memory + 2 * facts.bags * d * s

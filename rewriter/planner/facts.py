@@ -47,15 +47,23 @@ class TableFacts:
         """Different ids of so many ranks' batches together."""
         return self.unique if batches == 1 else expected_unique(self.rows, self.ids * batches, self.alpha)
 
-    def shares(self, parts: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of the ids, and of the different ids, the part that falls into each of ``parts`` even ranges of rows."""
-        counts = even(self.rows, parts)
+    def ranges(self, parts: int, split: str = "even") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The rows of each of ``parts`` ranges, and the parts of the ids and of the different ids that fall into each. ``split``: "even", or
+        "sample" for ranges that are read about equally often."""
         if self.sample is None or not len(self.sample[0]):
-            return counts / self.rows, counts / self.rows
-        where = np.searchsorted(np.cumsum(counts), self.sample[0], side="right")
-        seen = np.bincount(where, weights=self.sample[1], minlength=parts)
-        different = np.bincount(where, minlength=parts)
-        return seen / seen.sum(), different / different.sum()
+            counts = even(self.rows, parts)
+            return counts, counts / self.rows, counts / self.rows
+        values, seen = self.sample
+        if split == "sample":  # every row counts a little, as in sample_reads.even_cuts
+            least = 1e-3 * seen.sum() / self.rows
+            read = np.concatenate([[0.0], np.cumsum(seen)]) + least * np.append(values, self.rows)
+            firsts = np.append(values, self.rows)[np.minimum(np.searchsorted(read, read[-1] * np.arange(1, parts) / parts), len(values))]
+            counts = np.diff(np.concatenate([[0], np.maximum.accumulate(firsts), [self.rows]])).astype(float)
+        else:
+            counts = even(self.rows, parts)
+        where = np.minimum(np.searchsorted(np.cumsum(counts), values, side="right"), parts - 1)
+        ids, different = np.bincount(where, weights=seen, minlength=parts), np.bincount(where, minlength=parts)
+        return counts, ids / ids.sum(), different / different.sum()
 
 
 def even(size: int, parts: int) -> np.ndarray:

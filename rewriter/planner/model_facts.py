@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from ...passes.cost import Cost, graph_cost, node_cost
 from ...passes.graph import Writes, ancestors, fetch, packet_name, stored_tensor
 from ...passes.lookups import LookupNode, read_lookup, tables_read
+from ...passes.mixed_precision import PRECISIONS
 from ...passes.pool_sequences import PoolSequences
 from ...passes.records import Skip
 from ...passes.rule import Context
@@ -200,7 +201,8 @@ def _table(name: str, table: Tensor, reads: list[LookupNode], ids: dict[Node, Te
     kind = wish.embedding_optimizer.key if isinstance(wish.embedding_optimizer, EmbeddingOptimizer) else _state_kind(optimizer)
     assumed = "" if kind or not trained else "no optimizer was given: tables are counted with AdaGrad's state"
     per_value, per_row = _STATE[kind or "adagrad"] if trained else (0, 0)
-    more = {"itemsize": table.element_size(), "state": per_value, "row_state": per_row, "trained": trained, "assumed": assumed}
+    itemsize = PRECISIONS[wish.dtype].itemsize if wish.dtype else table.element_size()
+    more = {"itemsize": itemsize, "state": per_value, "row_state": per_row, "trained": trained, "assumed": assumed}
     drawn, bags, unknown = [], 0.0, 0.0
     for read in reads:
         shape = _shape(read.ids, ids)

@@ -122,7 +122,7 @@ def test_bytes_on_the_wire_are_those_between_ranks():
     rows = {"user.weight": (64, 64, 4), "item.weight": (64, 64, 4), "tags.weight": (192, 64, 6)}
     by_hand = 0.0
     for name, (ids, results, dim) in rows.items():
-        by_hand += 3 * (8 * (ids + (results if name == "tags.weight" else 0)) + 2 * results * dim * 4)
+        by_hand += 3 * (4 * (ids + (results if name == "tags.weight" else 0)) + 2 * results * dim * 4)
     dense = 4 * 2 * 3 / 4 * sum(p.numel() * 4 for n, p in Dot().named_parameters() if n.startswith("over"))
     assert total == pytest.approx(by_hand + dense)
 

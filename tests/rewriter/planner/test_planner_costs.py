@@ -20,34 +20,44 @@ def way(sharding, exchange=None, facts=FACTS, topology=FAST, **more):
 def test_table_wise_pooled():
     option = way("table_wise", "pooled", ranks=(2,))
     found = option.label
-    assert found.ids.tolist() == [8 * (N + B)] and found.results.tolist() == [4 * B * D] and found.gradients.tolist() == [4 * B * D]
-    seconds = 3 * (8 * (N + B) + 2 * 4 * B * D) / 1e9  # to and from each of three other ranks
+    assert found.ids.tolist() == [4 * (N + B)] and found.results.tolist() == [4 * B * D] and found.gradients.tolist() == [4 * B * D]
+    seconds = 3 * (4 * (N + B) + 2 * 4 * B * D) / 1e9  # to and from each of three other ranks
     assert np.asarray(option.costs).tolist() == pytest.approx([0, 0, seconds, 0], rel=1e-6)
     assert option.memory[2] > ROWS * D * 4 and not np.asarray(option.memory)[[0, 1, 3]].any()
 
 
 def test_unique_ids_travel_once():
     found = way("table_wise", "unique", ranks=(0,)).label
-    assert found.ids.tolist() == [8 * U] and found.results.tolist() == [4 * U * D]
+    assert found.ids.tolist() == [4 * U] and found.results.tolist() == [4 * U * D]
 
 
 def test_row_wise_pooled_sends_the_bags_that_a_range_has_a_part_of():
     found = way("row_wise", "pooled", ranks=(0, 1, 2, 3)).label
     bags = B * (1 - 0.75**4)
     assert found.results.tolist() == pytest.approx([4 * bags * D] * 4)
-    assert found.ids.tolist() == pytest.approx([8 * (N / 4 + bags)] * 4)
+    assert found.ids.tolist() == pytest.approx([4 * (N / 4 + bags)] * 4)
 
 
 def test_row_wise_follows_the_skew_of_the_sample():
     skewed = with_ids("t", ROWS, D, [np.zeros(N, dtype=int)], B)
-    found = way("row_wise", "unique", skewed, ranks=(0, 1, 2, 3)).label
+    found = way("row_wise", "unique", skewed, ranks=(0, 1, 2, 3), split="even").label
     assert found.results.tolist() == [4 * D, 0, 0, 0]
+
+
+def test_rows_are_cut_where_the_sample_reads_them():
+    ids = np.concatenate([np.zeros(100, dtype=int), np.arange(100), np.arange(900, 1000)])
+    skewed = with_ids("t", ROWS, D, [ids], B)
+    found = way("row_wise", "pooled", skewed, ranks=(0, 1, 2, 3), split="sample").label
+    assert found.rows.sum() == ROWS and found.rows.min() < 110 and str(found).endswith("split by sample")
+    seen = skewed.ranges(4, "sample")[1]
+    assert seen.max() < 0.36 and skewed.ranges(4, "even")[1].max() > 0.6  # a third of all reads is one row
+    assert {o.label.split for o in options_of(skewed, FAST)} == {"even", "sample"}
 
 
 def test_columns_are_cut_and_ids_go_to_every_one_of_them():
     found = way("column_wise", "pooled", ranks=(0, 1, 3)).label
     assert found.columns.tolist() == [6, 5, 5]
-    assert found.results.tolist() == [4 * B * d for d in (6, 5, 5)] and found.ids.tolist() == [8 * (N + B)] * 3
+    assert found.results.tolist() == [4 * B * d for d in (6, 5, 5)] and found.ids.tolist() == [4 * (N + B)] * 3
 
 
 def test_codecs_shrink_what_they_encode():

@@ -37,11 +37,12 @@ def test_shares_follow_the_sample_over_the_ranges_that_sharding_cuts():
     assert even(10, 4).tolist() == [3, 3, 2, 2]
     ids = np.array([0, 0, 0, 2, 3, 9])
     facts = with_ids("t", 10, 4, [ids], 6)
-    seen, different = facts.shares(4)
+    rows, seen, different = facts.ranges(4)
+    assert rows.tolist() == [3, 3, 2, 2]
     assert seen.tolist() == pytest.approx([4 / 6, 1 / 6, 0, 1 / 6])
     assert different.tolist() == pytest.approx([2 / 4, 1 / 4, 0, 1 / 4])
     uniform = with_law("t", 10, 4, 6, 6)
-    assert uniform.shares(4)[0].tolist() == pytest.approx([0.3, 0.3, 0.2, 0.2])
+    assert uniform.ranges(4)[1].tolist() == pytest.approx([0.3, 0.3, 0.2, 0.2])
 
 
 def test_ids_that_are_not_read_do_not_count():
