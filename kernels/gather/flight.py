@@ -8,8 +8,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -55,8 +55,6 @@ class FlightStore:
     ``lookup_many`` wants ascending, different ids of each table once (``Unique``). Raises :class:`StoreUnavailable` naming the node, none
     of whose replicas answered within the deadline, and :class:`VersionSkew` where a node does not have this version."""
 
-    wants_unique = True
-
     def __init__(self, address: str, tables: Mapping[str, Table], digest: str, deadline: float) -> None:
         self._nodes = [part.split("|") for part in address.split(",")]
         if not all(":" in each for node in self._nodes for each in node):
@@ -66,9 +64,10 @@ class FlightStore:
         self._firsts = {name: np.array([s.first for s in t.shards[1:]], dtype=np.int64) for name, t in tables.items()}
         self._clients = [[self._connect(each) for each in node] for node in self._nodes]
         self._preferred = [os.getpid() % len(node) for node in self._nodes]
-        self._pool = ThreadPoolExecutor(max(1, 4 * (len(self._nodes) - 1)), thread_name_prefix="tablewright-rows")
+        self._idle: dict[tuple[int, int], deque[_Stream]] = {(n, r): deque() for n, node in enumerate(self._nodes) for r in range(len(node))}
         self._lock = threading.Lock()
         self._counts: dict[str, int] = dict.fromkeys(("requests", "rows", "bytes", "failovers"), 0)
+        self._watch = _Watch()
         for number in range(len(self._nodes)):
             self._prepare(number)
 
@@ -88,8 +87,8 @@ class FlightStore:
         wrong = next((each for each in failed if isinstance(each, ServingError)), None)
         raise wrong or StoreUnavailable(f"no replica of node {number} can be reached ({'; '.join(map(str, failed))})")
 
-    def lookup_many(self, requests: Requests) -> list[np.ndarray]:
-        """See the class."""
+    def lookup_many(self, requests: Requests, out: list[np.ndarray]) -> list[np.ndarray]:
+        """See the class; the rows are written to ``out``."""
         end = time.monotonic() + self.deadline
         asked: list[list[tuple[str, np.ndarray]]] = [[] for _ in self._nodes]
         places: list[list[tuple[int, int]]] = [[] for _ in self._nodes]  # for each piece: which request, and its place there
@@ -104,68 +103,37 @@ class FlightStore:
                     asked[node].append((name, ids[a:b]))
                     places[node].append((k, a))
         busy = [n for n, pieces in enumerate(asked) if pieces]
-        others = [self._pool.submit(self._ask, n, asked[n], end) for n in busy[1:]]
+        calls: list[_Call] = []
         try:
-            answers = [self._ask(busy[0], asked[busy[0]], end)] if busy else []
+            for n in busy:
+                calls.append(_Call(self, n, asked[n], end))
+            answers = [call.answer() for call in calls]
         finally:
-            waited = [_outcome(each) for each in others]
-        for each in waited:
-            if isinstance(each, BaseException):
-                raise each
-            answers.append(each)
-        return self._assembled(requests, [(asked[n], places[n], answer) for n, answer in zip(busy, answers)])
-
-    def _assembled(self, requests: Requests, answers: Sequence[tuple]) -> list[np.ndarray]:
-        kinds = {(self._tables[name].row_dtype, self._tables[name].dim) for name, _ in requests}
-        if len(kinds) == 1:  # parts of one array, which Unique then need not join
-            table = self._tables[requests[0][0]]
-            edges = np.cumsum([0, *(len(ids) for _, ids in requests)])
-            whole = np.empty((edges[-1], table.width), table.stored)
-            found = [whole[a:b] for a, b in zip(edges, edges[1:])]
-        else:
-            found = [np.empty((len(ids), self._tables[name].width), self._tables[name].stored) for name, ids in requests]
-        for asked, places, answer in answers:
+            for call in calls:
+                call.drop()
+        for node, answer in zip(busy, answers):
             start = 0
-            for (name, ids), (k, a) in zip(asked, places):
+            for (name, ids), (k, a) in zip(asked[node], places[node]):
                 table = self._tables[name]
                 stop = start + len(ids) * table.row_bytes
-                found[k][a : a + len(ids)] = answer[start:stop].view(table.stored).reshape(len(ids), table.width)
+                out[k][a : a + len(ids)] = answer[start:stop].view(table.stored).reshape(len(ids), table.width)
                 start = stop
-        return found
+        return out
 
-    def _ask(self, number: int, asked: Requests, end: float) -> np.ndarray:
-        """One node's rows as one array of bytes."""
-        replicas, first = self._nodes[number], self._preferred[number]
-        size, raw, failed = sum(len(ids) * self._tables[name].row_bytes for name, ids in asked), ticket(self._digest, asked), []
-        for turn in range(len(replicas)):
-            which = (first + turn) % len(replicas)
-            left = end - time.monotonic()
-            if left <= 0:
-                break
-            options = flight.FlightCallOptions(timeout=left / (len(replicas) - turn))  # a hung one leaves time for the others
-            try:
-                reader = self._clients[number][which].do_get(flight.Ticket(raw), options)
-                digest = (reader.schema.metadata or {}).get(b"digest", b"").decode()
-                rows = reader.read_chunk().data.column(0).to_numpy()
-            except (pyarrow.ArrowException, OSError, StopIteration) as error:
-                if (named := _named(error)) is not None:
-                    raise named from None
-                failed.append(f"{replicas[which]}: {_short(error)}")
-                self._clients[number][which] = self._connect(replicas[which])
-                continue
-            if digest != self._digest or len(rows) != size:
-                raise VersionSkew(f"{replicas[which]} answered {len(rows)} bytes of version {digest[:12]}; {size} of {self._digest[:12]} were asked for")
-            with self._lock:
-                self._counts["requests"] += 1
-                self._counts["rows"] += sum(len(ids) for _, ids in asked)
-                self._counts["bytes"] += size
-                if turn:
-                    self._counts["failovers"] += 1
-                    self._preferred[number] = which
-            return rows
-        raise StoreUnavailable(
-            f"node {number} ({'|'.join(replicas)}) did not answer within {self.deadline * 1e3:.0f} ms: {'; '.join(failed) or 'no time was left'}"
-        )
+    def _stream(self, number: int, which: int) -> _Stream:
+        try:
+            return self._idle[number, which].pop()
+        except IndexError:
+            return _Stream(self._clients[number][which])
+
+    def _count(self, number: int, which: int, asked: Requests, size: int, turn: int) -> None:
+        with self._lock:
+            self._counts["requests"] += 1
+            self._counts["rows"] += sum(len(ids) for _, ids in asked)
+            self._counts["bytes"] += size
+            if turn:
+                self._counts["failovers"] += 1
+                self._preferred[number] = which
 
     def stats(self) -> dict[str, int]:
         """Requests to nodes, rows and bytes that came back, and how often another replica had to be asked."""
@@ -173,14 +141,135 @@ class FlightStore:
             return dict(self._counts)
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False)
+        self._watch.close()
+        for streams in self._idle.values():
+            while streams:
+                streams.pop().drop()
 
 
-def _outcome(future):
-    try:
-        return future.result()
-    except BaseException as error:
-        return error
+class _Call:
+    """One node's part of a request: sent when made, so that all nodes work at the same time; :meth:`answer` waits for the rows."""
+
+    def __init__(self, store: FlightStore, number: int, asked: Requests, end: float) -> None:
+        self._store, self._number, self._asked, self._end = store, number, asked, end
+        self._raw, self._failed, self._turn = ticket(store._digest, asked), [], -1
+        self._first = self._which = store._preferred[number]
+        self._size = sum(len(ids) * store._tables[name].row_bytes for name, ids in asked)
+        self._stream: _Stream | None = None
+        self._send()
+
+    def _send(self, again: bool = False) -> None:
+        """Give the request to the next replica that takes it (``again``: to the same one). Raises :class:`StoreUnavailable` when none is left."""
+        store, replicas = self._store, self._store._nodes[self._number]
+        while (again or self._turn + 1 < len(replicas)) and (left := self._end - time.monotonic()) > 0:
+            if not again:
+                self._turn += 1
+                self._which = (self._first + self._turn) % len(replicas)
+            try:
+                self._stream = store._stream(self._number, self._which)
+                # one that hangs leaves time for the others
+                store._watch.add(self._stream, time.monotonic() + left / (len(replicas) - self._turn))
+                self._stream.writer.write_metadata(self._raw)
+                return
+            except (pyarrow.ArrowException, OSError) as error:
+                again = self._lost(error)
+        raise StoreUnavailable(
+            f"node {self._number} ({'|'.join(replicas)}) did not answer within {store.deadline * 1e3:.0f} ms: {'; '.join(self._failed) or 'no time was left'}"
+        )
+
+    def answer(self) -> np.ndarray:
+        """The rows, as bytes."""
+        store = self._store
+        while True:
+            stream: _Stream = self._stream  # type: ignore[assignment]
+            try:
+                chunk = stream.reader.read_chunk()
+                digest, rows = chunk.app_metadata.to_pybytes().decode(), chunk.data.column(0).to_numpy()
+            except (pyarrow.ArrowException, OSError, StopIteration) as error:
+                self._send(self._lost(error))
+                continue
+            if digest != store._digest or len(rows) != self._size:
+                where = store._nodes[self._number][self._which]
+                raise VersionSkew(f"{where} answered {len(rows)} bytes of version {digest[:12]}; {self._size} of {store._digest[:12]} were asked for")
+            if not store._watch.remove(stream):
+                self._stream = None  # the deadline and the answer met: the stream is cancelled already
+            else:
+                stream.fresh, self._stream = False, None
+                store._idle[self._number, self._which].append(stream)
+            store._count(self._number, self._which, self._asked, self._size, self._turn)
+            return rows
+
+    def _lost(self, error: BaseException) -> bool:
+        """Should the same replica be asked again? Yes on a stream that was kept from another request: the server may have been restarted
+        since. Raises the error that the server named, if it did."""
+        stream, store = self._stream, self._store
+        again = stream is not None and not stream.fresh and store._watch.remove(stream)
+        self.drop()
+        if (named := _named(error)) is not None:
+            raise named from None
+        self._failed.append(f"{store._nodes[self._number][self._which]}: {_short(error)}")
+        store._idle[self._number, self._which].clear()
+        store._clients[self._number][self._which] = store._connect(store._nodes[self._number][self._which])
+        return again
+
+    def drop(self) -> None:
+        """An answer that nobody will read must not be taken for another one."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            self._store._watch.remove(stream)
+            stream.drop()
+
+
+class _Stream:
+    """An open exchange with a replica: a request and its answer at a time."""
+
+    def __init__(self, client) -> None:
+        self.client, self.fresh = client, True
+        self.writer, self.reader = client.do_exchange(flight.FlightDescriptor.for_command(b"rows"))
+
+    def drop(self) -> None:
+        self.reader.cancel()
+
+
+class _Watch:
+    """Cancels streams whose time is over: reads of Arrow Flight have no deadline of their own."""
+
+    _PERIOD = 0.002
+
+    def __init__(self) -> None:
+        self._ends: dict[_Stream, float] = {}
+        self._wake, self._closed, self._asleep = threading.Event(), False, False
+        self._thread = threading.Thread(target=self._run, daemon=True, name="tablewright-deadlines")
+        self._thread.start()
+
+    def add(self, stream: _Stream, end: float) -> None:
+        self._ends[stream] = end
+        if self._asleep:
+            self._wake.set()
+
+    def remove(self, stream: _Stream) -> bool:
+        """Was its time not over yet?"""
+        return self._ends.pop(stream, None) is not None
+
+    def _run(self) -> None:
+        idle = 0
+        while not self._closed:
+            idle = 0 if self._ends else idle + 1
+            if idle > 100:
+                self._asleep = True
+                if not self._ends:  # one may have come since
+                    self._wake.wait()
+                self._wake.clear()
+                self._asleep, idle = False, 0
+            time.sleep(self._PERIOD)
+            now = time.monotonic()
+            for stream, end in list(self._ends.items()):
+                if now >= end and self.remove(stream):
+                    stream.drop()
+
+    def close(self) -> None:
+        self._closed = True
+        self._wake.set()
 
 
 def _named(error: BaseException) -> ServingError | None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from .local import Requests
+from .room import Room
 from .tables import Table
 
 _WAYS, _MOST_USES = 4, 15
@@ -50,23 +51,21 @@ class _Slots:
 class HotRows:
     """A store over ``store`` that keeps about ``rows`` rows of ``tables``. Asks and is asked as ``Unique`` does. Thread-safe."""
 
-    wants_unique = True
-
     def __init__(self, store, tables: Mapping[str, Table], rows: int) -> None:
         self.store, self._tables = store, tables
         first = np.concatenate([[0], np.cumsum([t.rows for t in tables.values()], dtype=np.int64)])
         self._first = {name: first[i] for i, name in enumerate(tables)}
         sizes = [t.row_bytes for t in tables.values()]
         self._slots = {size: _Slots(max(1, rows * sizes.count(size) // len(sizes) // _WAYS), size) for size in set(sizes)}
-        self._lock = threading.Lock()
+        self._lock, self._room = threading.Lock(), Room()
         self._hits = self._misses = 0
 
-    def lookup_many(self, requests: Requests) -> list[np.ndarray]:
-        """See :class:`.request.Store`."""
+    def lookup_many(self, requests: Requests, out: list[np.ndarray]) -> list[np.ndarray]:
+        """The rows are written to ``out``."""
         by_size: dict[int, list[int]] = {}
         for k, (name, _) in enumerate(requests):
             by_size.setdefault(self._tables[name].row_bytes, []).append(k)
-        found = [np.empty((len(ids), self._tables[name].row_bytes), np.uint8) for name, ids in requests]
+        found = [rows.view(np.uint8) for rows in out]
         missing: dict[int, np.ndarray] = {}
         kept = []
         for size, members in by_size.items():
@@ -87,14 +86,16 @@ class HotRows:
                     missing[k] = ~mine
         if missing:
             order = list(missing)
-            fetched = self.store.lookup_many([(requests[k][0], requests[k][1][missing[k]]) for k in order])
-            for k, rows in zip(order, fetched):
-                found[k][missing[k]] = np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), -1)
+            asked = [(requests[k][0], requests[k][1][missing[k]]) for k in order]
+            fetched = dict(zip(order, self.store.lookup_many(asked, self._room.for_requests(asked, self._tables)[1])))
+            for k, rows in fetched.items():
+                found[k][missing[k]] = rows.view(np.uint8)
             for size, members, numbers, sets, there in kept:
-                rows = np.concatenate([found[k] for k in members])
-                with self._lock:
-                    self._slots[size].offer(numbers[~there], sets[~there], rows[~there])
-        return [rows.view(self._tables[name].stored) for rows, (name, _) in zip(found, requests)]
+                if not there.all():
+                    rows = np.concatenate([fetched[k] for k in members if k in fetched]).view(np.uint8)
+                    with self._lock:
+                        self._slots[size].offer(numbers[~there], sets[~there], rows)
+        return out
 
     def stats(self) -> dict[str, int]:
         """Hits and misses, and what the store itself counts."""

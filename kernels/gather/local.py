@@ -23,8 +23,6 @@ class LocalStore:
     Raises :class:`CorruptShard` for a file that is missing or of the wrong size.
     """
 
-    wants_unique = False  # reading a row twice costs less than finding out
-
     def __init__(self, tables: Mapping[str, Table], root: Path, base: Path | None = None, part: tuple[int, int] = (0, 1)) -> None:
         self._tables = dict(tables)
         self._files: dict[Path, np.ndarray] = {}
@@ -40,12 +38,15 @@ class LocalStore:
                 ids = self._bytes(root, table.changes.ids).view("<i8")
                 self._changes[name] = ids, self._rows(root, table.changes.rows, table)
 
-    def lookup_many(self, requests: Requests) -> list[np.ndarray]:
-        """See the class. Raises :class:`UnknownTable`."""
+    def lookup_many(self, requests: Requests, out: list[np.ndarray] | None = None) -> list[np.ndarray]:
+        """See the class; the rows are written to ``out``, if given. Raises :class:`UnknownTable`."""
         try:
-            return [self._lookup(name, ids) for name, ids in requests]
+            found = [self._lookup(name, ids) for name, ids in requests]
         except KeyError as error:
             raise UnknownTable(f"this version has no table {error}; its tables: {', '.join(self._tables)}") from None
+        for rows, place in zip(found, out or ()):
+            place[:] = rows
+        return found if out is None else out
 
     def _lookup(self, name: str, ids: np.ndarray) -> np.ndarray:
         shards = self._shards[name]

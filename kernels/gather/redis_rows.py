@@ -109,8 +109,6 @@ class RedisStore:
     ``lookup_many`` wants ascending, different ids of each table once (``Unique``). Raises :class:`StoreIncomplete` for a partition without
     the version's sentinel, :class:`StoreUnavailable` for a node that is down or does not answer in time."""
 
-    wants_unique = True
-
     def __init__(self, address: str, version: Published, deadline: float, partitions: int = PARTITIONS) -> None:
         self._hosts, self._version, self.deadline, self._partitions = _hosts(address), version, deadline, partitions
         self._tables: dict[str, Table] = dict(version.tables)
@@ -133,8 +131,8 @@ class RedisStore:
                  for node in dict.fromkeys(self._owners)]  # fmt: skip
         self._exchange(dict(zip(dict.fromkeys(self._owners), asked)), time.monotonic() + 5)
 
-    def lookup_many(self, requests: Requests) -> list[np.ndarray]:
-        """See the class."""
+    def lookup_many(self, requests: Requests, out: list[np.ndarray]) -> list[np.ndarray]:
+        """See the class; the rows are written to ``out``."""
         end = time.monotonic() + self.deadline
         # one run of fields for each partition of each version, and where its rows go
         fields: dict[tuple[int, int], list[bytes]] = {}
@@ -150,7 +148,7 @@ class RedisStore:
                 fields.setdefault(at, []).extend(names[a:b])
                 places.setdefault(at, []).append((r, order[a:b]))
         answers = self._fetch(fields, end)
-        found = [np.empty((len(ids), self._tables[name].row_bytes), np.uint8) for name, ids in requests]
+        found = [rows.view(np.uint8) for rows in out]
         for at, members in places.items():
             rows, start = answers[at], 0
             for r, spots in members:
@@ -160,7 +158,7 @@ class RedisStore:
         with self._lock:
             self._counts["rows"] += sum(len(ids) for _, ids in requests)
             self._counts["bytes"] += sum(rows.nbytes for rows in found)
-        return [rows.view(self._tables[name].stored) for rows, (name, _) in zip(found, requests)]
+        return out
 
     def _which(self, name: str, ids: np.ndarray) -> np.ndarray | int:
         """1 for rows that the delta changed, 0 for those of its base (or of the version itself)."""

@@ -16,12 +16,10 @@ from .tables import Table, decode
 
 
 class Store(Protocol):
-    """Where rows come from. ``wants_unique``: each row is to be asked for once, ids ascending (see ``unique.py``)."""
-
-    wants_unique: bool
+    """Where rows come from. Stores behind a network have ``unique.py`` in front."""
 
     def lookup_many(self, requests: Sequence[tuple[str, np.ndarray]]) -> list[np.ndarray]:
-        """For each (table, int64 ids ``[n]``) the stored rows ``[n, table.width]``."""
+        """For each (table, int64 ids ``[n]``) the stored rows ``[n, table.width]``, valid until the thread's next call."""
         ...
 
     def close(self) -> None:
@@ -46,6 +44,18 @@ class _Block:
         found = self.rows.take(ids, 0, buffer[:batch], "clip")
         values = decode(found.reshape(batch * count, self.table.width), self.table)
         return values.reshape((batch, count, self.table.dim) if self.stacked else (batch, count * self.table.dim))
+
+
+class RemoteStore(Protocol):
+    """What lies behind ``unique.py``: each table at most once, ids ascending and different; the rows are written to ``out``."""
+
+    def lookup_many(self, requests: Sequence[tuple[str, np.ndarray]], out: list[np.ndarray]) -> list[np.ndarray]:
+        """See :class:`Store`."""
+        ...
+
+    def close(self) -> None:
+        """Let go of connections."""
+        ...
 
 
 class Lookups:

@@ -5,17 +5,18 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from .room import Room
 from .tables import Table
 
 
 class Unique:
-    """A store over another one, which then gets each table at most once, with ascending ids that are all different."""
-
-    wants_unique = False
+    """A store over another one, which then gets each table at most once, with ascending ids that are all different. The rows that it
+    gives are valid until the same thread's next call."""
 
     def __init__(self, store, tables: Mapping[str, Table]) -> None:
         self.store = store
         self._names, self._tables = list(tables), list(tables.values())
+        self._fetched, self._answer, self._by_name = Room(), Room(), dict(tables)
         self._number = {name: i for i, name in enumerate(tables)}
         # the rows of all tables in one numbering
         self._first = np.concatenate([[0], np.cumsum([t.rows for t in tables.values()], dtype=np.int64)])
@@ -26,12 +27,14 @@ class Unique:
         every, place = np.unique(np.concatenate([ids + self._first[k] for k, (_, ids) in zip(numbers, requests)]), return_inverse=True)
         edges = np.searchsorted(every, self._first)
         wanted = sorted({k for k in numbers if edges[k + 1] > edges[k]})
-        rows = self.store.lookup_many([(self._names[k], every[edges[k] : edges[k + 1]] - self._first[k]) for k in wanted])
-        kinds = {(self._tables[k].row_dtype, self._tables[k].dim) for k in numbers}
-        if len(kinds) == 1 and rows:  # one gather for all tables
-            whole = rows[0].base if rows[0].base is rows[-1].base and _spans(rows) else np.concatenate(rows)
-            parts = np.cumsum([len(ids) for _, ids in requests])[:-1]
-            return np.split(whole.take(place, 0), parts)
+        asked = [(self._names[k], every[edges[k] : edges[k + 1]] - self._first[k]) for k in wanted]
+        whole, rows = self._fetched.for_requests(asked, self._by_name)
+        self.store.lookup_many(asked, rows)
+        if whole is not None:
+            answer, found = self._answer.for_requests(requests, self._by_name)
+            if answer is not None:  # all tables have one form: one gather
+                whole.take(place, 0, answer, "clip")
+                return found
         by_table = dict(zip(wanted, rows))
         found, start = [], 0
         for k, (_, ids) in zip(numbers, requests):
@@ -47,9 +50,3 @@ class Unique:
 
     def close(self) -> None:
         self.store.close()
-
-
-def _spans(rows: list[np.ndarray]) -> bool:
-    """Are ``rows`` the consecutive parts of one array?"""
-    whole = rows[0].base
-    return whole is not None and whole.ndim == 2 and whole.dtype == rows[0].dtype and len(whole) == sum(map(len, rows))

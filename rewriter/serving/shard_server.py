@@ -20,6 +20,7 @@ from ...kernels.gather.local import LocalStore, node_of
 from . import manifest as manifests
 from .manifest import Manifest
 
+_SCHEMA = pyarrow.schema([("rows", pyarrow.uint8())])
 _KEPT = 4  # versions that stay open
 
 
@@ -34,9 +35,27 @@ class ShardServer(flight.FlightServerBase):
 
     def do_get(self, context, ticket):
         try:
-            return self._rows(ticket.ticket)
+            digest, batch = self._rows(ticket.ticket)
         except (ServingError, ValueError) as error:
             raise _told(error) from None
+        schema = batch.schema.with_metadata({"digest": digest})
+        return flight.RecordBatchStream(pyarrow.RecordBatchReader.from_batches(schema, [batch.cast(schema)]))
+
+    def do_exchange(self, context, descriptor, reader, writer):
+        begun = False
+        while True:
+            try:
+                chunk = reader.read_chunk()
+            except StopIteration:
+                return
+            try:
+                digest, batch = self._rows(chunk.app_metadata.to_pybytes())
+            except (ServingError, ValueError, AttributeError) as error:
+                raise _told(error) from None
+            if not begun:
+                writer.begin(_SCHEMA)
+                begun = True
+            writer.write_with_metadata(batch, digest.encode())
 
     def do_action(self, context, action):
         try:
@@ -57,7 +76,7 @@ class ShardServer(flight.FlightServerBase):
     def list_actions(self, context):
         return [("prepare", "open the version with a digest"), ("describe", "this node's part and its open versions")]
 
-    def _rows(self, raw: bytes):
+    def _rows(self, raw: bytes) -> tuple[str, pyarrow.RecordBatch]:
         digest, asked = read_ticket(raw)
         manifest, store = self._version(digest)
         for name, ids in asked:
@@ -68,8 +87,7 @@ class ShardServer(flight.FlightServerBase):
                 raise IdOutOfRange(f"a request to a shard server has an id that is not a row of table '{name}', which has {table.rows}")
         rows = store.lookup_many(asked)
         joined = np.concatenate([each.reshape(-1).view(np.uint8) for each in rows]) if rows else np.empty(0, np.uint8)
-        batch = pyarrow.record_batch([pyarrow.array(joined)], schema=pyarrow.schema([("rows", pyarrow.uint8())], {"digest": digest}))
-        return flight.RecordBatchStream(pyarrow.RecordBatchReader.from_batches(batch.schema, [batch]))
+        return digest, pyarrow.record_batch([pyarrow.array(joined)], schema=_SCHEMA)
 
     def _version(self, digest: str) -> tuple[Manifest, LocalStore]:
         found = self._open.get(digest)

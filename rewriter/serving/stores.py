@@ -4,7 +4,7 @@ from __future__ import annotations
 from ...kernels.gather.hot_rows import HotRows
 from ...kernels.gather.local import LocalStore
 from ...kernels.gather.published import Published
-from ...kernels.gather.request import Store
+from ...kernels.gather.request import RemoteStore, Store
 from ...kernels.gather.unique import Unique
 from ..errors import nearest
 from .manifest import Manifest
@@ -24,7 +24,7 @@ def open_store(manifest: Manifest, spec: str = "local", *, deadline_ms: float = 
     manifest.verify(verify, rows=kind == "local")
     if kind == "local":
         return LocalStore(manifest.tables, manifest.root, manifest.base)
-    store: Store
+    store: RemoteStore
     if kind == "flight":
         from ...kernels.gather.flight import FlightStore
 

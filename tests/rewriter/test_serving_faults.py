@@ -238,7 +238,7 @@ def test_a_node_without_the_version_or_of_another_part_is_named(tmp_path):
             tw.load_serving(exported(3)[1], address(nodes[:1]))
         p = tw.load_serving(exported(3)[1], address(nodes), deadline_ms=5000)
         with pytest.raises(tw.UnknownTable, match="no table 'nothing'; its tables: user"):
-            p._version.store.store.lookup_many([("nothing", np.arange(3))])
+            p._version.store.store.lookup_many([("nothing", np.arange(3))], [])
         p.close()
 
 

@@ -85,7 +85,7 @@ def test_the_cache_is_exact_and_spares_the_store():
     inner = LocalStore(manifest.tables, manifest.root)
     asked = []
     plain_lookup = inner.lookup_many
-    inner.lookup_many = lambda requests: asked.append(sum(len(ids) for _, ids in requests)) or plain_lookup(requests)  # type: ignore[method-assign]
+    inner.lookup_many = lambda requests, out: asked.append(sum(len(ids) for _, ids in requests)) or plain_lookup(requests, out)  # type: ignore[method-assign]
     cache = HotRows(inner, manifest.tables, 120)
     store, rng = Unique(cache, manifest.tables), np.random.default_rng(0)
     for _ in range(300):
