@@ -37,6 +37,7 @@ from .embedding_optimizer import decide
 from .equivalence import numeric_check
 from .errors import PlanError, TablewrightError
 from .in_backward_guard import InBackwardGuard, drop_placeholders
+from .meta_weights import make_dense
 from .methods import FORWARD, samples_of
 from .optimized_model import OptimizedModel, refuse_optimized, with_signature_of
 from .pipeline import Check, Step, run_passes
@@ -114,11 +115,12 @@ def optimize_with_samples(
         raise PlanError(f"the plan stores '{next(iter(stored))}' in another dtype, which over several ranks (mesh=) is not supported yet")
     compiler = Compiler(shell, {} if duplicate else dict(model.named_modules()), plan, samples, verify, ranks)
     compiler.stored = stored
-    with CAPTURING, stand_ins(shell, plan, optimizer) as compiler.empty:
+    if ranks is not None:
+        make_dense(shell, optimizer)
+    with CAPTURING, stand_ins(shell, plan, optimizer, over_ranks=ranks is not None) as compiler.empty:
         variants = compiler.compile_all(optimizer)
     if compiler.sharded is not None:
-        compiler.sharded.spread(shell)
-        compiler.sharded.cut(shell, optimizer)
+        compiler.sharded.place(shell, optimizer, compiler.empty)
     if compiler.tiered is not None:
         compiler.tiered.cut()
     result = with_signature_of(model, [name for name in samples if name != FORWARD])(shell, compiler, plan)

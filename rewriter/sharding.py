@@ -6,7 +6,7 @@ where the rank has none), under the table's plain name; the user's own model kee
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from . import shard_map
 from .capture import Captured
 from .capture.data_guard import asserted
 from .errors import PlanError
+from .meta_weights import begin, draw
 from .plan import TablePlan
 from .sample_reads import even_cuts, exchange_bytes
 from .sharded_state import follow_state_dicts
@@ -102,6 +103,7 @@ class ShardedTables:
                 )
         self.digest = ""
         self.whole: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}  # what was cut, for captures later on
+        self.empty: Container[int] = ()  # ids of stand-ins for tables that were on the meta device
         self.in_backward: list[str] = []  # whole tables that are updated inside the backward
         self.average: GradientAverage | None = None
 
@@ -167,15 +169,40 @@ class ShardedTables:
 
     # --- cutting -----------------------------------------------------------------------------------------------------------------
 
-    def cut(self, shell: nn.Module, optimizer: Optimizer | None) -> dict[str, nn.Parameter]:
-        """Put this rank's blocks in place of the whole tables, in the shell and in ``optimizer``; they are returned by name."""
+    def place(self, shell: nn.Module, optimizer: Optimizer | None, empty: Container[int]) -> None:
+        """Put this rank's blocks in place of the whole tables, in the shell and in ``optimizer``; everything has the values of rank 0
+        afterwards. ``empty``: ids of stand-ins for tables that were on the meta device."""
+        self.empty = empty
+        for name, layout in self.layouts.items():
+            table = shell.get_parameter(name) if layout.replicated and isinstance(self._home(shell, name), nn.Module) else None
+            if table is not None and id(table) in empty:
+                draw(table, Shard(0, 0, layout.rows, 0, layout.dim), self._home(shell, name))
+                self._begin(optimizer, table)
+        self._spread(shell)
+        self._cut(shell, optimizer)
+
+    def _home(self, shell: nn.Module, name: str) -> nn.Module:
+        return shell.get_submodule(name.rpartition(".")[0])
+
+    def _begin(self, optimizer: Optimizer | None, table: Tensor) -> None:
+        for group in optimizer.param_groups if optimizer is not None else ():
+            if any(p is table for p in group["params"]):
+                begin(optimizer, group, table)
+
+    def _cut(self, shell: nn.Module, optimizer: Optimizer | None) -> None:
         named = dict(shell.named_parameters(remove_duplicate=False))
         made: dict[str, nn.Parameter] = {}
         replaced: dict[int, nn.Parameter] = {}
         for name, layout in self.sharded().items():
             whole = named[name]
             self.whole[name] = (whole.shape, whole.dtype, whole.device)
-            block = nn.Parameter(self._block(whole, layout), requires_grad=whole.requires_grad)
+            if id(whole) in self.empty:
+                mine = self.mine(layout)
+                block = torch.empty(mine.rows, mine.columns, dtype=whole.dtype)
+                draw(block, mine, self._home(shell, name))
+            else:
+                block = self._block(whole, layout)
+            block = nn.Parameter(block, requires_grad=whole.requires_grad)
             made[name] = replaced[id(whole)] = block
         for module in shell.modules():
             for key, param in module._parameters.items():
@@ -183,7 +210,6 @@ class ShardedTables:
                     module._parameters[key] = replaced[id(param)]
         if optimizer is not None:
             self._cut_state(optimizer, {id(named[n]): (block, self.layouts[n]) for n, block in made.items()})
-        return made
 
     def mine(self, layout: TableLayout) -> Shard:
         """This rank's block; an empty one where it has none."""
@@ -192,8 +218,6 @@ class ShardedTables:
     def _block(self, whole: Tensor, layout: TableLayout) -> Tensor:
         """This rank's block of rank 0's table. Rank 0 sends each rank its own."""
         mine = self.mine(layout)
-        if whole.is_meta:
-            return torch.empty(mine.rows, mine.columns, dtype=whole.dtype)
         source = dist.get_global_rank(self.ranks.group, 0)
         block = part_of(whole.detach(), mine).clone(memory_format=torch.contiguous_format)
         if self.ranks.rank == 0:
@@ -218,6 +242,8 @@ class ShardedTables:
                     )
                 block, layout = blocks[id(param)]
                 group["params"][i] = block
+                if id(param) in self.empty:
+                    begin(optimizer, group, block)
                 state = optimizer.state.pop(param, None)
                 if state is not None:
                     mine = self.mine(layout)
@@ -228,12 +254,12 @@ class ShardedTables:
     # --- what every rank holds -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def spread(self, shell: nn.Module) -> None:
+    def _spread(self, shell: nn.Module) -> None:
         """Give all parameters and buffers that are not cut the values of rank 0."""
         cut = set(self.sharded())
         source = dist.get_global_rank(self.ranks.group, 0)
         for name, tensor in [*shell.named_parameters(), *shell.named_buffers()]:
-            if name not in cut and not tensor.is_meta and tensor.numel():
+            if name not in cut and tensor.numel():
                 held = tensor.detach()
                 held = held if held.is_contiguous() else held.contiguous()
                 dist.broadcast(held, source, group=self.ranks.group)

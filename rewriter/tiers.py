@@ -40,10 +40,10 @@ MANIFEST = "snapshot.json"
 
 
 @contextmanager
-def stand_ins(shell: nn.Module, plan: Plan, optimizer: Optimizer | None) -> Iterator[set[int]]:
+def stand_ins(shell: nn.Module, plan: Plan, optimizer: Optimizer | None, over_ranks: bool = False) -> Iterator[set[int]]:
     """Tables on the meta device as tables of zeros that take no memory, in ``shell`` and in ``optimizer``, where the plan puts any table in
-    tiers: a capture runs the model. Yields the ids of the stand-ins; on an error everything is as it was."""
-    if all(t.storage is None for t in plan.tables.values()):
+    tiers, or ``over_ranks``: a capture runs the model. Yields the ids of the stand-ins; on an error everything is as it was."""
+    if not over_ranks and all(t.storage is None for t in plan.tables.values()):
         yield set()
         return
     made: dict[int, nn.Parameter] = {}

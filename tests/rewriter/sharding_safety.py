@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import os
+import resource
 import signal
 import time
 
@@ -170,3 +171,43 @@ def killed(rank: int, world: int, mesh, path: str, how: str) -> tuple[str, float
     except tw.PeerError as error:
         return str(error), time.monotonic() - begun
     return "nothing", time.monotonic() - begun
+
+
+class Big(torch.nn.Module):
+    """A table of 384 MB and a small one."""
+
+    ROWS = 6_000_000
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.huge = torch.nn.EmbeddingBag(self.ROWS, 16, mode="sum")
+        self.user = torch.nn.Embedding(50, 8, padding_idx=1)
+        self.over = torch.nn.Linear(24, 1)
+
+    def forward(self, bags, user):
+        return self.over(torch.cat([self.huge(bags), self.user(user)], 1))
+
+
+def from_meta(rank: int, world: int, mesh) -> dict:
+    """A model on the meta device, made in blocks and trained; how much memory that took at the most, in bytes."""
+    with torch.device("meta"):
+        plain = Big()
+    rule = {"rowwise_adagrad": {"lr": 0.1}}
+    tables = {"huge": {"sharding": "row_wise", "embedding_optimizer": rule}, "user": {"sharding": "table_wise", "ranks": [0]}}
+    others = [*plain.user.parameters(), *plain.over.parameters()]
+    optimizer = torch.optim.Adagrad(others, lr=0.1, initial_accumulator_value=0.5)
+    sample = torch.randint(0, Big.ROWS, (4, 3)), torch.tensor([1, 2, 3, 4])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model, optimizer = tw.optimize(plain, {"version": 1, "tables": tables}, optimizer=optimizer, sample_inputs=sample, mesh=mesh)
+    held = model.get_parameter("huge.weight").detach()
+    found = {"held": list(held.shape), "mean": float(held.mean()), "deviation": float(held[:10000].std())}
+    for _ in range(2):
+        model(*sample).pow(2).mean().backward()
+        model.embedding_optimizer.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(p.is_meta for p in plain.parameters())
+    if rank == 0:
+        found["padding"] = float(model.get_parameter("user.weight").detach()[1].abs().max())
+    peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return {**found, "over": model.get_parameter("over.weight").sum().item(), "peak": peak}

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 from ranks import Pool, Pools
-from sharding_safety import case_of, epochs, killed, load, load_plain, other_plans, save, states, wrong_ids
+from sharding_safety import case_of, epochs, from_meta, killed, load, load_plain, other_plans, save, states, wrong_ids
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +58,13 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_and_fewer_resume(pools, tmp_p
         assert "another rank died, hung" in message and seconds < 15, value
     if how == "kill":
         pools(2).run(load, case_of(2), str(tmp_path), 3)
+
+
+def test_models_on_the_meta_device_are_made_in_blocks(pools):
+    """No process ever holds the whole table."""
+    found = pools(2).run(from_meta)
+    assert [f["held"] for f in found] == [[3_000_000, 16]] * 2 and found[0]["over"] == found[1]["over"]
+    for each in found:
+        assert abs(each["mean"]) < 0.01 and abs(each["deviation"] - 1) < 0.02
+        assert each["peak"] < 0.9 * 6_000_000 * 16 * 4
+    assert found[0]["padding"] == 0
