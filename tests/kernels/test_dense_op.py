@@ -134,3 +134,29 @@ def test_hessian_vector_products_of_large_products(activation):
         (grad,) = torch.autograd.grad(loss, weight, create_graph=True)
         products += torch.autograd.grad((grad * vector).sum(), weight)
     torch.testing.assert_close(*products, rtol=1e-4, atol=1e-5)
+
+
+LAYOUTS = {
+    "columns of a wider matrix": lambda rows, width: torch.randn(rows, width + 5)[:, 3:-2],
+    "every other column": lambda rows, width: torch.randn(rows, width, 2)[..., 1],
+    "one row for all": lambda rows, width: torch.randn(1, width).expand(rows, width),
+    "transposed": lambda rows, width: torch.randn(width, rows).t(),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_second_operands_reach_onednn_in_one_piece(layout, monkeypatch):
+    """oneDNN takes other layouts, and is a thousand times slower on them."""
+    operands = []
+    op = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(gemm, "LEAST_WORK", 0)
+    monkeypatch.setattr(gemm.torch.ops.mkldnn, "_linear_pointwise", lambda x, w, *rest: operands.append(w) or op(x, w, *rest))
+    if not gemm._has_onednn:
+        pytest.skip("NOT TESTED: this PyTorch has no oneDNN")
+    grad, x, weight = layout(40, 6), layout(40, 7), layout(6, 7)
+    torch.testing.assert_close(gemm.weight_gradient(grad, x), grad.t() @ x)
+    wide = layout(40, 30)
+    torch.testing.assert_close(gemm.weight_gradient(wide, x), wide.t() @ x)
+    torch.testing.assert_close(gemm.input_gradient(grad, weight), grad @ weight)
+    torch.testing.assert_close(gemm.linear(x, weight, None), x @ weight.t())
+    assert len(operands) == 4 and all(w.is_contiguous() or w.t().is_contiguous() for w in operands)
