@@ -35,6 +35,11 @@ from .triton_forward import forward_kernel, weight_grads_kernel
 from .updates import TableUpdate
 
 
+def takes(tables: Sequence[Tensor]) -> bool:
+    """Are these tables that the kernels can read and write?"""
+    return all(t.dtype in TYPES and t.shape[1] <= MAX_DIM and t.stride(1) == 1 for t in tables)
+
+
 def _or_reference(function):
     """Hand calls that the kernels do not take (float64 tables, very wide rows) to the function's namesake in reference.py."""
     plain = getattr(reference, function.__name__)
@@ -42,8 +47,7 @@ def _or_reference(function):
     @functools.wraps(function)
     def call(first, *rest):
         tables = first if function.__name__ == "update_from_sparse" else rest[0 if function.__name__ == "forward" else 1]
-        fits = all(t.dtype in TYPES and t.shape[1] <= MAX_DIM and t.stride(1) == 1 for t in tables)
-        return (function if fits else plain)(first, *rest)
+        return (function if takes(tables) else plain)(first, *rest)
 
     return call
 
@@ -193,6 +197,18 @@ def update(spec: GroupSpec, slot_grads, tables, indices, offsets, sample_weights
         reduce_runs(runs, [Finish(t, tables[t].shape[0], tables[t], updates[t]) for t in runs.segments])
 
 
+@torch.no_grad()
+def update_rounded(
+    spec: GroupSpec, slot_grads, tables, indices, offsets, sample_weights, updates: Sequence[TableUpdate | None], seeds: Sequence[int]
+) -> None:
+    """As :func:`update`, for tables of float16 or bfloat16 that the kernels take (:func:`takes`), rounded stochastically: ``seeds`` has 32 bits for
+    each table. Sums, optimizer and state are float32."""
+    wanted = [u is not None for u in updates]
+    runs = sort_reads(spec, slot_grads, tables, indices, offsets, sample_weights, wanted, ranked=False)
+    if runs is not None:
+        reduce_runs(runs, [Finish(t, tables[t].shape[0], tables[t], updates[t], seed=seeds[t]) for t in runs.segments])
+
+
 @_or_reference
 @torch.no_grad()
 def update_from_sparse(tables, rows: OptionalTensors, values: OptionalTensors, updates: Sequence[TableUpdate | None]) -> None:
@@ -211,7 +227,7 @@ def update_from_sparse(tables, rows: OptionalTensors, values: OptionalTensors, u
     rows, _ = one_type([None if r is None else r.to(torch.int64) for r in rows], given, torch.int64)
     values, grad_type = one_type(values, given, torch.float32)
     finishes = [Finish(i, t.shape[0], t, updates[i], rows[i]) for i, t in enumerate(tables) if given[i]]
-    for (rule, target_type, state_type), group in group_by_launch(finishes).items():
+    for (rule, target_type, state_type, rounded), group in group_by_launch(finishes).items():
         kinds: dict[tuple[int, ...], int] = {}
         entries = []
         program = 0
@@ -233,6 +249,7 @@ def update_from_sparse(tables, rows: OptionalTensors, values: OptionalTensors, u
                 TYPES[grad_type],
                 TYPES[target_type],
                 TYPES[state_type],
+                rounded,
             )
 
 

@@ -114,6 +114,7 @@ class Finish:
     target: Tensor  # [*, dim]
     rule: TableUpdate | None = None
     row_numbers: Tensor | None = None
+    seed: int | None = None  # of stochastic rounding
 
     def launch_key(self) -> tuple:
         """Tables with equal keys share a launch: the rule and the dtypes are compiled in."""
@@ -121,7 +122,8 @@ class Finish:
         types = {s.dtype for s in state}
         if len(types) > 1:
             raise ValueError(f"the optimizer state of one table has several dtypes: {sorted(map(str, types))}; give it one")
-        return self.rule.kind if self.rule else "write", self.target.dtype, types.pop() if types else torch.float32
+        kind = self.rule.kind if self.rule else "write"
+        return kind, self.target.dtype, types.pop() if types else torch.float32, self.seed is not None
 
     def alignment(self) -> int:
         tensors = [self.target, *(s for s in (self.rule.state if self.rule else ()) if s.dim() == 2)]
@@ -146,6 +148,7 @@ class Finish:
         }  # fmt: skip
         for i, state in enumerate(rule.state):
             fields |= {f"state{i}": state.data_ptr(), f"state{i}_stride": state.stride(0)}
+        fields["seed"] = self.seed or 0
         return fields | {name: struct.unpack("<i", struct.pack("<f", value))[0] for name, value in floats.items()}
 
 
@@ -164,7 +167,7 @@ def reduce_runs(runs: Runs, finishes: Sequence[Finish]) -> None:
     pitch = -16 * (-max(f.target.shape[1] for f in finishes) // 16)
     partials = torch.empty(2 * runs.chunks * pitch, dtype=torch.float32, device=device)
     steps = 2  # reads in flight per piece: runs are mostly short, and few registers leave room for more programs
-    for (rule, target_type, state_type), group in group_by_launch(finishes).items():
+    for (rule, target_type, state_type, rounded), group in group_by_launch(finishes).items():
         kinds: dict[tuple[int, ...], int] = {}
         entries = []
         program = chunk_program = 0
@@ -181,8 +184,8 @@ def reduce_runs(runs: Runs, finishes: Sequence[Finish]) -> None:
         with on_device(device):
             reduce_kernel[(program,)](
                 sent, runs.keys, runs.order, runs.sources, runs.scales, runs.before, runs.starts, runs.ranks, partials, runs.chunks,
-                pitch, *facts, TYPES[runs.grad_type], *types, runs.scaled, ranked,
+                pitch, *facts, TYPES[runs.grad_type], *types, runs.scaled, ranked, rounded,
             )  # fmt: skip
             spanning_kernel[(chunk_program,)](
-                sent, runs.keys, runs.before, runs.ranks, partials, runs.chunks, pitch, *facts, *types, ranked
+                sent, runs.keys, runs.before, runs.ranks, partials, runs.chunks, pitch, *facts, *types, ranked, rounded
             )

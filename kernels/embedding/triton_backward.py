@@ -6,7 +6,8 @@ A piece that is a whole run is finished on the spot. The others leave their sum 
 the piece that begins with the chunk, and the last one. ``spanning_kernel`` adds these up, run by run, in chunk order, and
 finishes those runs. No atomics, so the result depends on the ids alone.
 
-To *finish* a row is to write its gradient (KIND "write") or to update the row and the optimizer's state: see ``updates.py``.
+To *finish* a row is to write its gradient (KIND "write") or to update the row and the optimizer's state: see ``updates.py``. ROUNDED: rows
+are float16 or bfloat16 and rounded stochastically, by a hash of row, column and seed: see ``rounding.py``.
 """
 
 # Kernel bodies are Triton's language, which pyright reads as Python.
@@ -50,6 +51,7 @@ class RowEntry(NamedTuple):
     take2: int = 0  # 1 - beta2
     decay: int = 0  # factor of the row before the update
     sign: int = 0  # of the gradient
+    seed: int = 0  # of stochastic rounding: 32 bits
 
 
 ROW_FIELDS = tl.constexpr(len(RowEntry._fields))
@@ -58,7 +60,7 @@ CHUNK_PROGRAM, KIND_OF, FIRST_CHUNK, END_CHUNK = (_at[f] for f in ("chunk_progra
 KEY_OF, ROWS_OF, DIM_OF, TARGET, TARGET_STRIDE = (_at[f] for f in ("key", "rows", "dim", "out", "out_stride"))
 ROW_NUMBERS, VALUES, VALUES_STRIDE, N_VALUES = (_at[f] for f in ("row_numbers", "values", "values_stride", "given"))
 STATE0, STATE0_STRIDE, STATE1, STATE1_STRIDE = (_at[f] for f in ("state0", "state0_stride", "state1", "state1_stride"))
-RATE, EPS, TAKE1, TAKE2, DECAY, SIGN = (_at[f] for f in ("rate", "eps", "take1", "take2", "decay", "sign"))
+RATE, EPS, TAKE1, TAKE2, DECAY, SIGN, SEED = (_at[f] for f in ("rate", "eps", "take1", "take2", "decay", "sign", "seed"))
 
 
 @triton.jit
@@ -67,8 +69,42 @@ def _float(entry, FIELD: tl.constexpr):
 
 
 @triton.jit
+def _mix(h):
+    h ^= h >> 16
+    h *= 0x7FEB352D
+    h ^= h >> 15
+    h *= 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _rounded(value, row, cols, seed, TARGET_T: tl.constexpr):
+    """float32 ``value`` [R, D] of rows ``row`` (int64 [R]) and columns ``cols`` [D], rounded stochastically to float16 or bfloat16, as
+    int16 bits: see ``rounding.py``."""
+    low = (row & 0xFFFFFFFF).to(tl.uint32)
+    high = (row >> 32).to(tl.uint32)
+    row_hash = _mix(low * 0x85EBCA77 + high * 0xC2B2AE3D + seed.to(tl.uint32))
+    noise = _mix(row_hash[:, None] ^ (cols.to(tl.uint32) * 0x9E3779B1)[None, :])
+    bits = value.to(tl.uint32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    if TARGET_T == tl.bfloat16:
+        code = tl.minimum(size + (noise >> 16), 0x7F7FFFFF) >> 16
+        odd = tl.where(size > 0x7F800000, 0x7FC0, 0x7F80).to(tl.uint32)
+    else:
+        steps = tl.minimum(tl.abs(value) * 16777216.0, 65536.0)  # of 2**-24, below the normal numbers
+        whole = steps.to(tl.uint32)
+        part = ((steps - whole.to(tl.float32)) * 16777216.0).to(tl.uint32)
+        small = whole + ((part + (noise >> 8)) >> 24)
+        code = tl.minimum(tl.where(size < 0x38800000, small, ((size + (noise >> 19)) >> 13) - 114688), 0x7BFF)
+        odd = tl.where(size > 0x7F800000, 0x7E00, 0x7C00).to(tl.uint32)
+    code = tl.where(size < 0x7F800000, code, odd) | ((bits >> 16) & 0x8000)
+    return code.to(tl.uint16).to(tl.int16, bitcast=True)
+
+
+@triton.jit
 def _finish(
     entry, row, place, live, grad, cols, VEC: tl.constexpr, RULE: tl.constexpr, TARGET_T: tl.constexpr, STATE_T: tl.constexpr,
+    ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """Finish rows ``row`` (int64 [R], distinct) with gradients ``grad`` (float32 [R, D]); written ones go to ``place`` (int64 [R])."""
     dim = tl.multiple_of(tl.load(entry + DIM_OF), VEC)
@@ -108,7 +144,11 @@ def _finish(
                 weight -= tl.div_rn(rate * first, tl.sqrt_rn(second) + _float(entry, EPS))
                 tl.store(state1, second.to(STATE_T), mask=mask)
             tl.store(state0, first.to(STATE_T), mask=mask)
-        tl.store(weights, weight.to(TARGET_T), mask=mask)
+        if ROUNDED:
+            made = _rounded(weight, row, cols, tl.load(entry + SEED), TARGET_T)
+            tl.store(weights.to(tl.pointer_type(tl.int16), bitcast=True), made, mask=mask)
+        else:
+            tl.store(weights, weight.to(TARGET_T), mask=mask)
 
 
 @triton.jit
@@ -116,6 +156,7 @@ def _reduce_tile(
     entry, tile, keys, order, sources, scales, before, starts, ranks, partials, total_chunks, pitch,
     R: tl.constexpr, D: tl.constexpr, GRAD_VEC: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr, RULE: tl.constexpr,
     GRAD_T: tl.constexpr, TARGET_T: tl.constexpr, STATE_T: tl.constexpr, SCALED: tl.constexpr, RANKED: tl.constexpr,
+    ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """Sum pieces ``tile * R`` to ``tile * R + R`` of one table; finish those that are whole runs."""
     chunk = tl.load(entry + FIRST_CHUNK)
@@ -152,14 +193,14 @@ def _reduce_tile(
             total += grad
     partial = partials + (2 * (first // CHUNK) + (first % CHUNK != 0)).to(tl.int64) * pitch
     tl.store(partial[:, None] + cols[None, :], total, mask=(live & (whole == 0))[:, None] & (cols < dim)[None, :])
-    _finish(entry, row, place, whole, total, cols, VEC, RULE, TARGET_T, STATE_T)
+    _finish(entry, row, place, whole, total, cols, VEC, RULE, TARGET_T, STATE_T, ROUNDED)
 
 
 @triton.jit(do_not_specialize=["total_chunks"])
 def reduce_kernel(
     entries, keys, order, sources, scales, before, starts, ranks, partials, total_chunks, pitch, COUNT: tl.constexpr,
     KINDS: tl.constexpr, RULE: tl.constexpr, GRAD_T: tl.constexpr, TARGET_T: tl.constexpr, STATE_T: tl.constexpr,
-    SCALED: tl.constexpr, RANKED: tl.constexpr,
+    SCALED: tl.constexpr, RANKED: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """Grid: one program per tile of pieces, as many as there can be; those without a piece leave at once.
 
@@ -175,14 +216,14 @@ def reduce_kernel(
         if (kind == k) & (tile * KINDS[k][0] < pieces):
             _reduce_tile(
                 entry, tile, keys, order, sources, scales, before, starts, ranks, partials, total_chunks, pitch, KINDS[k][0],
-                KINDS[k][1], KINDS[k][2], KINDS[k][3], KINDS[k][4], RULE, GRAD_T, TARGET_T, STATE_T, SCALED, RANKED,
+                KINDS[k][1], KINDS[k][2], KINDS[k][3], KINDS[k][4], RULE, GRAD_T, TARGET_T, STATE_T, SCALED, RANKED, ROUNDED,
             )  # fmt: skip
 
 
 @triton.jit
 def _finish_run(
     entry, chunk, keys, before, ranks, partials, total_chunks, pitch, R: tl.constexpr, D: tl.constexpr, VEC: tl.constexpr,
-    RULE: tl.constexpr, TARGET_T: tl.constexpr, STATE_T: tl.constexpr, RANKED: tl.constexpr,
+    RULE: tl.constexpr, TARGET_T: tl.constexpr, STATE_T: tl.constexpr, RANKED: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """Add up and finish the run that begins in ``chunk`` and goes on after it."""
     key = tl.load(keys + (chunk + 1) * CHUNK - 1)
@@ -210,13 +251,13 @@ def _finish_run(
     begins_inside = (tl.load(keys + chunk * CHUNK) != key).to(tl.int64)
     grad = tl.load(partials + (2 * chunk + begins_inside) * pitch + cols, mask=cols < dim, other=0.0) + tl.sum(total, 0)
     one = tl.arange(0, 1)
-    _finish(entry, row + one, place + one, one == 0, grad[None, :], cols, VEC, RULE, TARGET_T, STATE_T)
+    _finish(entry, row + one, place + one, one == 0, grad[None, :], cols, VEC, RULE, TARGET_T, STATE_T, ROUNDED)
 
 
 @triton.jit(do_not_specialize=["total_chunks"])
 def spanning_kernel(
     entries, keys, before, ranks, partials, total_chunks, pitch, COUNT: tl.constexpr, KINDS: tl.constexpr, RULE: tl.constexpr,
-    TARGET_T: tl.constexpr, STATE_T: tl.constexpr, RANKED: tl.constexpr,
+    TARGET_T: tl.constexpr, STATE_T: tl.constexpr, RANKED: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """Grid: one program per chunk. Finishes the run that begins in it and goes on in the next, if there is one."""
     program = tl.program_id(0)
@@ -235,14 +276,14 @@ def spanning_kernel(
                 if kind == k:
                     _finish_run(
                         entry, chunk, keys, before, ranks, partials, total_chunks, pitch, 4 * KINDS[k][0], KINDS[k][1],
-                        KINDS[k][3], RULE, TARGET_T, STATE_T, RANKED,
+                        KINDS[k][3], RULE, TARGET_T, STATE_T, RANKED, ROUNDED,
                     )  # fmt: skip
 
 
 @triton.jit
 def _update_tile(
     entry, tile, R: tl.constexpr, D: tl.constexpr, GRAD_VEC: tl.constexpr, VEC: tl.constexpr, RULE: tl.constexpr,
-    GRAD_T: tl.constexpr, TARGET_T: tl.constexpr, STATE_T: tl.constexpr,
+    GRAD_T: tl.constexpr, TARGET_T: tl.constexpr, STATE_T: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
     at = (tile * R + tl.arange(0, R)).to(tl.int64)
     cols = tl.arange(0, D)
@@ -253,13 +294,13 @@ def _update_tile(
     stride = tl.multiple_of(tl.load(entry + VALUES_STRIDE), GRAD_VEC)
     values = aligned(tl.load(entry + VALUES), GRAD_T, GRAD_VEC) + (at * stride)[:, None] + cols[None, :]
     grad = tl.load(values, mask=live[:, None] & (cols < dim)[None, :], other=0.0).to(tl.float32)
-    _finish(entry, row, row, live, grad, cols, VEC, RULE, TARGET_T, STATE_T)
+    _finish(entry, row, row, live, grad, cols, VEC, RULE, TARGET_T, STATE_T, ROUNDED)
 
 
 @triton.jit
 def update_kernel(
     entries, COUNT: tl.constexpr, KINDS: tl.constexpr, RULE: tl.constexpr, GRAD_T: tl.constexpr, TARGET_T: tl.constexpr,
-    STATE_T: tl.constexpr,
+    STATE_T: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """Grid: one program per tile of rows. The optimizer alone, on distinct rows with given gradients; rows outside the table
     are left out. KINDS as in reduce_kernel."""
@@ -269,4 +310,4 @@ def update_kernel(
     kind = tl.load(entry + KIND_OF)
     for k in tl.static_range(len(KINDS)):
         if kind == k:
-            _update_tile(entry, tile, KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], RULE, GRAD_T, TARGET_T, STATE_T)
+            _update_tile(entry, tile, KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], RULE, GRAD_T, TARGET_T, STATE_T, ROUNDED)

@@ -108,12 +108,15 @@ def embedding_cases():
         kernel = triton_forward.weight_grads_kernel
         yield case(f"weight gradients {of}", kernel, KINDS=((*shape, 2),), GRAD_T=dtype, WEIGHT_T=dtype, **common)
         for rule, scaled in (("write", False), ("rowwise_adagrad", False), ("rowwise_adagrad", True), ("adam", False)):
-            constants = {"COUNT": 26, "RULE": rule, "TARGET_T": dtype, "STATE_T": tl.float32}
+            constants = {"COUNT": 26, "RULE": rule, "TARGET_T": dtype, "STATE_T": tl.float32, "ROUNDED": False}
             kinds, ranked = ((*shape, 2),), rule == "write"
             name, kernel = f"reduce {'scaled ' if scaled else ''}{rule} {of}", triton_backward.reduce_kernel
             yield case(name, kernel, KINDS=kinds, GRAD_T=dtype, SCALED=scaled, RANKED=ranked, **constants)
             if dim == 128 and not scaled:
                 yield case(f"spanning {rule} {of}", triton_backward.spanning_kernel, KINDS=kinds, RANKED=ranked, **constants)
+            if dim == 128 and rule == "rowwise_adagrad" and not scaled and kind != "fp32":
+                held = constants | {"ROUNDED": True}
+                yield case(f"{name} rounded", kernel, KINDS=kinds, GRAD_T=dtype, SCALED=scaled, RANKED=ranked, **held)
             if dim == 128 and rule == "adam":
                 yield case(f"update {rule} {of}", triton_backward.update_kernel, KINDS=kinds, GRAD_T=dtype, **constants)
     for scaled in (False, True):
