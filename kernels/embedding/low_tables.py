@@ -24,6 +24,9 @@ def update(
 ) -> None:  # fmt: skip
     """As ``reference.update``, for float16 and bfloat16 ``tables``; ``run`` is the device's implementation, ``seeds`` has one number for
     each table, another at each step. Raises what ``reference.check_inputs`` raises, before anything is written."""
+    if hasattr(run, "update_rounded") and run.takes(tables):  # on a GPU, in the launches that sum the gradients
+        run.update_rounded(spec, slot_grads, tables, indices, offsets, sample_weights, updates, seeds)
+        return
     # Summing gradients reads no table: one row of memory stands for all rows of a float32 table.
     wide = [torch.empty(t.shape[1], device=t.device).expand(t.shape) for t in tables]
     slot_grads = [None if g is None else g.float() for g in slot_grads]

@@ -12,7 +12,7 @@ import random
 
 import pytest
 import torch
-from tablewright.kernels.embedding import gpu, reference
+from tablewright.kernels.embedding import gpu, low_tables, reference, rounding
 from tablewright.kernels.embedding.spec import Extra, GroupSpec, Lookup, Table
 from tablewright.kernels.embedding.updates import TableUpdate
 
@@ -406,3 +406,29 @@ def test_an_unknown_rule_is_refused():
     case = Case().lookup(0, "none", ids(50, 4))
     with pytest.raises(ValueError, match="unknown update 'lion'"):
         gpu.update(case.spec, case.gradients(), *case.reads, [TableUpdate("lion", lr=0.1)])
+
+
+@pytest.mark.parametrize("kind", ["sgd", "rowwise_adagrad", "adam"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rows_of_half_precision_are_the_float32_update_rounded_once(kind, dtype):
+    """Bit for bit, over short runs, runs of several pieces, subnormal numbers, infinity and NaN."""
+    case = Case(dtype, ((300, 33), (9, 16))).lookup(0, "none", ids(300, 200)).lookup(1, "sum", ids(9, 40, 8))
+    case.tables[0][:60] *= 1e-6
+    case.tables[0][70, :3] = torch.tensor([float("inf"), -float("inf"), float("nan")])
+    case.ids[0][:80] = torch.arange(80)
+    grads, seeds = [g.float() for g in case.gradients()], [12345, 2**32 - 5]
+    wide, low = [t.float() for t in case.tables], [t.clone() for t in case.tables]
+    torch.manual_seed(1)
+    plain = [rule_for(kind, t) for t in wide]
+    torch.manual_seed(1)
+    ours = [rule_for(kind, t) for t in low]
+    gpu.update(case.spec, grads, wide, *case.reads[1:], plain)
+    low_tables.update(gpu, case.spec, grads, low, *case.reads[1:], ours, seeds)
+    for table, expected, made, given, seed in zip(case.tables, wide, low, case.ids, seeds):
+        rows = torch.unique(given)
+        want = table.clone()
+        want[rows] = rounding.reference(expected[rows], rows, seed, dtype)
+        assert torch.equal(made.isnan(), want.isnan()) and torch.equal(made.nan_to_num(7.0), want.nan_to_num(7.0))
+        assert not torch.equal(made, table)
+    for a, b in zip(ours, plain):
+        assert all(torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip(a.state, b.state))

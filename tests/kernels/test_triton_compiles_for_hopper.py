@@ -13,6 +13,7 @@ TILES_OF_SEVERAL_WIDTHS = "D16+D64+D256"
 # one in triton 3.6 at most 3 in any kernel here, that of 3.7 up to 9 in kernels with bodies for several widths.
 ALLOWED_SPILLS = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 4
 ALLOWED_SPILLS_OF_SEVERAL_WIDTHS = 16
+ALLOWED_SPILLS_OF_ROUNDING = 4  # at 40 registers, in the stochastic rounding to float16
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def facts() -> dict[str, dict[str, int]]:
 
 def test_nothing_is_spilled(facts):
     several, one = ({n: f["spills"] for n, f in facts.items() if (TILES_OF_SEVERAL_WIDTHS in n) == x} for x in (True, False))
-    assert not {name: spills for name, spills in one.items() if spills > ALLOWED_SPILLS}
+    assert not {name: spills for name, spills in one.items() if spills > (ALLOWED_SPILLS_OF_ROUNDING if "rounded" in name else ALLOWED_SPILLS)}
     assert not {name: spills for name, spills in several.items() if spills > ALLOWED_SPILLS_OF_SEVERAL_WIDTHS}
 
 
