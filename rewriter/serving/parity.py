@@ -66,6 +66,7 @@ def check_parity(
     Bounds: float32 rows bit by bit; others are the codec's own bytes, and its error is at most that of ``kernels/codecs``. Outputs: within 1e-6 of
     the plain model on the decoded rows. Raises :class:`~tablewright.ExportError` where the model's tables are others."""
     if isinstance(model, OptimizedModel):
+        model._alone("check_parity")
         model._follow_plain_model()
         model = model._shell
     shell = clone_shell(model).eval()

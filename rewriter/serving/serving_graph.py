@@ -54,10 +54,12 @@ class ServingGraph:
 
 
 def serving_graph(model: nn.Module, samples: Samples, plan: Plan | None) -> ServingGraph:
-    """Raises :class:`ExportError` (or CaptureError) saying what in the model cannot be served, and where."""
+    """Raises :class:`ExportError` (or CaptureError) saying what in the model cannot be served, and where; PlanError for a model over
+    several ranks or in tiers, whose ``unoptimized()`` can be exported."""
     if samples.args is None:
         raise ExportError("export_serving needs sample_inputs: one batch, as for optimize()")
     if isinstance(model, OptimizedModel):
+        model._alone("an export for serving")
         model._follow_plain_model()
         plan = plan or model.plan
         source: nn.Module = model._shell

@@ -1,10 +1,17 @@
 """Every store gives the rows of the version: shard servers over Flight, a Redis Cluster, and a cache in front of either."""
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tablewright as tw
-from serving_models import arrays, close, every_lookup_inputs, exported, plain, without_torch
+import torch
+from serving_models import ROOT, arrays, close, every_lookup_inputs, exported, plain, without_torch
 from serving_nodes import address, redis_cluster, shard_servers  # noqa: F401  (a fixture)
 from tablewright.kernels.gather.hot_rows import HotRows, mixed
 from tablewright.kernels.gather.local import LocalStore
@@ -93,6 +100,29 @@ def test_the_cache_is_exact_and_spares_the_store():
         assert _same(store.lookup_many(requests), plain_lookup(requests))
     stats = store.stats()
     assert stats["misses"] == sum(asked) and stats["hits"] > 2 * stats["misses"]
+
+
+def test_another_languages_onnx_runtime_serves_the_same(redis_cluster, tmp_path):  # noqa: F811
+    """``examples/serve_from_node``: Node's ONNX Runtime on dense.onnx, rows over Redis."""
+    example = ROOT / "examples" / "serve_from_node"
+    modules = Path(os.environ.get("TABLEWRIGHT_NODE_MODULES", example / "node_modules"))
+    if not shutil.which("node") or not (modules / "onnxruntime-node").is_dir():
+        pytest.skip(f"needs node and: npm install --prefix {example} --ignore-scripts onnxruntime-node ioredis")
+    model = torch.nn.ModuleDict({"a": torch.nn.Embedding(40, 8), "b": torch.nn.Embedding(50, 8)})
+    model.forward = lambda dense, ids: torch.cat([dense, model["a"](ids[:, 0]), model["b"](ids[:, 1])], 1) @ torch.ones(19, 2)
+    dense, ids = torch.randn(5, 3), torch.randint(40, (5, 2))
+    tw.export_serving(model.eval(), (dense, ids), tmp_path / "m", row_dtype={"a": "int8_rowwise"})
+    manifest = manifests.read(tmp_path / "m")
+    publish(published(manifest), open_store(manifest), redis_cluster.address.partition("://")[2])
+    body = {name: {"shape": list(t.shape), "data": t.flatten().tolist()} for name, t in (("dense", dense), ("ids", ids))}
+    (tmp_path / "request.json").write_text(json.dumps(body))
+    shutil.copy(example / "serve.mjs", tmp_path)
+    (tmp_path / "node_modules").symlink_to(modules)
+    command = ["node", "serve.mjs", str(tmp_path / "m"), redis_cluster.address.partition("://")[2], "request.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    got = np.array(json.loads(done.stdout)["output"]["data"], np.float32).reshape(5, 2)
+    assert np.array_equal(got, tw.load_serving(tmp_path / "m")(dense=dense.numpy(), ids=ids.numpy()))
 
 
 def test_ids_with_one_last_digit_are_spread():
