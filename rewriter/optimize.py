@@ -76,8 +76,9 @@ def optimize(
     captured at its first call.
 
     ``mesh``: a ``torch.distributed`` DeviceMesh of one dimension, or two (nodes, ranks in a node). The result then runs over those
-    ranks: each feeds its own batch, tables live where the plan says (``data_parallel`` where it says nothing), gradients are averaged
-    as DistributedDataParallel does, and weights start as rank 0 has them. ``optimizer`` then holds this rank's blocks of the tables.
+    ranks: each feeds its own batch, tables live where the plan says (``data_parallel`` where it says nothing; with "auto" the planner
+    says, on rank 0's sample), gradients are averaged as DistributedDataParallel does, and weights start as rank 0 has them. ``optimizer``
+    then holds this rank's blocks of the tables.
 
     What cannot be captured as one graph runs in pieces, or plainly, with the reason at the top of the report.
 
@@ -94,9 +95,13 @@ def optimize(
         raise PlanError("copy=True gives the result parameters of its own, which the given optimizer would not step: "
                         "build the optimizer on the result instead")  # fmt: skip
     samples = samples_of(model, methods, sample_inputs, sample_kwargs)
+    ranks, first = None if mesh is None else Ranks.of(mesh), samples[FORWARD]
+    if plan == "auto" and ranks is not None and first.args is not None:
+        from .planner.auto import plan_over
+
+        plan = plan_over(model, ranks, first.args, first.kwargs, optimizer)
     return optimize_with_samples(
-        model, _plan(plan, model, sample_inputs), samples, optimizer, verify=verify, duplicate=copy, on_skip=on_skip,
-        started=started, ranks=None if mesh is None else Ranks.of(mesh),
+        model, _plan(plan, model, sample_inputs), samples, optimizer, verify=verify, duplicate=copy, on_skip=on_skip, started=started, ranks=ranks,
     )  # fmt: skip
 
 

@@ -4,15 +4,23 @@ from __future__ import annotations
 import glob
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..errors import PlanError, TablewrightError
 from ..plan import Plan, TablePlan
 from .costs import options_of
 from .forecast import Forecast, Placed, exposed_all_reduce
-from .model_facts import ModelFacts
+from .model_facts import ModelFacts, read_model
 from .option import Option, size
 from .search import Assignment, refuse_what_cannot_fit, search
-from .topology import Topology
+from .topology import Topology, here
+
+if TYPE_CHECKING:
+    from ..sharding import Ranks
 
 
 def place(facts: ModelFacts, topology: Topology) -> Forecast:
@@ -88,8 +96,6 @@ def plan_of(forecast: Forecast, constraints: Plan) -> Plan:
 
 def auto_plan(model: Any, topology: Any, sample_inputs: Any, sample_kwargs: Any, optimizer: Any, constraints: Plan | None) -> Plan:
     """``Plan.auto`` for several ranks: the plan, with its forecast as ``plan.forecast``."""
-    from .model_facts import read_model
-
     constraints = constraints or Plan()
     where = Topology.load(topology)
     facts = read_model(model, sample_inputs, sample_kwargs, plan=constraints, optimizer=optimizer)
@@ -97,3 +103,20 @@ def auto_plan(model: Any, topology: Any, sample_inputs: Any, sample_kwargs: Any,
     plan = plan_of(forecast, constraints)
     object.__setattr__(plan, "forecast", forecast)
     return plan
+
+
+def plan_over(model: nn.Module, ranks: Ranks, args: Any, kwargs: Any, optimizer: Any) -> Plan:
+    """What ``plan="auto"`` means over several ranks: rank 0 plans for this kind of machine (:func:`~.topology.here`) on its own batch, and all
+    ranks take its plan. Raises :class:`PlanError` on every rank where it cannot."""
+    found: list[Any] = [None]
+    if ranks.rank == 0:
+        try:
+            device = next((p.device for p in model.parameters()), torch.device("cpu"))
+            where = here(ranks.world, ranks.world // ranks.per_node, device)
+            found = [auto_plan(model, where, args, kwargs, optimizer, None).to_dict()]
+        except TablewrightError as error:
+            found = [str(error)]
+    dist.broadcast_object_list(found, src=dist.get_global_rank(ranks.group, 0), group=ranks.group)
+    if isinstance(found[0], str):
+        raise PlanError(f"plan='auto' found no plan for {ranks.world} ranks: {found[0]}. Pass a plan that says where tables go")
+    return Plan.from_dict(found[0])

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from ..errors import PlanError
-from .topology import GB, GIB, Topology
+from .topology import GB, GIB, Topology, machine_memory
 
 _ROUNDS = 5
 _COPIED, _TABLE_ROWS, _ROW, _BAGS, _EXCHANGED = 64 << 20, 1 << 20, 64, 1 << 13, 8 << 20
@@ -35,22 +35,12 @@ def measure(ranks: int, *, timeout: float = 120.0) -> Topology:
             raise PlanError(f"measuring with {ranks} processes failed: {type(error).__name__}: {str(error).strip().splitlines()[-1]}") from error
     copy, lookup, product, call, exchange, message = found.tolist()
     return Topology(
-        ranks=ranks, memory_gib=round(_memory() / ranks / GIB, 3), memory_gb_s=round(2 * _COPIED / copy / GB, 3),
+        ranks=ranks, memory_gib=round(machine_memory() / ranks / GIB, 3), memory_gb_s=round(2 * _COPIED / copy / GB, 3),
         lookup_gb_s=round(8 * _BAGS * _ROW * 4 / lookup / GB, 3), tflops=round(2 * 512**3 / product / 1e12, 5),
         intra_node_gb_s=round(_EXCHANGED * (ranks - 1) / ranks / exchange / GB, 3) if ranks > 1 else round(2 * _COPIED / copy / GB, 3),
         call_us=round(call * 1e6, 3), shard_us=round(call * 1e6, 3), message_us=round(message * 1e6, 1), name=f"{ranks} processes here",
         source="measured over gloo",
     )  # fmt: skip
-
-
-def _memory() -> float:
-    """Bytes of this machine."""
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else ():
-        if line.startswith("MemTotal:"):
-            return float(line.split()[1]) * 1024
-    import os
-
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def _rank(rank: int, ranks: int, folder: str, timeout: float) -> None:

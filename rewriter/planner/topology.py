@@ -18,11 +18,13 @@
 """
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from ...passes.cost import Rates
@@ -180,3 +182,24 @@ def preset(name: str) -> Topology:
         ranks=nodes * per_node, nodes=nodes, memory_gib=round(gib, 2), memory_gb_s=round(memory * _STREAM), lookup_gb_s=round(memory * _LOOKUP),
         tflops=tflops * _PRODUCTS, intra_node_gb_s=link / 2 * _WIRE, inter_node_gb_s=network * _WIRE, name=name.lower(), source=source,
     )  # fmt: skip
+
+
+def here(ranks: int, nodes: int, device: torch.device) -> Topology:
+    """A guess at the machine that this process runs on, for ranks on such devices: its memory, and bandwidths by the kind of device. Nothing is
+    measured; ``python -m tablewright topology`` does that. An unknown GPU is counted as an A100."""
+    per_node = max(1, ranks // nodes)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        known = next((d for d in _DEVICES if d in properties.name.lower()), "a100")
+        like = preset(f"{nodes}x{per_node}x{known}")
+        return replace(like, memory_gib=properties.total_memory / GIB, source=f"by the name {properties.name}")
+    memory, bandwidth = machine_memory() / per_node / GIB, 20.0
+    return Topology(
+        ranks=ranks, nodes=nodes, memory_gib=memory, memory_gb_s=bandwidth, lookup_gb_s=bandwidth / 2, tflops=0.1, intra_node_gb_s=1.0, inter_node_gb_s=1.0,
+        call_us=2.0, message_us=300.0, shard_us=5.0, name=f"{ranks} processes", source="assumed for a CPU",
+    )  # fmt: skip
+
+
+def machine_memory() -> float:
+    """Bytes of this machine."""
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -1,13 +1,17 @@
 """``Plan.auto`` with a topology: a plan that agrees with its constraints, prints, and says what does not fit."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tablewright as tw
 import torch
+import torch.distributed as dist
 from small_models import Dot, Tied, dot_batch, tied_batch
 from tablewright.rewriter.planner.auto import place
 from tablewright.rewriter.planner.model_facts import read_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 SMALL = tw.Topology(ranks=4, memory_gib=0.001, memory_gb_s=100, lookup_gb_s=50, tflops=1, intra_node_gb_s=1, reserved=0, shard_us=0)
 
@@ -135,6 +139,22 @@ def test_predicted_beside_measured():
         forecast.beside(tw.Measured(sent=[1.0]))
     with pytest.raises(tw.PlanError, match="phases has no 'lookups'"):
         forecast.beside(tw.Measured(phases={"lookups": 1.0}))
+
+
+def test_auto_over_ranks_is_planned_on_the_first(tmp_path, monkeypatch):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = Dot()
+        opt = tw.optimize(model, "auto", sample_inputs=dot_batch(), mesh=mesh)
+        assert {name: t.sharding for name, t in opt.plan.tables.items()} == dict.fromkeys(("user", "item", "tags"), "data_parallel")
+        torch.testing.assert_close(opt(*dot_batch()), model(*dot_batch()))
+        tiny = replace(SMALL, ranks=1, memory_gib=1e-6)
+        monkeypatch.setattr("tablewright.rewriter.planner.auto.here", lambda ranks, nodes, device: tiny)
+        with pytest.raises(tw.PlanError, match="plan='auto' found no plan for 1 ranks: .* more than a rank has.* Pass a plan"):
+            tw.optimize(Dot(), "auto", sample_inputs=dot_batch(), mesh=mesh)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_each_choice_says_why():
