@@ -33,7 +33,7 @@ def _forward(x0, x, weight, bias, shift) -> tuple[Tensor, Tensor]:
     """The layer's value, and ``x W^T + b`` for the backward."""
     if x0.shape != x.shape:
         raise ValueError(f"x0 has shape {tuple(x0.shape)} and x {tuple(x.shape)}; they must be equal")
-    y = gemm.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+    y = gemm.linear(x.to(weight.dtype), weight, bias)
     if shift is None:
         return torch.addcmul(x, x0, y), y
     return torch.addcmul(shift, x0, y).add_(x), y
@@ -47,17 +47,19 @@ def _backward(
     grad: Tensor, x0: Tensor, x: Tensor, y: Tensor, weight: Tensor, wanted: list[bool], again: bool = False
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of (x0, x, weight, bias, shift) that are ``wanted``, in this order; ``again``: by ops that can be differentiated."""
-    inner = grad * x0 if any(wanted[1:4]) else grad
     made = []
     if wanted[0]:
         made.append(grad * y)
-    low = inner.to(weight.dtype)
+    inner = grad
+    if any(wanted[1:4]):
+        inner = (grad * x0).to(weight.dtype) if again else torch.mul(grad, x0, out=torch.empty_like(grad, dtype=weight.dtype))
     if wanted[1]:
-        made.append(gemm.input_gradient(low, weight, again).to(x.dtype).add_(grad))
+        back = gemm.input_gradient(inner, weight, again)
+        made.append(back.add_(grad) if back.dtype == grad.dtype else grad + back)
     if wanted[2]:
-        made.append(gemm.weight_gradient(low, x.to(weight.dtype), again))
+        made.append(gemm.weight_gradient(inner, x.to(weight.dtype), again))
     if wanted[3]:
-        made.append(low.reshape(-1, low.shape[-1]).sum(0))
+        made.append(inner.reshape(-1, inner.shape[-1]).sum(0))
     if wanted[4]:
         made.append(grad.reshape(-1, grad.shape[-1]).sum(0))
     return made
@@ -79,7 +81,7 @@ class _Cross(torch.autograd.Function):
         x0, x, y, weight, bias = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad)
         if torch.is_grad_enabled():
-            y = F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)  # autograd knows what this one was made from
+            y = F.linear(x.to(weight.dtype), weight, bias)  # autograd knows what this one was made from
         run = backward_of(_backward, torch.ops.tablewright.cross_backward)
         made = iter(run(grad, x0, x, y, weight, wanted))
         return tuple(next(made) if want else None for want in wanted)
@@ -100,7 +102,7 @@ def _fake(x0, x, weight, bias, shift):
 
 @torch.library.register_fake("tablewright::cross_forward", lib=LIBRARY)
 def _fake_forward(x0, x, weight, bias, shift):
-    return x.new_empty(x.shape), x.new_empty(x.shape)
+    return x.new_empty(x.shape), weight.new_empty(x.shape)
 
 
 @torch.library.register_fake("tablewright::cross_backward", lib=LIBRARY)
