@@ -31,11 +31,11 @@ from .capture.check import undisturbed
 from .capture.data_guard import asserted
 from .capture.plain_model import watch
 from .capture.shell import TICKET
-from .capture.stored import store_tables
+from .capture.stored import refuse_other_reads, store_tables
 from .data_ways import say
 from .embedding_optimizer import decide
 from .equivalence import numeric_check
-from .errors import PlanError, TablewrightError
+from .errors import CaptureError, PlanError, TablewrightError
 from .in_backward_guard import InBackwardGuard, drop_placeholders
 from .meta_weights import make_dense
 from .methods import FORWARD, samples_of
@@ -123,7 +123,15 @@ def optimize_with_samples(
     if ranks is not None:
         make_dense(shell, optimizer)
     with CAPTURING, stand_ins(shell, plan, optimizer, over_ranks=ranks is not None) as compiler.empty:
-        variants = compiler.compile_all(optimizer)
+        try:
+            variants = compiler.compile_all(optimizer)
+        except CaptureError as error:
+            if not stored:
+                raise
+            raise PlanError(
+                f"{error}. The plan stores {', '.join(map(repr, stored))} in another dtype, which goes only with models that read these tables "
+                "by calling their modules"
+            ) from error
     if compiler.sharded is not None:
         compiler.sharded.place(shell, optimizer, compiler.empty)
     if compiler.tiered is not None:
@@ -276,6 +284,8 @@ class Compiler:
 
     def _rewritten(self, captured: Captured, args: Any, kwargs: Any) -> Variant:
         self.shell.__dict__.setdefault(TICKET, torch.zeros((), dtype=torch.int64))
+        if self.stored:
+            refuse_other_reads(captured, self.shell)
         if self.ranks is not None:
             prepare(self.shell)
         if captured.program is not None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...passes.graph import stored_tensor
+from ...passes.origin import KEY
 from ..errors import PlanError
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -91,6 +93,23 @@ def store_tables(shell: nn.Module, plan: Any) -> dict[str, tuple[int, int]]:
                 module.__class__ = form
         sizes[name] = table.numel() * table.element_size(), stored.numel() * stored.element_size()
     return sizes
+
+
+def refuse_other_reads(captured: Any, shell: nn.Module) -> None:
+    """Raises :class:`PlanError` where the model reads a stored table other than by calling its module, and would see the low dtype."""
+    owners = {path: module for path, module in shell.named_modules(remove_duplicate=False) if isinstance(module, _Stored)}
+    path = next(iter(owners))
+    if captured.program is not None:
+        raise PlanError(f"tables: '{path}' is stored in another dtype, which needs the whole model in one graph; {captured.notes[0]}")
+    low = {id(module.weight): path for path, module in owners.items()}
+    for node in captured.graph.nodes:
+        path = low.get(id(stored_tensor(node, shell)))
+        for user in node.users if path is not None else ():
+            if user.meta[KEY].module_path not in owners:
+                raise PlanError(
+                    f"tables: '{path}' is stored in another dtype, and {user.meta[KEY].where()} reads its weight; only tables that are read by "
+                    "calling their module can be. Take dtype out of that entry of the plan"
+                )
 
 
 def restore_plain(model: nn.Module) -> None:

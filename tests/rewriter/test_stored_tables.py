@@ -156,6 +156,26 @@ class Odd(nn.Module):
         return self.out(self.own(ids) + self.raw[ids] + self.tied(ids))
 
 
+class ReadsWeights(nn.Module):
+    def __init__(self, read):
+        super().__init__()
+        self.table, self.read = nn.Embedding(5, 3), read
+
+    def forward(self, ids):
+        return self.table(ids).sum() + self.read(self.table.weight, ids)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [lambda w, ids: w[ids], lambda w, ids: nn.functional.embedding(ids, w), lambda w, ids: torch.ones(2, 3) @ w.t(), lambda w, ids: w.norm()],
+    ids=["rows", "lookup", "product", "norm"],
+)
+def test_other_reads_of_a_stored_table_are_refused(read):
+    """They would see rows of another dtype."""
+    with pytest.raises(PlanError, match="calling their modules|by calling their module"):
+        tw.optimize(ReadsWeights(read), tw.Plan(tables={"table": {"dtype": "bf16", "trainable": False}}), sample_inputs=(torch.tensor([1, 2]),))
+
+
 def test_what_cannot_be_stored_is_named():
     ids = torch.tensor([1, 2])
     for glob, words in (("own", "'own', a Own, holds it"), ("raw", "a Odd, holds it"), ("tied", "'out', a Linear, holds it")):
