@@ -42,3 +42,11 @@ def size_from_data() -> Any:
         return torch.library.get_ctx().new_dynamic_size()
     except torch._subclasses.fake_tensor.DynamicOutputShapeException:
         return 0
+
+
+def traced(op: Callable, trains: bool, *args: Any) -> Any:
+    """``op`` below autograd, for a trace. Raises ``RuntimeError`` where gradients are recorded: a trace cannot wait for other ranks."""
+    if trains and torch.is_grad_enabled():
+        raise RuntimeError("lookups of sharded tables cannot be compiled or exported with gradients: leave torch.compile out over several ranks")
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..library import DIRECT, LIBRARY, size_from_data, tracing
+from ..library import DIRECT, LIBRARY, size_from_data, traced, tracing
 from .spec import ExchangeSpec, decode
 from .wire import decoded, encoded, wire_sizes
 from .work import all_to_all, finish
@@ -99,7 +99,10 @@ class _Pack(torch.autograd.Function):
 
 
 def _pack_autograd(slots, anchor, header_in, spec, rank):
-    if not torch.is_grad_enabled() or tracing() or not any(s.trained for s in decode(spec).streams):
+    trains = any(s.trained for s in decode(spec).streams)
+    if tracing():
+        return traced(PACK, trains, slots, anchor, header_in, spec, rank)
+    if not torch.is_grad_enabled() or not trains:
         return _pack(slots, anchor, header_in, spec, rank)
     return _Pack.apply(spec, rank, header_in, anchor, *slots)
 
@@ -161,21 +164,19 @@ def _arrived(carrier: Tensor) -> Tensor:
 
 
 def _wait_autograd(sent, wire, header_in, header, spec, rank, group):
-    if not sent.requires_grad or tracing():
-        with torch._C._AutoDispatchBelowAutograd():
-            return _wait(sent, wire, header_in, header, spec, rank, group)
+    if tracing():
+        return traced(WAIT, sent.requires_grad, sent, wire, header_in, header, spec, rank, group)
+    if not sent.requires_grad:
+        return _wait(sent, wire, header_in, header, spec, rank, group)
     return _Wait.apply(sent, wire, header_in, header, spec, rank, group)
-
-
-def _wait_kernel(sent, wire, header_in, header, spec, rank, group):
-    return _wait(sent, wire, header_in, header, spec, rank, group)
 
 
 for _device in ("CPU", "CUDA"):
     LIBRARY.impl("pack_rows", _pack, _device)
     LIBRARY.impl("send_rows", _send, _device)
-    LIBRARY.impl("wait_rows", _wait_kernel, _device)
+    LIBRARY.impl("wait_rows", _wait, _device)
+LIBRARY.impl("pack_rows", _pack_autograd, "Autograd")
+LIBRARY.impl("wait_rows", _wait_autograd, "Autograd")
 PACK, SEND, WAIT = (getattr(torch.ops.tablewright, name).default for name in ("pack_rows", "send_rows", "wait_rows"))
-DIRECT[PACK] = lambda *args: PACK(*args) if tracing() else _pack_autograd(*args)
+DIRECT.update({PACK: _pack_autograd, WAIT: _wait_autograd})
 DIRECT[SEND] = lambda *args: (SEND if tracing() else _send)(*args)
-DIRECT[WAIT] = lambda *args: WAIT(*args) if tracing() else _wait_autograd(*args)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..embedding.op import leading_shapes
-from ..library import DIRECT, LIBRARY, size_from_data, tracing
+from ..library import DIRECT, LIBRARY, size_from_data, traced, tracing
 from .exchange_rows import incoming, numbers_in
 from .spec import ExchangeSpec, decode, starts_of
 
@@ -162,9 +162,10 @@ class _Merge(torch.autograd.Function):
 
 
 def _merge_autograd(received, header, places, counts, indices, offsets, extras, spec):
-    if not torch.is_grad_enabled() or tracing():
-        with torch._C._AutoDispatchBelowAutograd():
-            return _merge(received, header, places, counts, indices, offsets, extras, spec)
+    if tracing():
+        return traced(MERGE, received.requires_grad, received, header, places, counts, indices, offsets, extras, spec)
+    if not torch.is_grad_enabled():
+        return _merge(received, header, places, counts, indices, offsets, extras, spec)
     return list(_Merge.apply(spec, received, header, places, counts, indices, offsets, *extras))
 
 
@@ -216,15 +217,17 @@ class _Unique(torch.autograd.Function):
 
 
 def _unique_autograd(received, header, spec):
-    if not torch.is_grad_enabled() or tracing():
-        with torch._C._AutoDispatchBelowAutograd():
-            return _unique(received, header, spec)
+    if tracing():
+        return traced(UNIQUE, received.requires_grad, received, header, spec)
+    if not torch.is_grad_enabled():
+        return _unique(received, header, spec)
     return list(_Unique.apply(spec, received, header))
 
 
 for _device in ("CPU", "CUDA"):
     LIBRARY.impl("merge_rows", _merge, _device)
     LIBRARY.impl("unique_rows", _unique, _device)
+LIBRARY.impl("merge_rows", _merge_autograd, "Autograd")
+LIBRARY.impl("unique_rows", _unique_autograd, "Autograd")
 MERGE, UNIQUE = (getattr(torch.ops.tablewright, name).default for name in ("merge_rows", "unique_rows"))
-DIRECT[MERGE] = lambda *args: MERGE(*args) if tracing() else _merge_autograd(*args)
-DIRECT[UNIQUE] = lambda *args: UNIQUE(*args) if tracing() else _unique_autograd(*args)
+DIRECT.update({MERGE: _merge_autograd, UNIQUE: _unique_autograd})

@@ -124,3 +124,17 @@ def test_streams_of_several_codecs_share_a_wire():
     wire = encoded(flat, spec, parts, sizes)
     assert wire.numel() == 3 * 3 * DIM
     assert not decoded(wire, spec, parts, sizes)[: 3 * DIM].any()
+
+
+def test_a_trace_with_gradients_is_refused():
+    """Compiled code would drop the gradients of sharded tables without a word."""
+    spec = spec_of("none")
+    header, payload, *_ = route_ids._route([torch.tensor([1, 2])], [None], spec.encode())
+    slots, header_in = answer(spec, torch.randn(ROWS, DIM, dtype=torch.float64, requires_grad=True), header, payload)
+
+    anchor, text = torch.zeros(1, requires_grad=True), spec.encode()
+    run = torch.compile(lambda slot: exchange_rows.PACK([slot], anchor, header_in, text, 0), backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="cannot be compiled"):
+        run(slots[0])
+    sent = torch.ops.tablewright.pack_rows(slots, anchor, header_in, text, 0)
+    assert sent.requires_grad, "the op itself, without the short way, is differentiable too"
