@@ -17,6 +17,7 @@ import torch
 
 from ..kernels.tiers.table import TieredTable, table_of
 from ..passes.ids_ahead import ids_ahead
+from .capture.data_guard import asserted
 from .errors import PlanError
 from .optimized_model import OptimizedModel
 from .variant import Variant, runnable
@@ -138,6 +139,8 @@ class Pipeline:
         found = self._ahead.get(id(variant))
         if found is None:
             graph, numbers, why = ids_ahead(variant.graph)
+            if not why and asserted(variant.graph):
+                why = "the model looks at data, and which of its graphs serves a batch shows when it runs"
             found = self._ahead[id(variant)] = (runnable(self.model._shell, graph) if not why else lambda *_: (), numbers, why)
         return found
 

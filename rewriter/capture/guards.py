@@ -5,6 +5,7 @@ import copy
 import math
 import re
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from operator import attrgetter, itemgetter
 
@@ -43,6 +44,7 @@ class Guards:
         self.reads_training = bool(log.modes or log.flags)  # else the mode cannot matter
         self._names = {path: tuple(seen) for path, seen in log.attributes.items() if seen}
         self._class_names = {path: dict(seen) for path, seen in log.class_attributes.items() if seen}
+        self._absent = {path: sorted(names) for path, names in log.absent_attributes.items()}
         self._shell = shell
         self._originals = {path: weakref.ref(module) for path, module in (originals or {}).items()}
         self._baked_dtypes = baked_dtypes
@@ -131,6 +133,10 @@ class Guards:
             for module in (_module(self._shell, path), self._originals.get(path, lambda: None)()):
                 if module is not None and _differs(now := read(module), value):
                     return _changed(name, path, value, now)
+        for path, names in self._absent.items():
+            for module in (_module(self._shell, path), self._originals.get(path, lambda: None)()):
+                if module is not None and (new := next((name for name in names if hasattr(module, name)), None)) is not None:
+                    return f"attribute '{new}' of '{path or 'the model'}', which was looked for and missing when captured, is there now"
         for each in self.globals:
             if (reason := each.changed()) is not None:
                 return reason
@@ -154,7 +160,8 @@ class Guards:
 
     def has_more(self) -> bool:
         """Are there conditions besides :meth:`namespaces`?"""
-        return bool(self._class_reads or self._dtypes or any(group.inner or group.arrays for _, group in self._careful))
+        return bool(self._class_reads or self._absent or self._dtypes or any(
+            group.inner or group.arrays or dict in group.types for _, group in self._careful))
 
     def more_holds(self) -> bool:
         """Whether those hold."""
@@ -193,9 +200,10 @@ class Guards:
                 else:
                     continue
                 copied.append(f"{group.path}.{name}" if group.path else name)
-        for path, seen in self._class_names.items():
+        asked = [*self._class_names.items(), *self._absent.items()]
+        for path, names in asked:
             module = self._originals.get(path, lambda: None)()
-            for name in seen:
+            for name in names:
                 if module is not None and name in module.__dict__:
                     _module(self._shell, path).__dict__[name] = module.__dict__[name]
                     copied.append(f"{path}.{name}" if path else name)
@@ -226,7 +234,7 @@ class _Group:
         self.types = tuple(map(type, self.values))
         # torch's own modules are many and convert their numbers themselves: equality is enough there
         self.careful = bool(self.inner or self.arrays) or (not type(module).__module__.startswith("torch.")
-                                            and any(kind in (int, float, bool) for kind in self.types))
+                                            and any(kind in (int, float, bool, dict) for kind in self.types))
 
     def attributes(self) -> list[tuple[str, object, bool]]:
         """(name, value, compare by value?); the same object is always the same value, but for a container."""
@@ -234,6 +242,8 @@ class _Group:
 
     def changed_within(self, namespace: dict) -> bool:
         if tuple(map(type, self.values_of(namespace))) != self.types:
+            return True
+        if any(_order(now) != _order(before) for now, before in zip(self.values_of(namespace), self.values) if type(now) is dict):
             return True
         return any(vars(value) != fields for _, value, fields in self.inner) or any(
             not numpy.array_equal(value, before) for _, value, before in self.arrays)
@@ -296,14 +306,19 @@ def _differs(now, before) -> bool:
         return False
     if type(now) is not type(before) or not (isinstance(now, _PLAIN) or _is_plain_container(now)):
         return True
-    return bool(now != before)
+    return bool(now != before) or (type(now) is dict and _order(now) != _order(before))
+
+
+def _order(value) -> list:
+    """The order of the keys of a dict and of those in it, by which dicts are not compared."""
+    return [(key, _order(item) if type(item) is dict else None) for key, item in value.items()]
 
 
 def _is_plain_container(value, depth: int = 0) -> bool:
     kind = type(value)
-    if kind not in (list, tuple, set, frozenset, dict) or depth > 4 or len(value) > 10_000:
+    if kind not in (list, tuple, set, frozenset, dict, OrderedDict) or depth > 4 or len(value) > 10_000:
         return False
-    items = [*value, *value.values()] if kind is dict else value
+    items = [*value, *value.values()] if kind in (dict, OrderedDict) else value
     return all(isinstance(item, _PLAIN) or _is_plain_container(item, depth + 1) for item in items)
 
 

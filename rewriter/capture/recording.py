@@ -78,7 +78,8 @@ class Effect(NamedTuple):
 class ReadLog:
     """What Python read: plain attributes by module path, and which modules' ``training`` was branched on.
 
-    ``attributes[path][name]`` is the value read; ``class_attributes`` likewise for values found on the class.
+    ``attributes[path][name]`` is the value read; ``class_attributes`` likewise for values found on the class;
+    ``absent_attributes[path]``: names that were asked for and not there.
     ``flags`` are the paths whose training flag only went to dropout or batch norm; ``modes`` those read by other code.
     """
 
@@ -87,6 +88,7 @@ class ReadLog:
         self.paths = {_place(module): path for path, module in shell.named_modules()}
         self.attributes: dict[str, dict[str, object]] = {}
         self.class_attributes: dict[str, dict[str, object]] = {}
+        self.absent_attributes: dict[str, set[str]] = {}
         self.flags: set[str] = set()
         self.modes: set[str] = set()
         self.written: dict[tuple[int, str], object] = {}  # what forward() has set: (id of the module's namespace, name) -> value
@@ -131,6 +133,9 @@ class ReadLog:
     def absent(self, module, name) -> None:
         """Python asked for an attribute that is not there (hasattr, getattr with a default)."""
         self._seen.add((_place(module), name))
+        path = self.path_of(module)
+        if path is not None and not type(module).__module__.startswith("torch."):
+            self.absent_attributes.setdefault(path, set()).add(name)
 
     def call(self, module, forward, args, kwargs):
         return forward(*args, **kwargs)
