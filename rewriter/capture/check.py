@@ -129,6 +129,11 @@ def difference(wanted, found, loose: bool = False) -> str | None:
     if wanted.shape != found.shape or wanted.dtype != found.dtype or wanted.device != found.device:
         return (f"has shape {tuple(found.shape)}, {found.dtype}, on {found.device} instead of {tuple(wanted.shape)}, "
                 f"{wanted.dtype}, on {wanted.device}")
+    if wanted.layout is not torch.strided:
+        if found.layout is not wanted.layout:
+            return f"is {found.layout} instead of {wanted.layout}"
+        reasons = (difference(a, b, loose) for a, b in zip(_parts(wanted), _parts(found)))
+        return next((reason for reason in reasons if reason is not None), None)
     if torch.equal(wanted, found):
         return None
     if not wanted.dtype.is_floating_point and not wanted.dtype.is_complex:
@@ -140,6 +145,19 @@ def difference(wanted, found, loose: bool = False) -> str | None:
     except AssertionError:
         return f"differs by up to {float((wanted - found).abs().max()):.3g}"
     return None
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The strided tensors that hold a tensor's contents: itself, or the indices and values of a sparse one."""
+    if tensor.layout is torch.strided:
+        return [tensor]
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return []
 
 
 @contextmanager
@@ -188,8 +206,9 @@ def state_kept(shell: nn.Module, graph: fx.Graph):
             array[...] = content
         for namespace, name, buffer, copy in saved:
             namespace[name] = buffer
-            if not torch.equal(buffer, copy):
-                buffer.copy_(copy)
+            for mine, before in zip(_parts(buffer), _parts(copy)):
+                if not torch.equal(mine, before):
+                    mine.copy_(before)
         for tensor, copy in others:
             tensor.copy_(copy)
 
