@@ -97,7 +97,7 @@ def embedding_cases():
     def case(name, kernel, **constants):
         return name, kernel, {n: index[n] for n in kernel.arg_names if n not in constants}, constants
 
-    for (kind, dtype), dim in itertools.product(DTYPES.items(), (64, 128)):
+    for (kind, dtype), dim in [*((each, 128) for each in DTYPES.items()), (("fp16", tl.float16), 64)]:
         vector = 128 // dtype.primitive_bitwidth
         shape = (tile_rows(dim), dim, vector, vector)
         of = f"{kind} D{dim}"
