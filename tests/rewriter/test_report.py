@@ -21,7 +21,7 @@ class Mixed(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Embedding(9, 4), nn.Embedding(9, 4)
-        self.best = nn.EmbeddingBag(9, 4, mode="max")
+        self.best = nn.EmbeddingBag(9, 4, mode="sum", scale_grad_by_freq=True)
         self.over = nn.Sequential(nn.Linear(9, 4), nn.ReLU(), nn.Linear(4, 1))
 
     def forward(self, ids, bag):
@@ -58,7 +58,7 @@ def test_the_text_says_what_where_and_why():
     assert first.endswith("; 1/1 concatenations merged") and re.search(r"; [01]/1 interactions fused", first)  # measured
     assert len(lines) >= 5
     skipped = next(line for line in lines if "of lookups skipped" in line)
-    assert re.search(rf"1 of lookups skipped: best: mode='max'; .* \(test_report\.py:{LINE}\)", skipped), skipped
+    assert re.search(rf"1 of lookups skipped: best: scale_grad_by_freq=True; .* \(test_report\.py:{LINE}\)", skipped), skipped
     assert any("pass optimizer= to optimize()" in line for line in lines)
     assert lines[-1] == "  tables: 432 B, of which 0 B copied"
 
@@ -124,7 +124,7 @@ def test_the_report_names_the_kernels_and_the_door():
 
 
 def test_on_skip_error_raises_with_path_line_and_reason():
-    with pytest.raises(tw.PlanError, match=rf"on_skip='error': 1 lookups were not fused: best \(test_report.py:{LINE}\): mode='max'"):
+    with pytest.raises(tw.PlanError, match=rf"on_skip='error': 1 lookups were not fused: best \(test_report.py:{LINE}\): scale_grad_by_freq=True"):
         report(on_skip="error")
     assert tw.optimize(Dot(), sample_inputs=dot_batch(), on_skip="error").report.coverage["lookups"] == (3, 3)
     with pytest.raises(tw.PlanError, match="on_skip"):
