@@ -92,8 +92,10 @@ class Lookups:
 
         Raises :class:`IdOutOfRange`, :class:`InputError` (offsets that make no bags), and what the store raises."""
         known_good = set()
-        for name, columns, limits in self._columns:
+        for name, columns, limits, width in self._columns:
             matrix = env[name]
+            if matrix.shape[1] < width:
+                raise InputError(f"input '{name}' has {matrix.shape[1]} columns; the model reads {width}")
             if matrix.dtype == np.int64 and (matrix[:, columns].view(np.uint64) < limits).all():
                 known_good.add(name)
         blocks = [block for block in self._blocks if block.source in known_good]
@@ -172,8 +174,9 @@ def _single_column(each: Mapping[str, Any]) -> int | None:
     return columns[0] if plain and columns[1] - columns[0] == 1 else None
 
 
-def _column_checks(every: Sequence[tuple[Mapping[str, Any], Table]]) -> list[tuple[str, Any, np.ndarray]]:
-    """Inputs that are read column by column: (input, its columns, rows of each column's table), to check all of them at once."""
+def _column_checks(every: Sequence[tuple[Mapping[str, Any], Table]]) -> list[tuple[str, Any, np.ndarray, int]]:
+    """Inputs that are read column by column: (input, its columns, rows of each column's table, columns that it must have), to check all of
+    them at once."""
     limits: dict[str, dict[int, int]] = {}
     for each, table in every:
         source = each["ids"]
@@ -186,7 +189,7 @@ def _column_checks(every: Sequence[tuple[Mapping[str, Any], Table]]) -> list[tup
         rows = np.array([known[c] for c in columns], dtype=np.uint64)
         if columns == list(range(columns[0], columns[-1] + 1)):
             columns = slice(columns[0], columns[-1] + 1)
-        found.append((name, columns, rows))
+        found.append((name, columns, rows, max(known) + 1))
     return found
 
 

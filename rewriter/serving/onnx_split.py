@@ -203,18 +203,18 @@ def _described(graph: Graph, node: onnx.NodeProto, computed: list[str]) -> dict[
 
 
 def _source(graph: Graph, name: str, computed: list[str]) -> dict[str, Any]:
-    """Where a tensor of ids comes from: an input, one or a few columns of one, or pre.onnx."""
+    """Where a tensor of ids comes from: an input, a column of one (as it is, or as ``[batch, 1]``), or pre.onnx."""
     if name in graph.inputs:
         return {"input": name}
     node = graph.maker[name]
     if node.input[0] in graph.inputs and graph.rank(node.input[0]) == 2:
         if node.op_type == "Gather" and helper.get_node_attr_value(node, "axis") == 1 and graph.rank(name) == 1:
             column = graph.constant(node.input[1])
-            if column is not None:
+            if column is not None and column[0] >= 0:
                 return {"input": node.input[0], "column": column[0]}
         if node.op_type == "Slice":
             start, stop, axes, steps = ([graph.constant(n) for n in node.input[1:]] + [None, [1]])[:4]
-            if axes == [1] and steps == [1] and start is not None and stop is not None and 0 <= start[0] < stop[0] < 1 << 31:
+            if axes == [1] and steps == [1] and start is not None and stop is not None and start[0] >= 0 and stop[0] == start[0] + 1:
                 return {"input": node.input[0], "columns": [start[0], stop[0]]}
     if name not in computed:
         computed.append(name)

@@ -204,6 +204,31 @@ def test_rows_side_by_side_are_one_input(pooled, row_dtype, shards, tmp_path):
         p(dense=x.numpy(), ids=np.full((3, 7), 33))
 
 
+def test_columns_from_the_end_and_too_few_columns(tmp_path):
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Embedding(20, 4), nn.Embedding(30, 4), nn.EmbeddingBag(40, 4, mode="sum")
+
+        def forward(self, ids):
+            return torch.cat([self.a(ids[:, -1]), self.b(ids[:, 0]), self.c(ids[:, 0:2])], 1)
+
+    model = Last().eval()
+    tw.export_serving(model, (torch.randint(20, (4, 2)),), tmp_path / "m")
+    p = tw.load_serving(tmp_path / "m")
+    ids = torch.randint(20, (5, 2))
+    assert close(p(ids=ids.numpy()), model(ids).detach())
+    for wrong in (np.full((5, 2), 20), np.full((5, 2), -1)):
+        with pytest.raises(tw.IdOutOfRange):
+            p(ids=wrong)
+    model = Columns(False).eval()
+    tw.export_serving(model, (torch.randn(4, 8), torch.randint(30, (4, 7))), tmp_path / "n")
+    p = tw.load_serving(tmp_path / "n")
+    for width in (1, 6):
+        with pytest.raises(tw.InputError, match=f"{width} columns; the model reads 7|must be 7 at least"):
+            p(dense=np.zeros((4, 8), np.float32), ids=np.zeros((4, width), int))
+
+
 # --- shared inputs -----------------------------------------------------------------------------------------------------------
 
 
