@@ -26,7 +26,8 @@ def features(spec: GroupSpec) -> tuple[int, int]:
 def rows_of(run, spec: GroupSpec, tables: Sequence[Tensor], indices: Sequence[Tensor], dense: Sequence[Tensor]) -> Tensor:
     """``[batch, features, width]``: the slot of ``spec``, made by ``run.forward``."""
     nothing = [None] * len(spec.lookups)
-    (slot,) = run.forward(replace(spec, unmade=False), tables, indices, nothing, nothing, list(dense))
+    made = replace(spec, unmade=False) if spec.unmade else spec  # implementations know a spec by its identity
+    (slot,) = run.forward(made, tables, indices, nothing, nothing, list(dense))
     return slot.view(-1, *features(spec))
 
 
