@@ -22,6 +22,7 @@ def add(commands: Any, epilog: str) -> None:
     parser.add_argument("--format", default="html", choices=("html", "json", "model-explorer"))
     parser.add_argument("--profile", action="store_true", help="time every node on the factory's inputs")
     parser.add_argument("--no-sources", dest="sources", action="store_false", help="leave out the lines of the user's files")
+    parser.add_argument("--serving", action="store_true", help="also how an export splits the model")
     parser.add_argument("--open", action="store_true", help="open it in the browser")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="passed to the factory as a keyword")
 
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if path is None:
         ending = ".html" if args.format == "html" else ".json"
         path = Path(tempfile.mkdtemp(prefix="tablewright_")) / f"{type(case.model).__name__}{ending}"
-    visualize(opt, path, format=args.format, profile=inputs if args.profile and not case.kwargs else None, sources=args.sources)
+    visualize(opt, path, format=args.format, profile=inputs if args.profile and not case.kwargs else None, sources=args.sources, serving=args.serving)
     print(opt.report)
     print(f"written to {path}")
     if args.open:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import linecache
 import re
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,13 +16,17 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.fx.node import _format_arg
 
-from ...passes.cost import backward_cost, node_cost
+from ...passes.cost import Rates, backward_cost, node_cost
 from ...passes.graph import fetch, packet_name
 from ...passes.origin import KEY, Origin
 from ...passes.records import Record
+from ...passes.rule import Context
+from ..errors import CaptureError
 from ..pipeline import Step
+from ..verify import copy_graph
 
 VERSION = 1
+RATES = Rates(memory=2e10, flops=1e11, wire=1e9, call=5e-6, message=1e-4)  # two cores of a server CPU, and gloo
 CONTEXT = 2  # lines of source before and after the user's line
 _LONGEST = 4000  # characters of an argument list or a name that are kept
 _DTYPES = {
@@ -31,17 +36,26 @@ _DTYPES = {
 _KINDS = {"placeholder": "input", "get_attr": "stored", "output": "output"}
 
 
-def graph_data(model: Any, profile: Mapping[str, float] | None = None, sources: bool = True) -> dict[str, Any]:
+def graph_data(
+    model: Any, profile: Mapping[str, float] | None = None, sources: bool = True, rates: Rates = RATES, serving: bool = False
+) -> dict[str, Any]:
     """The data of an :class:`~..optimized_model.OptimizedModel`.
 
-    ``profile``: seconds by node name, shown as measured time. ``sources=False``: without lines of the user's files.
+    ``profile``: seconds by node name, shown as measured time. ``sources=False``: without lines of the user's files. ``rates``: what
+    predicted times are computed from. ``serving``: also the graph that ``export_serving`` would write. Raises ``CaptureError`` where
+    there is none.
     """
     shell = model._shell
-    book = _Book(shell, dict(profile or {}), sources)
+    book = _Book(shell, dict(profile or {}), sources, rates)
     programs = []
     for variant in model._variants:
         for title, first, steps in _timelines(variant):
             programs.append(book.program(title, first, steps))
+    if serving:
+        served, first, steps = _serving(model)
+        book.shell = served
+        programs.append(book.program("serving: a store of rows and a dense graph", first, steps))
+        book.shell = shell
     report = model.report
     return {
         "version": VERSION,
@@ -53,6 +67,8 @@ def graph_data(model: Any, profile: Mapping[str, float] | None = None, sources: 
         "door": report.door,
         "modules": _modules(shell),
         "tables": _tables(model),
+        "ranks": _ranks(model),
+        "rates": {"memory": rates.memory, "flops": rates.flops, "wire": rates.wire},
         "programs": programs,
         "nodes": book.nodes,
         "places": book.places,
@@ -78,8 +94,9 @@ def _timelines(variant: Any) -> Iterable[tuple[str, Graph, list[Step]]]:
 class _Book:
     """Nodes and places in source, each written down once."""
 
-    def __init__(self, shell: nn.Module, profile: dict[str, float], sources: bool) -> None:
+    def __init__(self, shell: nn.Module, profile: dict[str, float], sources: bool, rates: Rates) -> None:
         self.shell = shell
+        self.rates = rates
         self.profile = profile
         self.sources = sources
         self.nodes: list[dict[str, Any]] = []
@@ -147,6 +164,7 @@ class _Book:
             found["unknown"] = True
         else:
             back_bytes = back.moved if back else 0
+            found["predicted"] = cost.seconds(self.rates)
             found.update(read=cost.read, written=cost.written, flops=cost.flops, wire=cost.wire, back_bytes=back_bytes, back_flops=back.flops if back else 0)
         if node.name in self.profile:
             found["seconds"] = self.profile[node.name]
@@ -203,6 +221,47 @@ def _value(value: Any) -> str:
         same = len(inner) > 4 and len(set(inner)) == 1
         return f"{len(inner)} x {inner[0]}" if same else "(" + ", ".join(inner) + ")"
     return "" if value is None else str(value)[:200]
+
+
+def _serving(model: Any) -> tuple[nn.Module, Graph, list[Step]]:
+    """The evaluation form of the model, captured and split as an export does it."""
+    from ...passes.eval_form import EvalForm
+    from ...passes.fold_batch_norm import FoldBatchNorm
+    from ...passes.lower_to_serving import LowerToServing
+    from ..capture import capture, clone_shell
+    from ..methods import FORWARD
+
+    samples = model._compiler.samples[FORWARD]
+    shell = clone_shell(model._shell).eval()
+    captured = capture(shell, samples.args if samples.args is None else [(samples.args, samples.kwargs or {}), *(samples.more or [])])
+    if captured.program is not None:
+        raise CaptureError(f"the model cannot be served, as it does not run as one graph: {'; '.join(captured.notes)}")
+    steps, graph = [], captured.graph
+    for item in (EvalForm(), FoldBatchNorm(), LowerToServing(model.plan.serving.inline_below)):
+        context, started = Context(copy_graph(graph), shell), time.perf_counter()
+        records = tuple(item.run(context))
+        context.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))  # tables that nothing reads now
+        steps.append(Step(item.name, "ran", records, time.perf_counter() - started, 0.0, graph, context.graph, context.made))
+        graph = context.graph
+    return shell, captured.graph, steps
+
+
+def _ranks(model: Any) -> list[dict[str, Any]]:
+    """Over several ranks: what each holds of the tables; else nothing."""
+    if model._sharded is None:
+        return []
+    found = []
+    for rank in range(model._sharded.ranks.world):
+        shards = []
+        for layout in model._sharded.layouts.values():
+            size = model.get_parameter(layout.name).element_size()
+            if layout.replicated:
+                shards.append({"table": layout.name, "range": "whole", "memory": layout.rows * layout.dim * size})
+            elif (s := layout.on(rank)) is not None:
+                span = f"rows {s.row}..{s.row + s.rows}" + (f" columns {s.column}..{s.column + s.columns}" if layout.columns_split else "")
+                shards.append({"table": layout.name, "range": span, "memory": s.rows * s.columns * size})
+        found.append({"rank": rank, "shards": shards, "memory": sum(s["memory"] for s in shards)})
+    return found
 
 
 def _modules(shell: nn.Module) -> list[dict[str, Any]]:

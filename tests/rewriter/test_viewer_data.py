@@ -121,6 +121,19 @@ def test_without_inputs_nothing_is_known_of_costs():
     assert all(n.get("unknown") and "flops" not in n for n in nodes if n["target"].startswith(("aten", "tablewright")))
 
 
+def test_serving_splits_the_model(opt):
+    program = graph_data(opt, serving=True)["programs"][-1]
+    data = graph_data(opt, serving=True)
+    last = [data["nodes"][i] for i in next(s["ids"] for s in reversed(program["steps"]) if s["ids"])]
+    assert sum(n["op"] == "distributed_gather_bag" for n in last) == 4 and "serving" in program["title"]
+    assert not [n for n in last if n["kind"] == "stored" and n["target"].startswith("embs")]
+
+
+def test_predicted_times_and_no_ranks(data):
+    assert data["ranks"] == [] and data["rates"]["memory"] > 0
+    assert all(n["predicted"] > 0 for n in _graphs(data)[-1] if n["op"] in ("embedding_bags", "linear") and n["kind"] == "op")
+
+
 def test_bad_format_and_no_sources(opt, tmp_path):
     with pytest.raises(PlanError, match="format is 'pdf'"):
         visualize(opt, format="pdf")

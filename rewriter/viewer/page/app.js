@@ -53,7 +53,10 @@ const app = {
   header() {
     byId("model").textContent = short(this.data.title, 60);
     const counts = Object.entries(this.data.coverage).filter(([, [, found]]) => found);
-    const words = counts.map(([kind, [made, found]]) => [el("b", `${made}/${found}`), ` ${kind}`]);
+    const shown = counts.filter(([kind, [made]]) => made || kind === "lookups");
+    const left = counts.filter((c) => !shown.includes(c)).reduce((sum, [, [, found]]) => sum + found, 0);
+    const words = shown.map(([kind, [made, found]]) => [el("b", `${made}/${found}`), ` ${kind}`]);
+    if (left) words.push([el("button.link", { onclick: () => this.tab("why") }, `${left} left as in the plain model`)]);
     byId("headline").replaceChildren(...(words.length ? words.flatMap((w, i) => [i ? " \u00b7 " : "Rewritten: ", ...w]) : [this.data.summary || "nothing to rewrite was found"]));
   },
 
@@ -318,5 +321,5 @@ const app = {
     if (state.tab === "ranks" && !this.hasRanks()) state.tab = "graph";
   },
 
-  hasRanks() { return !!this.data.ranks; },
+  hasRanks() { return !!this.data.ranks && this.data.ranks.length > 0; },
 };

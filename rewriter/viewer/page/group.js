@@ -154,7 +154,7 @@ function common(paths) {
   return same.join(".");
 }
 
-const COLLECTIVE = /all_to_all|all_gather|all_reduce|reduce_scatter|broadcast/;
+const COLLECTIVE = /all_to_all|all_gather|all_reduce|reduce_scatter|broadcast|^(exchange_ids|send_rows)$/;
 const GATHER = /^distributed_gather/;
 
 /** The words on a box: {title, sub, role}. */
@@ -177,9 +177,9 @@ function titles(box, types) {
   }
   if (box.kind === "stack") {
     const first = box.kids[0];
-    const named = first.kind === "leaf" ? (types.get(first.path) && first.leaf.node.kind === "op" && first.path !== box.path ? types.get(first.path) : titles(first, types).title) : types.get(first.path) || lastOf(first.path);
+    const named = first.kind === "leaf" ? (types.get(first.path) && first.leaf.node.made_by === "capture" && first.path !== box.path ? types.get(first.path) : titles(first, types).title) : types.get(first.path) || lastOf(first.path);
     const range = box.kids.every((k) => k.path && k.path !== box.path) ? short(`${first.path} \u2026 ${lastOf(box.kids.at(-1).path)}`, 30) : "";
-    return { title: `${short(named, 28)} \u00d7 ${box.kids.length}`, sub: [range, held].filter(Boolean).join(" \u00b7 "), role: "stack" };
+    return { title: `${short(named, 28)} \u00d7 ${box.kids.length}`, sub: [range, held].filter(Boolean).join(" \u00b7 "), role: first.kind === "leaf" && GATHER.test(first.leaf.node.op) ? "stack gather" : "stack" };
   }
   const type = types.get(box.path) || "";
   return { title: short(lastOf(box.path) || "model"), sub: [short(type, 24), held || plural(box.leaves.length, "op")].filter(Boolean).join(" \u00b7 "), role: "group" };

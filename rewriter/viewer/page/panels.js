@@ -83,7 +83,7 @@ function overview() {
     !made.length && el("p", "No pass changed this graph."),
     el("h3", "Before and after"),
     el("table", el("tbody", rows.map(([label, key, text]) => el("tr", el("td", label), el("td.num", a[key] ? text(a[key]) : "\u2013"), el("td.num", b[key] ? text(b[key]) : "\u2013"))))),
-    a.unknown || b.unknown ? el("p.faint", `Estimates from shapes; not known for ${plural(Math.max(a.unknown, b.unknown), "operation")}.`) : el("p.faint", "Estimates from shapes, at the sample's batch."),
+    a.unknown || b.unknown ? el("p.faint", `Estimates from shapes; not known for ${plural(Math.max(a.unknown, b.unknown), "operation")}.`) : el("p.faint", `Estimates from shapes, at the sample's batch${app.data.rates ? `; times at ${bytes(app.data.rates.memory)}/s and ${thousands(app.data.rates.flops)} FLOP/s` : ""}.`),
     left.length ? [el("h3", "Not rewritten"), el("p", `${left.length} ${left.length === 1 ? "thing was" : "things were"} found and left as in the plain model. `, el("button.link", { onclick: () => app.tab("why") }, "Why not?"))] : null,
     app.data.notes.length ? [el("h3", "Notes"), app.data.notes.map((n) => el("p", n))] : null,
     el("h3", "Captured by"), el("p", app.data.door || "nothing", program.title ? ` (${program.title})` : ""),

@@ -19,7 +19,7 @@ function lanes() {
   let now = 0, wire = 0;
   for (const n of nodes) {
     const took = n.predicted || 0;
-    if (n.op === "wait_tensor") now = Math.max(now, ...(n.inputs || []).map((i) => start.get(i) || 0));
+    if (/^wait_/.test(n.op)) now = Math.max(now, ...(n.inputs || []).map((i) => start.get(i) || 0));
     else if (n.wire) {
       wire = Math.max(wire, now) + took;
       start.set(n.name, wire);
