@@ -45,6 +45,7 @@ class Seen:
     def __init__(self, browser, file, width=1440, theme="light", hash=""):
         self.wrong: list[str] = []
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme, accept_downloads=True)
+        context.set_default_timeout(120_000)  # a busy machine
         self.page = page = context.new_page()
         page.on("console", lambda m: self.wrong.append(f"console {m.type}: {m.text}"))
         page.on("pageerror", lambda e: self.wrong.append(f"error: {e}"))
@@ -55,7 +56,7 @@ class Seen:
 
     def drawn(self):
         """Wait until what was last asked for is drawn."""
-        for _ in range(400):
+        for _ in range(3000):
             if self.page.evaluate("app.data && (app.state.tab !== 'graph' || document.body.dataset.drawn === String(app.turn)) && !document.querySelector('.wait')"):
                 return
             time.sleep(0.02)
