@@ -48,6 +48,7 @@ class TierTables(Pass):
         _refuse_other_readers(context, tiers)
         editor = Editor(context.graph, self.name)
         done: dict[str, Tier] = {}
+        looked: set[int] = set()
         for node in [n for n in context.graph.nodes if n.target is OP]:
             spec = decode(node.args[5])  # type: ignore[arg-type]
             mine = {i: tiers[t.name] for i, t in enumerate(spec.tables) if t.name in tiers}
@@ -58,7 +59,8 @@ class TierTables(Pass):
                 tier = mine.get(lookup.table)
                 if tier is None:
                     continue
-                ids[i] = editor.call(SLOTS, ids[i], tier.number, before=node, sources=[node])
+                ids[i] = editor.call(SLOTS, ids[i], tier.number, tier.number not in looked, before=node, sources=[node])
+                looked.add(tier.number)
                 padding = None if lookup.padding_idx is None else tier.slots
                 lookups[i] = replace(lookup, padding_idx=padding, wrap_negative=False)
             tables = tuple(replace(t, rows=mine[i].slots + 1) if i in mine else t for i, t in enumerate(spec.tables))

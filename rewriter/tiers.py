@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.fx import Graph
 from torch.optim import Optimizer
 
 from ..kernels.embedding.optimizers import RowUpdates
+from ..kernels.embedding.spec import GroupSpec
 from ..kernels.tiers import Part, RowCache, TierError, available
 from ..kernels.tiers.cache import WAYS
 from ..kernels.tiers.table import TieredTable
@@ -77,6 +79,8 @@ class TieredTables:
         self.wanted: dict[str, Storage] = {n: t.storage for n, t in resolved.items() if t.storage is not None}
         self.open: dict[str, TieredTable] = {}
         self.whole: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}  # what the caches stand for
+        self._names: dict[str, list[str]] = {}  # all names of each, where it is tied
+        self._keep_rows_out = False  # of the optimizer's state dicts: a snapshot has them
         self._states: dict[str, tuple[tuple[str, bool], ...]] = {}
         for name in self.wanted:
             self._states[name] = self._check(name, resolved[name], choices.get(name))
@@ -177,6 +181,8 @@ class TieredTables:
             whole = self.shell.get_parameter(name)
             cache = nn.Parameter(tiered.memory[0], requires_grad=whole.requires_grad)
             tiered.trains = whole.requires_grad
+            tiered.weight = partial(self.shell.get_parameter, name)
+            self._names[name] = [n for n, p in self.shell.named_parameters(remove_duplicate=False) if p is whole]
             self.whole[name] = (whole.shape, whole.dtype, torch.device("cpu"))
             for module in self.shell.modules():
                 for key, param in module._parameters.items():
@@ -184,9 +190,12 @@ class TieredTables:
                         module._parameters[key] = cache
             self._cut_state(name, whole, cache, tiered)
         for optimizer in {id(o): o for o in (self.user, self.planned) if o is not None}.values():
-            optimizer.register_step_post_hook(lambda *_: self.updated())
+            optimizer.register_step_pre_hook(lambda o, *_: self._check_step(o))
+            optimizer.register_step_post_hook(lambda o, *_: self.updated(self._stepped(o)))
+            optimizer.register_state_dict_post_hook(self._save_states)
+            optimizer.register_load_state_dict_post_hook(self._load_states)
         if self.planned is not None:
-            self.planned.after_update = self.updated
+            self.planned.before_update, self.planned.after_update = self._check_update, self._updated_inside
 
     def _cut_state(self, name: str, whole: Tensor, cache: nn.Parameter, tiered: TieredTable) -> None:
         planned = self.planned is not None and name in self.planned._by_name
@@ -213,16 +222,46 @@ class TieredTables:
         """The shell as it was before, for a capture."""
         return whole_tables(shell, self.whole)
 
-    def updated(self) -> None:
-        """An update is done: what was looked up for it may leave the caches."""
-        for tiered in self.open.values():
-            tiered.updated()
+    def _owned(self, optimizer: Optimizer) -> list[str]:
+        """The tables that ``optimizer`` updates."""
+        mine = {id(p) for g in optimizer.param_groups for p in g["params"]}
+        return [n for n in self.open if id(self.shell.get_parameter(n)) in mine]
+
+    def _stepped(self, optimizer: Optimizer) -> list[str]:
+        """Those that its ``step()`` updates."""
+        inside = {id(p) for g in optimizer.param_groups if g.get("in_backward") for p in g["params"]}
+        return [n for n in self._owned(optimizer) if id(self.shell.get_parameter(n)) not in inside]
+
+    def _check_step(self, optimizer: Optimizer) -> None:
+        for name in self._stepped(optimizer):
+            grad = self.shell.get_parameter(name).grad
+            if grad is not None and grad.is_sparse:
+                self.open[name].check_held(grad._indices()[0])
+
+    def _check_update(self, spec: GroupSpec, slots: Iterable[Tensor]) -> None:
+        for lookup, each in zip(spec.lookups, slots):
+            if (name := spec.tables[lookup.table].name) in self.open:
+                self.open[name].check_held(each)
+
+    def _updated_inside(self, tables: Iterable[Tensor]) -> None:
+        done = {id(t) for t in tables}
+        self.updated([n for n in self.open if id(self.shell.get_parameter(n)) in done])
+
+    def updated(self, names: Iterable[str]) -> None:
+        """An update of tables is done: what was looked up for it may leave their caches."""
+        for name in names:
+            self.open[name].updated()
+
+    def aliases(self) -> list[list[str]]:
+        """All names of each table, the plan's first."""
+        return [[n, *(a for a in self._names[n] if a != n)] for n in self.open]
 
     # --- checkpoints ----------------------------------------------------------------------------------------------------------------
 
-    def whole_table(self, name: str) -> Tensor:
-        """A copy of a table, all rows. Raises :class:`TierError` where it does not fit the memory that is free."""
-        tiered, (rows, dim) = self.open[name], self.whole[name][0]
+    def whole_table(self, name: str, part: int = 0) -> Tensor:
+        """A copy of a table, all rows, or of a state of its optimizer. Raises :class:`TierError` where it does not fit the memory that is free."""
+        tiered, rows = self.open[name], self.whole[name][0][0]
+        dim = tiered.memory[part].shape[1]
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if rows * dim * 4 > free * 0.8:
             raise TierError(
@@ -232,16 +271,50 @@ class TieredTables:
         out = torch.empty(rows, dim)
         step = max(1, _CHUNK // (4 * dim))
         for first in range(0, rows, step):
-            out[first : first + step] = tiered.read(first, min(rows, first + step))
+            out[first : first + step] = tiered.read(first, min(rows, first + step), part)
         return out
 
-    def load_table(self, name: str, values: Tensor) -> None:
-        """Set all rows of a table. Raises ``RuntimeError`` for another shape."""
-        if values.shape != self.whole[name][0]:
-            raise RuntimeError(f"size mismatch for {name}: a table of {tuple(values.shape)} was given, and the model's has {tuple(self.whole[name][0])}")
+    def load_table(self, name: str, values: Tensor, part: int = 0) -> None:
+        """Set all rows of a table, or of a state of its optimizer. Raises ``RuntimeError`` for another shape."""
+        wanted = (self.whole[name][0][0], self.open[name].memory[part].shape[1])
+        if values.shape != wanted:
+            raise RuntimeError(f"size mismatch for {name}: a table of {tuple(values.shape)} was given, and the model's has {wanted}")
         step = max(1, _CHUNK // (4 * values.shape[1]))
         for first in range(0, len(values), step):
-            self.open[name].write(first, values[first : first + step].detach().to(torch.float32))
+            self.open[name].write(first, values[first : first + step].detach().to(torch.float32), part)
+
+    def _save_states(self, optimizer: Optimizer, saved: dict[str, Any]) -> None:
+        """In an optimizer's ``state_dict()`` a table has the state of all its rows (none in a snapshot, which keeps them in the folders)."""
+        places = {id(p): i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
+        for name in self._owned(optimizer):
+            place = places[id(self.shell.get_parameter(name))]
+            if place not in saved["state"]:
+                continue
+            made = saved["state"][place] = dict(saved["state"][place])
+            for part, (key, single) in enumerate(self._states[name], 1):
+                made.pop(key, None)
+                if not self._keep_rows_out:
+                    whole = self.whole_table(name, part)
+                    made[key] = whole.view(-1) if single else whole
+
+    def _load_states(self, optimizer: Optimizer) -> None:
+        """What was loaded goes to the rows, and the optimizer holds the cache again. Raises ``RuntimeError`` where it is no state of the table."""
+        wrong = []
+        for name in self._owned(optimizer):
+            cache = self.shell.get_parameter(name)
+            loaded = dict(optimizer.state[cache])
+            self._point(optimizer, cache, name)
+            for part, (key, single) in enumerate(self._states[name], 1):
+                value = loaded.get(key)
+                if isinstance(value, Tensor):
+                    try:
+                        self.load_table(name, value.view(-1, 1) if single else value, part)
+                    except RuntimeError as error:
+                        wrong.append(f"{key}: {error}")
+                elif not self._keep_rows_out:
+                    wrong.append(f"it holds no '{key}' of {name}")
+        if wrong:
+            raise RuntimeError("the optimizer's state does not fit the tables in tiers, whose state stays as it was: " + "; ".join(wrong))
 
     def snapshot(self, folder: str | Path, model: nn.Module, optimizers: Iterable[Optimizer]) -> Path:
         """See :meth:`~.optimized_model.OptimizedModel.snapshot`."""
@@ -252,7 +325,8 @@ class TieredTables:
         dense = folder / f"dense-{number}.pt"
         tables = {id(model.get_parameter(n)) for n in self.open}
         named = {n: p.detach() for n, p in [*model.named_parameters(), *model.named_buffers()] if id(p) not in tables}
-        torch.save({"model": named, "optimizers": [self._without_rows(o) for o in optimizers]}, dense)
+        with self._without_rows():
+            torch.save({"model": named, "optimizers": [o.state_dict() for o in optimizers]}, dense)
         _durable(dense)
         said = {"dense": dense.name, "tables": {n: {"path": os.path.abspath(self.wanted[n].path), "generation": g} for n, g in numbers.items()}}
         made = folder / (MANIFEST + ".new")
@@ -283,19 +357,16 @@ class TieredTables:
             for name, value in kept["model"].items():
                 named[name].copy_(value)
         for optimizer, state in zip(optimizers, kept["optimizers"]):
-            optimizer.load_state_dict(state)
-            for name in self.open:
-                if (cache := model.get_parameter(name)) in optimizer.state:
-                    self._point(optimizer, cache, name)
+            with self._without_rows():
+                optimizer.load_state_dict(state)
 
-    def _without_rows(self, optimizer: Optimizer) -> dict[str, Any]:
-        held = {m.data_ptr() for tiered in self.open.values() for m in tiered.memory}
-        state = optimizer.state_dict()
-        state["state"] = {
-            k: {n: v for n, v in s.items() if not (isinstance(v, Tensor) and v.data_ptr() in held)} if isinstance(s, dict) else s
-            for k, s in state["state"].items()
-        }
-        return state
+    @contextmanager
+    def _without_rows(self) -> Iterator[None]:
+        self._keep_rows_out = True
+        try:
+            yield
+        finally:
+            self._keep_rows_out = False
 
     def notes(self) -> list[str]:
         """For the report."""
@@ -311,15 +382,15 @@ def hook_checkpoints(model: nn.Module, tables: TieredTables) -> None:
     """``state_dict()`` and ``load_state_dict()`` of ``model`` mean whole tables."""
 
     def save(module, state, prefix, _):
-        for name in tables.open:
-            if prefix + name in state:
-                state[prefix + name] = tables.whole_table(name)
+        for names in tables.aliases():
+            if found := [prefix + n for n in names if prefix + n in state]:
+                state.update(dict.fromkeys(found, tables.whole_table(names[0])))
 
     def load(module, state, prefix, *_):
-        for name in tables.open:
-            if prefix + name in state:
-                tables.load_table(name, state[prefix + name])
-                state[prefix + name] = module.get_parameter(name).detach()
+        for names in tables.aliases():
+            if found := [prefix + n for n in names if prefix + n in state]:
+                tables.load_table(names[0], state[found[-1]])  # as the last of tied names wins in torch
+                state.update(dict.fromkeys(found, module.get_parameter(names[0]).detach()))
 
     model._register_state_dict_hook(save)
     model._register_load_state_dict_pre_hook(load, with_module=True)

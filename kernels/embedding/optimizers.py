@@ -7,7 +7,7 @@ param groups and its state, so that schedulers, ``state_dict`` and the user's ow
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -276,7 +276,8 @@ class RowUpdates(Optimizer):
 
     guard: Any = None
     huge_pages = False  # ask for them where state is made
-    after_update: Callable[[], None] | None = None  # called when an update inside a backward is done
+    before_update: Callable[[GroupSpec, Sequence[Tensor]], None] | None = None  # may refuse an update inside a backward
+    after_update: Callable[[list[Tensor]], None] | None = None  # called with the tables when an update inside a backward is done
     row_squares: Any = None  # for tables whose rows are cut over ranks (kernels/collectives/row_squares.py)
 
     def __init__(self, groups: list[dict]) -> None:
@@ -403,6 +404,8 @@ class RowUpdates(Optimizer):
         """The in-backward update of the tables of ``spec``; called once by each backward that reached them."""
         if self.guard is not None:
             self.guard.before_update()
+        if self.before_update is not None:
+            self.before_update(spec, indices)
         held = [self._by_name[table.name] for table in spec.tables]
         tables = [param for param, _ in held]
         # A table that was frozen since has no update, as it would have no gradient.
@@ -435,7 +438,7 @@ class RowUpdates(Optimizer):
 
     def _updated(self, tables: list[Tensor]) -> None:
         if self.after_update is not None:
-            self.after_update()
+            self.after_update(tables)
         torch.autograd.graph.increment_version(tables)
         if self.guard is not None:
             self.guard.after_update()

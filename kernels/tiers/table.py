@@ -5,6 +5,7 @@ import itertools
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,9 +27,12 @@ class TieredTable:
         self.name, self.cache, self.memory, self.padding = name, cache, memory, padding
         self.home = cache.slots
         self.trains = True
+        self.weight: Callable[[], Tensor] = lambda: memory[0]  # what lookups read now
         self._lock = threading.Lock()
-        self._due: list[int] = []  # tickets of rows that an update is still to come for
-        self._looked: list[int] = []  # tickets of lookups without gradients
+        self._due: list[tuple[int, Tensor]] = []  # (ticket, slots) of rows that an update is still to come for
+        self._held = torch.zeros(self.home + 1, dtype=torch.bool)  # their slots
+        self._held[self.home] = True
+        self._looked: dict[int, list[int]] = {}  # by thread: tickets of lookups without gradients
         self._ahead: deque[tuple[int, Tensor, Tensor, int, bool]] = deque()  # (batch, ids, slots, ticket, train) of what was prefetched
         self.number = next(_numbers)
         _tables[self.number] = self
@@ -36,23 +40,27 @@ class TieredTable:
             for part, tensor in enumerate(memory):
                 tensor[self.home] = cache.read(torch.tensor([padding]), part)[0]
 
-    def slots(self, ids: Tensor) -> Tensor:
+    def slots(self, ids: Tensor, first: bool = True) -> Tensor:
         """The slots (int64, of the shape of ``ids``) where the rows of ``ids`` are until their update: until :meth:`updated` where
-        gradients are on, else until the next lookup. Negative ids count from the end, as in ``weight[ids]``.
+        gradients are on, else until the thread's next lookup that is its graph's ``first``. Negative ids count from the end, as in ``weight[ids]``.
 
         Raises ``IndexError`` for an id outside the table and :class:`TierError` where the rows under way do not fit the cache.
         """
+        self._check_weight()
         train = self.trains and torch.is_grad_enabled()
         ids = ids.detach().to(torch.int64)
         with self._lock:
+            if first:
+                self._release_looked()
             if self._ahead and self._ahead[0][4] == train and torch.equal(self._ahead[0][1], ids):
                 _, _, slots, ticket, _ = self._ahead.popleft()
-                self._release_looked()
-                (self._due if train else self._looked).append(ticket)
-                return slots
-            self._release_looked()
-            slots, ticket = self._fetch(ids, train)
-            (self._due if train else self._looked).append(ticket)
+            else:
+                slots, ticket = self._fetch(ids, train)
+            if train:
+                self._due.append((ticket, slots))
+                self._held.index_fill_(0, slots.flatten(), True)
+            else:
+                self._looked.setdefault(threading.current_thread().ident or 0, []).append(ticket)
         return slots
 
     def prefetch(self, ids: Tensor, batch: int) -> None:
@@ -70,9 +78,33 @@ class TieredTable:
                 self.cache.release(self._ahead.popleft()[3])
 
     def _release_looked(self) -> None:
-        for ticket in self._looked:
-            self.cache.release(ticket)
-        self._looked.clear()
+        mine = threading.current_thread().ident or 0
+        gone = set(self._looked) - {mine}
+        if gone:
+            gone -= {t.ident for t in threading.enumerate()}
+        for thread in (mine, *gone):
+            for ticket in self._looked.pop(thread, ()):
+                self.cache.release(ticket)
+
+    def _check_weight(self) -> None:
+        weight = self.weight()
+        if weight.data_ptr() != self.memory[0].data_ptr():
+            raise TierError(
+                f"table '{self.name}': its cache was replaced by a tensor of {weight.dtype} on {weight.device} (.to(), .half(), .double(), "
+                ".data = ...?), which its rows do not come to: tables in tiers stay float32 on the CPU; optimize a model anew"
+            )
+        if weight.requires_grad and not self.trains:
+            raise TierError(f"table '{self.name}' was frozen when optimize() ran, so that its rows are not written back: optimize it with requires_grad, then freeze it")
+
+    def check_held(self, slots: Tensor) -> None:
+        """Raises :class:`TierError` where ``slots``, of an update, are not all of lookups since the last one: their rows may have left."""
+        with self._lock:
+            held = bool(self._held.index_select(0, slots.flatten()).all())
+        if not held:
+            raise TierError(
+                f"table '{self.name}': the update is for rows that were looked up before the last one, and may have left the cache since. "
+                "Nothing was updated. Call zero_grad() after each step(), and no backward of a forward from before it"
+            )
 
     def _fetch(self, ids: Tensor, train: bool) -> tuple[Tensor, int]:
         rows = self.cache.rows
@@ -97,9 +129,11 @@ class TieredTable:
     def updated(self) -> None:
         """The optimizer stepped: what was looked up may leave."""
         with self._lock:
-            for ticket in self._due:
+            for ticket, slots in self._due:
                 self.cache.release(ticket)
+                self._held.index_fill_(0, slots.flatten(), False)
             self._due.clear()
+            self._held[self.home] = True
 
     def read(self, first: int, last: int, part: int = 0) -> Tensor:
         """Rows ``first`` to ``last`` (exclusive) as they are now, ``[n, width]``."""

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <unordered_map>
 
@@ -54,7 +55,8 @@ class Cache {
                 if (i + 12 < n) __builtin_prefetch(&tags_[size_t(set_of(ids[i + 12], 0) * WAYS)]);
                 slots[i] = take(ids[i], held, misses, hits);
             }
-        } catch (const Failure&) {
+            write_back(misses, arrays);
+        } catch (...) {
             for (int64_t slot : held) pins_[size_t(slot)]--;
             for (const Miss& miss : misses) {  // nothing was moved yet: the rows that were to leave are still there
                 tags_[size_t(miss.slot)] = miss.before;
@@ -63,9 +65,10 @@ class Cache {
             throw;
         }
         try {
-            move(misses, arrays);
-        } catch (const Failure&) {
+            fill(misses, arrays);
+        } catch (...) {
             for (int64_t slot : held) pins_[size_t(slot)]--;
+            for (const Miss& miss : misses) tags_[size_t(miss.slot)] = -1;  // what could not be read is not there
             throw;
         }
         if (train)
@@ -222,8 +225,8 @@ class Cache {
         }
     }
 
-    // Writes back what leaves, then fills the slots: from the disk by several threads, in the order of the file.
-    void move(std::vector<Miss>& misses, char* const* arrays) {
+    // Writes what leaves.
+    void write_back(const std::vector<Miss>& misses, char* const* arrays) {
         std::vector<char> record(static_cast<size_t>(store_->record()));
         for (const Miss& miss : misses)
             if (miss.dirty) {
@@ -231,6 +234,10 @@ class Cache {
                 store_->write(miss.before, record.data());
                 written_++;
             }
+    }
+
+    // Fills the slots: from the disk by several threads, in the order of the file.
+    void fill(const std::vector<Miss>& misses, char* const* arrays) {
         std::vector<Miss> stored;
         for (const Miss& miss : misses) {
             if (store_->known(miss.row)) {
@@ -263,13 +270,14 @@ class Cache {
         };
         size_t threads = stored.size() < 256 ? 0 : READERS - 1;
         std::vector<std::thread> readers;
-        for (size_t i = 0; i < threads; i++) readers.emplace_back(work);
+        readers.reserve(threads);
+        try {
+            for (size_t i = 0; i < threads; i++) readers.emplace_back(work);
+        } catch (const std::system_error&) {  // as many as there may be
+        }
         work();
         for (std::thread& t : readers) t.join();
-        if (!failed.empty()) {
-            for (const Miss& miss : stored) tags_[size_t(miss.slot)] = -1;  // what could not be read is not there
-            throw Failure{failed};
-        }
+        if (!failed.empty()) throw Failure{failed};
     }
 
     std::unique_ptr<Store> store_;
@@ -280,7 +288,7 @@ class Cache {
     std::vector<int64_t> tags_;
     std::vector<uint64_t> stamps_;
     std::vector<uint32_t> counts_;
-    std::vector<uint16_t> pins_;
+    std::vector<uint32_t> pins_;
     std::vector<unsigned char> dirty_;
     std::unordered_map<int64_t, std::vector<int64_t>> held_;
     std::mutex lock_;

@@ -161,7 +161,7 @@ Store::Store(const std::string& folder, int64_t rows, const std::vector<Part>& p
     std::string path = folder + "/rows.dat";
     lock_ = open((folder + "/LOCK").c_str(), O_RDWR | O_CREAT, 0644);
     if (lock_ < 0) fail_io("cannot open", folder + "/LOCK");
-    if (flock(lock_, LOCK_EX | LOCK_NB) != 0) fail(folder + " is in use by another process: one writer at a time");
+    if (flock(lock_, LOCK_EX | LOCK_NB) != 0) fail(folder + " is in use by another process, or by a model of this one: one writer at a time");
     struct stat facts;
     bool fresh = stat(path.c_str(), &facts) != 0 || facts.st_size == 0;
     if (fresh && !create) fail(path + " does not exist");
