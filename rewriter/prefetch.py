@@ -23,6 +23,7 @@ from .optimized_model import OptimizedModel
 from .variant import Variant, runnable
 
 _END = object()
+_PATIENCE = 5.0  # seconds that a loop that ends early waits for a loader that is at work
 
 
 @dataclass
@@ -60,7 +61,8 @@ class Pipeline:
         given: queue.Queue = queue.Queue(self.prefetch)
         stop = threading.Event()
         grad = torch.is_grad_enabled()
-        thread = threading.Thread(target=self._work, args=(given, stop, grad), name="tablewright prefetch", daemon=True)
+        loading = threading.Event()
+        thread = threading.Thread(target=self._work, args=(given, stop, grad, loading), name="tablewright prefetch", daemon=True)
         thread.start()
         tables = self._tables()
         try:
@@ -78,7 +80,10 @@ class Pipeline:
                 yield value
         finally:
             stop.set()
+            late = time.monotonic() + _PATIENCE
             while thread.is_alive():  # it may wait for room in the queue
+                if loading.is_set() and time.monotonic() > late:
+                    break  # the loader blocks: when it returns, the thread ends and fetches nothing
                 try:
                     given.get_nowait()
                 except queue.Empty:
@@ -90,13 +95,17 @@ class Pipeline:
         tiered = self.model._tiered
         return [] if tiered is None else list(tiered.open.values())
 
-    def _work(self, given: queue.Queue, stop: threading.Event, grad: bool) -> None:
+    def _work(self, given: queue.Queue, stop: threading.Event, grad: bool, loading: threading.Event) -> None:
         try:
             batches = iter(self.loader)
             number = 0
             while not stop.is_set():
                 started = time.perf_counter()
+                loading.set()
                 batch = next(batches, _END)
+                loading.clear()
+                if stop.is_set():
+                    return
                 loaded = time.perf_counter()
                 self.report.loading += loaded - started
                 if batch is _END:

@@ -147,6 +147,41 @@ def test_after_kill_the_last_snapshot_is_there(tmp_path, kills):
         first = steps
 
 
+def test_a_full_disk_loses_no_row(tmp_path):
+    """A row that cannot be written back stays in the cache, and the one that wanted its slot does not come."""
+    run = subprocess.run([sys.executable, "-c", _FULL_DISK, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(Path(tablewright.__file__).parent.parent)}, capture_output=True, text=True)
+    assert run.returncode == 0 and "cannot write" in run.stdout, run.stdout + run.stderr
+
+
+_FULL_DISK = """
+import resource, signal, sys
+import torch
+from tablewright.kernels.tiers import Part, RowCache, TierError
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+cache = RowCache(sys.argv[1], 300, [Part(4)], 32)
+whole = torch.zeros(300, 4)
+failed = None
+for first in range(0, 300, 10):
+    if first == 60:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400, resource.RLIM_INFINITY))  # as if the disk were full
+    ids = torch.arange(first, first + 10)
+    try:
+        slots, ticket = cache.fetch(ids)
+    except TierError as error:
+        failed = error
+        break
+    cache.parts[0][slots] = whole[ids] = torch.rand(10, 4)
+    cache.release(ticket)
+assert failed is not None and "journal.dat" in str(failed)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert torch.equal(cache.read(torch.arange(300)), whole)
+cache.snapshot()
+assert torch.equal(cache.read(torch.arange(300)), whole)
+print(failed)
+"""
+
+
 def test_errors_say_what_and_where(tmp_path):
     cache = RowCache(tmp_path, 3000, PARTS, 64, seed=1)
     with pytest.raises(TierError, match="id 3000 is out of range: the table has 3000 rows"):

@@ -9,6 +9,7 @@ import tablewright as tw
 import torch
 from tablewright.kernels import tiers
 from tablewright.kernels.tiers import TierError
+from tablewright.rewriter import prefetch
 from tablewright.rewriter.errors import PlanError
 from tier_training import batch, model_in
 from torch import nn
@@ -104,6 +105,31 @@ def test_the_loaders_error_comes_at_its_batch(tmp_path):
             seen.append(opt(items, users))
             optimizer.step()
     assert len(seen) == 2
+
+
+def test_a_loop_that_ends_does_not_wait_for_a_loader_that_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(prefetch, "_PATIENCE", 0.05)
+    opt, _ = model_in(tmp_path)
+    go_on, waiting = threading.Event(), threading.Event()
+
+    def loader():
+        yield batch(0)
+        waiting.set()
+        go_on.wait()
+        yield batch(1)
+
+    line = iter(tw.pipeline(loader(), opt, inputs=lambda b: b[:2]))
+    next(line)
+    assert waiting.wait(30)
+    ended = threading.Thread(target=line.close, daemon=True)
+    ended.start()
+    ended.join(30)
+    hangs = ended.is_alive()
+    go_on.set()
+    assert not hangs
+    for thread in [t for t in threading.enumerate() if t.name == "tablewright prefetch"]:
+        thread.join(30)
+    assert opt.tiers["item.weight"].batches == 0
 
 
 def test_bad_ids_and_small_caches_are_errors_of_the_loop(tmp_path):
