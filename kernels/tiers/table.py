@@ -88,7 +88,7 @@ class TieredTable:
 
     def _check_weight(self) -> None:
         weight = self.weight()
-        if weight.data_ptr() != self.memory[0].data_ptr():
+        if weight.shape == self.memory[0].shape and weight.data_ptr() != self.memory[0].data_ptr():  # a capture has a stand-in of all rows
             raise TierError(
                 f"table '{self.name}': its cache was replaced by a tensor of {weight.dtype} on {weight.device} (.to(), .half(), .double(), "
                 ".data = ...?), which its rows do not come to: tables in tiers stay float32 on the CPU; optimize a model anew"
