@@ -9,6 +9,8 @@ import time
 import pytest
 import tablewright as tw
 import torch
+from tablewright.rewriter.viewer.graph_data import graph_data
+from tablewright.rewriter.viewer.page import page as page_of
 from viewer_models import Hostile, Long, Wide, dlrm, optimized
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="NOT TESTED: playwright is not installed (pip install playwright)")
@@ -240,6 +242,24 @@ def test_links_lead_back_to_what_was_shown(see):
     for broken in ("#step=999&tab=nonsense&view=&heat=x", "#node=nothing&side=sideways", "#%%%"):
         other = see("tiny", hash=broken)
         assert other.page.locator("#details h2").count() == 1
+
+
+def test_ranks(browser, tmp_path):
+    data = graph_data(dlrm())
+    shard = {"table": "embs.0.weight", "memory": 1600}
+    data["ranks"] = [
+        {"rank": 0, "memory": 3200, "shards": [{**shard, "range": "rows 0..50"}, {**shard, "table": "embs.1.weight", "range": "rows 0..101"}]},
+        {"rank": 1, "memory": 1600, "shards": [{**shard, "range": "rows 50..100"}]},
+    ]  # fmt: skip
+    (tmp_path / "ranks.html").write_text(page_of(data))
+    seen = Seen(browser, tmp_path / "ranks.html", hash="#tab=ranks&rank=1")
+    details = seen.page.inner_text("#details")
+    assert "Rank 1 of 2" in details and "rows 50..100" in details and "On rank 0 and not here" in details and "embs.1.weight" in details
+    assert "computation" in seen.page.inner_text("#view") and seen.page.locator(".lane i").count() > 3
+    seen.page.click("#view tbody tr:first-child")
+    assert "Rank 0 of 2" in seen.page.inner_text("#details") and "rank=0" in seen.page.evaluate("location.hash")
+    assert not seen.wrong
+    seen.page.context.close()
 
 
 def test_hostile_names_are_text(see):

@@ -160,7 +160,7 @@ const app = {
     for (const pane of this.panes) {
       const leaves = this.leavesOf(pane.side);
       pane.head.replaceChildren(el("span", this.words[pane.side] || "Before and after, over each other"), el("span.n", plural(leaves.filter((l) => l.node.kind === "op").length, "operation")));
-      const top = present(moduleTree(leaves), this.types, this.open, pane.side === "overlay" ? 60 : 42);
+      const top = present(moduleTree(leaves), this.types, this.open, pane.side === "overlay" ? 60 : 42, this.marks(pane.side));
       measure(top);
       const edges = Object.fromEntries(edgesOf(top));
       const key = JSON.stringify([boxesOf(top).map((b) => [b.id, b.w, b.h, !!b.open]), edges]);
@@ -228,7 +228,7 @@ const app = {
       const leaves = this.leavesOf(shown);
       if (!leaves.some((l) => l.name === name)) continue;
       for (let guard = 0; guard < 12; guard++) {
-        const top = present(moduleTree(leaves), this.types, this.open, shown === "overlay" ? 60 : 42);
+        const top = present(moduleTree(leaves), this.types, this.open, shown === "overlay" ? 60 : 42, this.marks(shown));
         const box = boxesOf(top).filter((b) => !b.open && b.leaves.some((l) => l.name === name)).at(-1);
         if (!box || box.kind === "leaf" || !box.kids.length) break;
         this.open.set(box.id, true);
@@ -239,7 +239,7 @@ const app = {
   /** Names to light up on each side for what is chosen. */
   lit() {
     const { choice } = this.state;
-    if (!choice) return { before: null, after: null };
+    if (!choice || choice.rank !== undefined) return { before: null, after: null };
     let before, after;
     const follow = (names, map) => new Set([...names].flatMap((n) => map.get(n) || []));
     if (choice.module !== undefined) {
@@ -303,6 +303,7 @@ const app = {
     if (state.all) parts.set("sizes", "1");
     if (choice && choice.name) { parts.set("node", choice.name); parts.set("side", choice.side); }
     if (choice && choice.module !== undefined) parts.set("module", choice.module);
+    if (choice && choice.rank !== undefined) parts.set("rank", choice.rank);
     const hash = parts.toString();
     if (hash !== location.hash.slice(1)) { this.own = "#" + hash; try { history.replaceState(null, "", hash ? "#" + hash : location.pathname + location.search); } catch { /* about:srcdoc in a notebook */ } }
   },
@@ -317,7 +318,7 @@ const app = {
     state.view = one("view", VIEWS.map((v) => v[0]), matchMedia("(max-width: 900px)").matches && !location.hash ? "after" : "both");
     state.heat = one("heat", Object.keys(METRICS), "");
     state.all = parts.get("sizes") === "1";
-    state.choice = parts.get("node") ? { side: one("side", ["before", "after"], "after"), name: parts.get("node") } : parts.has("module") ? { module: parts.get("module") } : null;
+    state.choice = parts.get("node") ? { side: one("side", ["before", "after"], "after"), name: parts.get("node") } : parts.has("module") ? { module: parts.get("module") } : parts.has("rank") && this.hasRanks() ? { rank: number("rank", data.ranks.length - 1) } : null;
     if (state.tab === "ranks" && !this.hasRanks()) state.tab = "graph";
   },
 

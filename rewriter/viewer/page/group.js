@@ -30,16 +30,22 @@ function moduleTree(leaves) {
 }
 
 /** The boxes that stand for the graph: [{id, kind, title, kids?, open?, leaves, members?}] nested as they are drawn.
- * `open`: ids that are open (true) or closed (false) by hand; others open by themselves up to `budget` boxes. */
-function present(root, types, open, budget = 42) {
+ * `open`: ids that are open (true) or closed (false) by hand; others open by themselves up to `budget` boxes, first those in which
+ * something changed (`marks`). */
+function present(root, types, open, budget = 42, marks = new Map()) {
   const by = new Map();
   const index = (box) => { for (const leaf of box.leaves) by.set(leaf.name, leaf); };
   index(root);
   const top = { ...root, open: true, boxes: inGroup(root, by, types) };
   let count = top.boxes.length;
+  const known = new Map(); // id of a box -> whether something in it changed
+  const changed = (box) => {
+    if (!known.has(box.id)) known.set(box.id, box.leaves.some((l) => marks.has(l.name) && marks.get(l.name) !== "rewired"));
+    return known.get(box.id);
+  };
   const queue = [...top.boxes];
   while (queue.length) {
-    const box = queue.shift();
+    const box = queue.splice(Math.max(0, queue.findIndex(changed)), 1)[0];
     if (!box.kids.length) continue;
     const wanted = open.get(box.id);
     if (wanted === false) continue;

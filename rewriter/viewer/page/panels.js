@@ -43,7 +43,7 @@ function nodeLinks(names, side, most = 40) {
 
 function showDetails(host) {
   const { choice } = app.state;
-  const parts = !choice ? overview() : choice.module !== undefined ? aboutModule(choice.module) : choice.names ? aboutBox(choice) : aboutNode(choice);
+  const parts = !choice ? overview() : choice.rank !== undefined ? aboutRank(choice.rank) : choice.module !== undefined ? aboutModule(choice.module) : choice.names ? aboutBox(choice) : aboutNode(choice);
   host.replaceChildren(...parts.flat(4).filter(Boolean));
   host.scrollTop = 0;
 }
