@@ -99,7 +99,7 @@ def test_pieces():
 
         def forward(self, ids):
             x = self.table(ids)
-            if float(x.sum().detach()) > 1e9:
+            if x.detach().numpy().sum() > 1e9:  # what no graph can follow
                 x = x * 2
             return torch.relu(x)
 
@@ -127,6 +127,14 @@ def test_serving_splits_the_model(opt):
     last = [data["nodes"][i] for i in next(s["ids"] for s in reversed(program["steps"]) if s["ids"])]
     assert sum(n["op"] == "distributed_gather_bag" for n in last) == 4 and "serving" in program["title"]
     assert not [n for n in last if n["kind"] == "stored" and n["target"].startswith("embs")]
+
+
+def test_tables_in_tiers_are_shown_whole(tmp_path):
+    model = nn.Sequential(nn.Embedding(1000, 4))
+    plan = tw.Plan.from_dict({"version": 1, "tables": {"0": {"storage": {"cache": 3200, "path": str(tmp_path / "rows")}}}})
+    opt, _ = tw.optimize(model, plan, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), sample_inputs=(torch.tensor([1, 2]),))
+    (table,) = graph_data(opt)["tables"]
+    assert (table["rows"], table["memory"], table["place"]) == (1000, 16000, "file, 192 rows cached")
 
 
 def test_predicted_times_and_no_ranks(data):
