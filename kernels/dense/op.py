@@ -44,7 +44,10 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) ->
         raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [out, in]")
     if activation not in _ACTIVATE:
         raise ValueError(f"activation is {activation!r}; it must be one of {ACTIVATIONS}")
-    return _ACTIVATE[activation](gemm.linear(x, weight, bias))
+    out = gemm.linear(x, weight, bias)
+    if out._is_view():  # of rows laid out in two dimensions: autograd lets no one write to a view that a Function returns
+        out = torch.ops.aten._unsafe_view(out, out.shape)
+    return _ACTIVATE[activation](out)
 
 
 def _backward(

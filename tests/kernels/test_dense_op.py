@@ -160,3 +160,16 @@ def test_second_operands_reach_onednn_in_one_piece(layout, monkeypatch):
     torch.testing.assert_close(gemm.input_gradient(grad, weight), grad @ weight)
     torch.testing.assert_close(gemm.linear(x, weight, None), x @ weight.t())
     assert len(operands) == 4 and all(w.is_contiguous() or w.t().is_contiguous() for w in operands)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 9), (5, 9)])
+def test_the_result_may_be_written_to(shape):
+    """As that of a linear layer: no view that autograd guards."""
+    x, weight, bias = (torch.randn(size, requires_grad=True) for size in (shape, (4, 9), (4,)))
+    results = []
+    for function in (call, reference):
+        out = function(x, weight, bias, "none")
+        out += 1
+        results.append(torch.autograd.grad(out.masked_fill_(out > 1, 0).sum(), (x, weight, bias)))
+    for ours, plain in zip(*results):
+        torch.testing.assert_close(ours, plain)
