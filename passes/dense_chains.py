@@ -145,7 +145,7 @@ def _layer(node: Node, writes: Writes) -> Layer | str:
     """The layer that ``node`` is, or why it is not one for the op."""
     layer = _product(node)
     value, weight = value_of(layer.x), value_of(layer.weight)
-    if value is None or weight is None:
+    if value is None or weight is None or value_of(node) is None:
         return "whether it pays depends on the layer's dtype and device, and they are not known without sample_inputs"
     if value.device.type != "cpu":
         return f"the layer runs on {value.device.type}, where PyTorch's own kernels are used; the fused layer gains on cpu only"

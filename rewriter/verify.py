@@ -76,6 +76,24 @@ def propagate(graph: Graph, shell: nn.Module, before: Graph | None = None) -> bo
     return True
 
 
+def _moot(assertion: Node, left: set[str]) -> bool:
+    """Is it about the size of a tensor that the graph no longer makes? Then nothing in it depends on that size: whatever would is made from
+    the tensor or from its size."""
+    stack, seen, gone = [*assertion.all_input_nodes], set(), False
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.target is torch.ops.aten.sym_size.int:
+            gone = gone or node.all_input_nodes[0].name not in left
+        elif node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload):
+            stack.extend(node.all_input_nodes)  # arithmetic on sizes
+        else:
+            return False  # about a value
+    return gone
+
+
 def check_structure(before: Graph, after: Graph, shell: nn.Module, elsewhere: Container[str] = ()) -> None:
     """Lint, origins, inputs, outputs, stored tensors (``elsewhere``: those that another rank reads), shapes and dtypes. Raises :class:`VerifyError` naming the first fault."""
     try:
@@ -91,7 +109,8 @@ def check_structure(before: Graph, after: Graph, shell: nn.Module, elsewhere: Co
     lost = [n for n in _names(shell, _stored(before, shell) - _stored(after, shell)) if n not in elsewhere]
     if lost:
         raise VerifyError(f"the graph no longer reads {', '.join(sorted(lost))}")
-    if len(asserted(before)) > len(asserted(after)):
+    left = {n.name for n in after.nodes}
+    if any(n.name not in left and not _moot(n, left) for n in asserted(before)):
         raise VerifyError("an assertion about data is gone, without which the graph would run on data that it is not for")
     old_values = _outputs(before)
     try:

@@ -77,3 +77,22 @@ def test_a_branch_that_nobody_reads_may_go():
     torch.testing.assert_close(opt(ids), model(ids))
     opt(ids).sum().backward()
     assert model.unused.weight.grad is None and model.used.weight.grad is not None
+
+
+def test_an_assertion_about_a_value_may_not_go():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(20, 4)
+
+        def forward(self, ids):
+            x = self.table(ids)
+            return x * 2 if bool((ids > 100).any()) else x
+
+    shell = clone_shell(Branch())
+    graph = capture(shell, (torch.randint(20, (5, 3)),), {}).graph
+    after = copy_graph(graph)
+    assertion = next(n for n in after.nodes if n.target is torch.ops.aten._assert_scalar.default)
+    after.erase_node(assertion)
+    with pytest.raises(VerifyError, match="an assertion about data is gone"):
+        check_structure(graph, after, shell)
