@@ -29,7 +29,7 @@ _PATIENCE = 5.0  # seconds that a loop that ends early waits for a loader that i
 @dataclass
 class PipelineReport:
     """``batches`` given out, ``ahead`` of them with their rows fetched before. Seconds: ``loading`` (the loader), ``fetching`` (ids and
-    rows), ``waiting`` (the training loop for a batch). ``not_ahead``: why rows were not fetched ahead, "" where they were."""
+    rows), ``waiting`` (the training loop, for a batch or for rows in its lookups). ``not_ahead``: why rows were not fetched ahead, "" where they were."""
 
     batches: int = 0
     ahead: int = 0
@@ -65,11 +65,13 @@ class Pipeline:
         thread = threading.Thread(target=self._work, args=(given, stop, grad, loading), name="tablewright prefetch", daemon=True)
         thread.start()
         tables = self._tables()
+        lookups = sum(t.waited for t in tables)
         try:
             while True:
                 started = time.perf_counter()
                 kind, number, value = given.get()
-                self.report.waiting += time.perf_counter() - started
+                seen, lookups = lookups, sum(t.waited for t in tables)
+                self.report.waiting += time.perf_counter() - started + lookups - seen
                 if kind is _END:
                     return
                 if kind is BaseException:

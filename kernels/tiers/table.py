@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -33,6 +34,7 @@ class TieredTable:
         self._held = torch.zeros(self.home + 1, dtype=torch.bool)  # their slots
         self._held[self.home] = True
         self._looked: dict[int, list[int]] = {}  # by thread: tickets of lookups without gradients
+        self.waited = 0.0  # seconds that lookups took to have their rows
         self._ahead: deque[tuple[int, Tensor, Tensor, int, bool]] = deque()  # (batch, ids, slots, ticket, train) of what was prefetched
         self.number = next(_numbers)
         _tables[self.number] = self
@@ -49,6 +51,7 @@ class TieredTable:
         self._check_weight()
         train = self.trains and torch.is_grad_enabled()
         ids = ids.detach().to(torch.int64)
+        started = time.perf_counter()
         with self._lock:
             if first:
                 self._release_looked()
@@ -61,14 +64,15 @@ class TieredTable:
                 self._held.index_fill_(0, slots.flatten(), True)
             else:
                 self._looked.setdefault(threading.current_thread().ident or 0, []).append(ticket)
+        self.waited += time.perf_counter() - started
         return slots
 
     def prefetch(self, ids: Tensor, batch: int) -> None:
         """Bring the rows that the lookup of ``batch`` will want, in the order of the lookups; raises what :meth:`slots` raises."""
         train = self.trains and torch.is_grad_enabled()
         ids = ids.detach().to(torch.int64).clone()
+        slots, ticket = self._fetch(ids, train)  # without the lock: the present batch goes on meanwhile
         with self._lock:
-            slots, ticket = self._fetch(ids, train)
             self._ahead.append((batch, ids, slots, ticket, train))
 
     def drop_before(self, batch: int | None) -> None:

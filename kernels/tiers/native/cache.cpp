@@ -46,6 +46,7 @@ class Cache {
         for (int64_t i = 0; i < n; i++)
             if (ids[i] < 0 || ids[i] >= store_->rows())
                 throw Failure{"id " + std::to_string(ids[i]) + " is out of range: the table has " + std::to_string(store_->rows()) + " rows"};
+        unpin();
         clock_++;
         std::vector<int64_t> held;
         std::vector<Miss> misses;
@@ -76,21 +77,24 @@ class Cache {
         hits_ += hits;
         misses_ += int64_t(misses.size());
         int64_t ticket = ++tickets_;
+        std::lock_guard<std::mutex> tickets(tickets_lock_);
         held_[ticket] = std::move(held);
         return ticket;
     }
 
+    // Never waits for a fetch: the pins go when the next one begins.
     void release(int64_t ticket) {
-        std::lock_guard<std::mutex> guard(lock_);
+        std::lock_guard<std::mutex> guard(tickets_lock_);
         auto found = held_.find(ticket);
         if (found == held_.end()) throw Failure{"ticket " + std::to_string(ticket) + " is not held"};
-        for (int64_t slot : found->second) pins_[size_t(slot)]--;
+        free_.insert(free_.end(), found->second.begin(), found->second.end());
         held_.erase(found);
     }
 
     // Everything that training changed goes to the store and is ready to be the snapshot.
     void prepare(char* const* arrays) {
         std::lock_guard<std::mutex> guard(lock_);
+        unpin();
         std::vector<char> record(static_cast<size_t>(store_->record()));
         for (size_t slot = 0; slot < tags_.size(); slot++) {
             if (!dirty_[slot]) continue;
@@ -146,6 +150,7 @@ class Cache {
 
     void counters(int64_t* out) {
         std::lock_guard<std::mutex> guard(lock_);
+        std::lock_guard<std::mutex> tickets(tickets_lock_);
         int64_t held = 0;
         for (int64_t tag : tags_) held += tag >= 0;
         int64_t all[] = {hits_, misses_, made_, read_, written_, held, store_->journal_rows(), store_->written_rows(), store_->generation(), int64_t(held_.size())};
@@ -153,6 +158,12 @@ class Cache {
     }
 
   private:
+    void unpin() {
+        std::lock_guard<std::mutex> guard(tickets_lock_);
+        for (int64_t slot : free_) pins_[size_t(slot)]--;
+        free_.clear();
+    }
+
     int64_t set_of(int64_t id, uint64_t which) const { return int64_t((unsigned __int128)(mix(uint64_t(id) + which * 0x9e3779b97f4a7c15ull)) * uint64_t(sets_) >> 64); }
 
     int64_t find(int64_t id) const {
@@ -290,7 +301,9 @@ class Cache {
     std::vector<uint32_t> counts_;
     std::vector<uint32_t> pins_;
     std::vector<unsigned char> dirty_;
-    std::unordered_map<int64_t, std::vector<int64_t>> held_;
+    std::unordered_map<int64_t, std::vector<int64_t>> held_;  // by ticket; with free_, under tickets_lock_
+    std::vector<int64_t> free_;  // slots of tickets that were released, still pinned
+    std::mutex tickets_lock_;
     std::mutex lock_;
     uint64_t clock_ = 0;
     int64_t tickets_ = 0, hits_ = 0, misses_ = 0, made_ = 0, read_ = 0, written_ = 0;
