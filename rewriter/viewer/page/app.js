@@ -157,6 +157,7 @@ const app = {
       host.replaceChildren(el("div.panes", this.panes.map((p) => p.element)));
     }
     const turn = ++this.turn;
+    let left = this.panes.length;
     for (const pane of this.panes) {
       const leaves = this.leavesOf(pane.side);
       pane.head.replaceChildren(el("span", this.words[pane.side] || "Before and after, over each other"), el("span.n", plural(leaves.filter((l) => l.node.kind === "op").length, "operation")));
@@ -171,7 +172,7 @@ const app = {
         pane.lastKey = pane.side + this.step;
         pane.draw(top, placed, this.marks(pane.side), this.scales().heat, this.words[pane.side] || "Overlay");
         this.light(false);
-        document.body.dataset.drawn = String(turn);
+        if (!--left) document.body.dataset.drawn = String(turn);
       };
       if (pane.key === key) { finish(pane.last); continue; }
       const waiting = setTimeout(() => { if (turn === this.turn && !pane.host.querySelector(".wait")) pane.host.append(el("div.wait", "placing ", plural(boxesOf(top).length, "box").replace(/xs$/, "xes"), el("button.link", { onclick: () => layout.cancel() }, "stop and read it as code"))); }, 250);
