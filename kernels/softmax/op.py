@@ -7,6 +7,9 @@ float32, forward + backward: 4096 x 10 rows of 10 values 8.0 -> 1.2 ms, 2048 row
 ``dim=1`` of ``[2048, 45, 1]`` 0.87 -> 0.17; rows of 20 and more in the last dimension are as fast in PyTorch. So this is for float32
 and float64 on CPU and a dimension behind which all sizes are 1; everything else, and every trace, is ``torch.softmax`` itself.
 
+The backward is ``out * (grad - sum(out * grad))`` in this order: where a row's gradients are nearly equal, their difference from the
+sum is exact, and the difference of two rounded products would be mostly rounding.
+
 Rows with NaN or +inf, and rows of nothing but -inf, are NaN, as in torch. A backward that is differentiated again
 (``create_graph=True``) runs through plain PyTorch ops.
 """
@@ -52,8 +55,9 @@ class _Softmax(torch.autograd.Function):
         (out,) = ctx.saved_tensors
         if torch.is_grad_enabled():
             return out * (grad - (out * grad).sum(ctx.dim, keepdim=True)), None
-        made = (out * grad).flatten(ctx.dim)
-        return made.addcmul_(out.view(made.shape), _sum(made), value=-1).view(out.shape), None
+        rows, flat = out.flatten(ctx.dim), grad.flatten(ctx.dim)
+        made = rows * flat
+        return torch.sub(flat, _sum(made), out=made).mul_(rows).view(out.shape), None
 
 
 def call(x: Tensor, dim: int) -> Tensor:

@@ -28,6 +28,16 @@ def test_equal(shape, dim, dtype):
         torch.testing.assert_close(ours, plain, atol=tolerance, rtol=tolerance)
 
 
+def test_nearly_equal_gradients_keep_their_differences():
+    """What is left of a row's gradients is exact to their differences, not to their size (a weight before it sees nothing else)."""
+    torch.manual_seed(0)
+    seed = 1 + 1e-5 * torch.randn(64, 10)
+    x = torch.zeros(64, 10, requires_grad=True)
+    (got,) = torch.autograd.grad(call(x, -1), x, seed)
+    wanted = 0.1 * (seed - seed[:, :1]).double()
+    assert (got - got[:, :1] - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
 def test_special_values():
     inf, nan = float("inf"), float("nan")
     x = torch.tensor([[1.0, -inf, 3.0], [inf, 1.0, 2.0], [nan, 1.0, 2.0], [-inf, -inf, -inf], [1e30, -1e30, 1e30], [-1e9, -1e9, 0.0]])
