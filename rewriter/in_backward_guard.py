@@ -28,24 +28,33 @@ _CLEARING = {"detach_", "zero_", "requires_grad_"}  # what zero_grad(set_to_none
 
 
 class UpdatedInBackward(Tensor):
-    """The ``.grad`` of a table whose update has already happened: shape, dtype and device can be read, values cannot."""
+    """The ``.grad`` of a table whose update has already happened: shape, dtype and device can be read, values cannot.
+    ``cleared``: a ``zero_grad`` that keeps gradients has set it to zero."""
+
+    cleared = False
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", str(func))
         if name in _CLEARING:
+            args[0].cleared = args[0].cleared or name == "zero_"
             return args[0]
         if name in _HARMLESS or name.startswith(("is_", "_is_")):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        raise InBackwardError(
+        raise InBackwardError(cls.refusal(name))
+
+    @classmethod
+    def refusal(cls, name: str) -> str:
+        """Why ``name`` cannot be called on it."""
+        return (
             f"{name} was called on the gradient of a table that is updated inside the backward "
             "(gradient clipping, a gradient scaler, or an optimizer that holds the tables): that gradient is already used up. "
             f"Clip, scale and step opt.dense_parameters() only, or {_WAY_OUT}"
         )
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"UpdatedInBackward(shape={tuple(self.shape)})"
+        return f"{type(self).__name__}(shape={tuple(self.shape)})"
 
 
 class InBackwardGuard:
@@ -53,7 +62,7 @@ class InBackwardGuard:
 
     def __init__(self, model) -> None:
         self._model = weakref.ref(model)
-        self._scalers = -1
+        self._scalers = Scalers()
         self._homes: list[tuple[str, dict, str]] | None = None  # where parameters stand: found once, read at every backward
         self._seen: list[tuple[weakref.ref, int]] = []  # dense gradients after the last update, with their version
 
@@ -68,12 +77,7 @@ class InBackwardGuard:
 
     def before_forward(self) -> None:
         """Raises :class:`InBackwardError` under fp16 autocast, which needs loss scaling."""
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
-                raise InBackwardError(
-                    "fp16 autocast needs loss scaling, and tables updated inside the backward would take scaled gradients. "
-                    f"Use bf16 autocast, or {_WAY_OUT}"
-                )
+        refuse_fp16_autocast("tables updated inside the backward", _WAY_OUT)
 
     def watch(self, outputs) -> None:
         """Check the loop when the backward of these outputs starts."""
@@ -92,7 +96,10 @@ class InBackwardGuard:
 
     def before_update(self) -> None:
         """Raises :class:`InBackwardError` where gradients are scaled, or were accumulated unseen in compiled code."""
-        self._refuse_scaler()
+        self._scalers.refuse(
+            "tables updated inside the backward would take its scaled gradients. "
+            f"Drop it (bf16 and fp32 need none), or {_WAY_OUT}. No table was changed by this backward"
+        )
         writes = [grad._version - version for ref, version in self._seen if (grad := ref()) is not None]
         held = list(self._dense_gradients())
         self._seen = [(weakref.ref(grad), grad._version) for _, grad in held]
@@ -105,7 +112,7 @@ class InBackwardGuard:
         groups = [] if model is None else model.embedding_optimizer.param_groups
         for param in [p for group in groups if group["in_backward"] for p in group["params"]]:
             if param.grad is None:
-                param.grad = _placeholder(param)
+                param.grad = placeholder(param)
 
     def _dense_gradients(self):
         """(name, gradient) of each parameter that is not updated in the backward and has one."""
@@ -120,18 +127,23 @@ class InBackwardGuard:
             if held is not None and not isinstance(held, UpdatedInBackward) and not held.is_sparse:
                 yield name, held
 
-    def _refuse_scaler(self) -> None:
+
+class Scalers:
+    """Looks for enabled ``GradScaler`` objects in the process."""
+
+    def __init__(self) -> None:
+        self._seen = -1
+
+    def refuse(self, why: str) -> None:
+        """Raises :class:`InBackwardError` where there is one, saying ``why`` that is wrong."""
         scaler_types = (torch.amp.GradScaler, torch.cuda.amp.GradScaler)
         # each instance and subclass holds its class: look when one may have come
         count = sum(sys.getrefcount(t) + sum(map(sys.getrefcount, t.__subclasses__())) for t in scaler_types)
-        if count == self._scalers:
+        if count == self._seen:
             return
         if any(issubclass(type(o), scaler_types) and o.is_enabled() for o in gc.get_objects()):
-            raise InBackwardError(
-                "an enabled GradScaler exists, and tables updated inside the backward would take its scaled gradients. "
-                f"Drop it (bf16 and fp32 need none), or {_WAY_OUT}. No table was changed by this backward"
-            )
-        self._scalers = count  # walking all objects takes tens of milliseconds: not at every backward
+            raise InBackwardError(f"an enabled GradScaler exists, and {why}")
+        self._seen = count  # walking all objects takes tens of milliseconds: not at every backward
 
 
 def _accumulated(what: str) -> str:
@@ -141,8 +153,16 @@ def _accumulated(what: str) -> str:
     )
 
 
-def _placeholder(param: Tensor) -> Tensor:
-    return torch.zeros(1, dtype=param.dtype, device=param.device).expand(param.shape).as_subclass(UpdatedInBackward)
+def refuse_fp16_autocast(what: str, way_out: str) -> None:
+    """Raises :class:`InBackwardError` under fp16 autocast, which needs loss scaling: ``what`` would take scaled gradients."""
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+            raise InBackwardError(f"fp16 autocast needs loss scaling, and {what} would take scaled gradients. Use bf16 autocast, or {way_out}")
+
+
+def placeholder(param: Tensor, kind: type[UpdatedInBackward] = UpdatedInBackward) -> Tensor:
+    """Stands in ``param.grad`` for a gradient that is used up."""
+    return torch.zeros(1, dtype=param.dtype, device=param.device).expand(param.shape).as_subclass(kind)
 
 
 def drop_placeholders(model: torch.nn.Module) -> None:

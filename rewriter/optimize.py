@@ -36,6 +36,7 @@ from .data_ways import say
 from .embedding_optimizer import decide
 from .equivalence import numeric_check
 from .errors import CaptureError, PlanError, TablewrightError
+from .for_the_loop import for_the_loop
 from .in_backward_guard import InBackwardGuard, drop_placeholders
 from .meta_weights import make_dense
 from .methods import FORWARD, samples_of
@@ -151,9 +152,8 @@ def optimize_with_samples(
     result.__dict__["_report"] = compiler.report(variants, time.perf_counter() - started, copied=duplicate, huge=huge)
     if on_skip == "error":
         _raise_if_skipped(result.report)
-    if optimizer is None:
-        return result
-    return result, compiler.returned_optimizer(optimizer, variants)
+    stepped = for_the_loop(result, None if optimizer is None else compiler.returned_optimizer(optimizer, variants))
+    return result if optimizer is None else (result, stepped)
 
 
 def _big_memory(compiler: Compiler, optimizer: Optimizer | None) -> list[Tensor]:

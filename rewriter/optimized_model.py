@@ -64,6 +64,7 @@ class OptimizedModel(nn.Module):
         set_plain("_report", Report(()))
         set_plain("_embedding_optimizer", None)
         set_plain("_guard", None)
+        set_plain("_rounds", None)  # where gradients of several batches are summed
         set_plain("_sharded", None)  # over several ranks: who holds what
         set_plain("_tiered", None)  # tables larger than memory
         set_plain("_watched", [])  # what is shared with the plain model
@@ -156,6 +157,11 @@ class OptimizedModel(nn.Module):
         super().train(mode)
         self._shell.training = mode
         return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; where the plan accumulates gradients, those that a step to come still needs stay."""
+        if self._rounds is None or not self._rounds.keeps_gradients():
+            super().zero_grad(set_to_none)
 
     def __getattr__(self, name: str) -> Any:
         try:

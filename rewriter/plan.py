@@ -12,6 +12,7 @@ numerics: reassociated        # exact | reassociated | approximate: the loosest 
 precision: fp32               # fp32 | bf16 | fp16: of the dense part; parameters, tables and updates stay fp32
 huge_pages: true              # ask the kernel to keep big CPU tables on huge pages; moves memory, changes no value
 serving: {inline_below: 0}    # tables of fewer bytes stay inside the graph that tw.export_serving writes
+training: {accumulate: 1}     # of the loop, as is pipeline: {prefetch: 2, staleness: 0} (``loop_plan.py``)
 ```
 
 Over several ranks an entry of ``tables`` also says where: ``{sharding: row_wise, ranks: [0, 1], exchange: unique, communication:
@@ -36,6 +37,7 @@ from ..passes.mixed_precision import PRECISIONS, MixedPrecision
 from ..passes.records import NUMERICS
 from ..passes.rule import Pass
 from .errors import PlanError, nearest
+from .loop_plan import PipelinePlan, TrainingPlan, refuse_together, said, section
 from .placement import Communication, check_placement, check_together, communication_from
 from .storage import Storage, storage_from
 
@@ -154,6 +156,8 @@ class Plan:
     precision: str = "fp32"
     huge_pages: bool = True
     serving: ServingPlan = field(default_factory=ServingPlan)
+    training: TrainingPlan = field(default_factory=TrainingPlan)
+    pipeline: PipelinePlan = field(default_factory=PipelinePlan)
     version: int = 1
     forecast: ClassVar[Any] = None  # of one that the planner made: no part of what the plan says
 
@@ -191,6 +195,9 @@ class Plan:
             chosen[name] = setting
         object.__setattr__(self, "passes", MappingProxyType(chosen))
         self._check_precision()
+        object.__setattr__(self, "training", section(TrainingPlan, self.training, "training"))
+        object.__setattr__(self, "pipeline", section(PipelinePlan, self.pipeline, "pipeline"))
+        refuse_together(self.training, self.pipeline, self.numerics, self.tables, self.embedding_optimizer)
 
     def _check_precision(self) -> None:
         """``precision`` asks for an approximate rewrite by name, so ``numerics: reassociated`` does not forbid it."""
@@ -249,6 +256,9 @@ class Plan:
             out["huge_pages"] = False
         if self.serving != ServingPlan():
             out["serving"] = {"inline_below": self.serving.inline_below}
+        for key, value in (("training", said(self.training)), ("pipeline", said(self.pipeline))):
+            if value:
+                out[key] = value
         return out
 
     @staticmethod

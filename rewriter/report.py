@@ -28,6 +28,7 @@ _WORDS = {
     "ops": "in low precision",
     "stored tables": "in their own dtype",
     "wide rows": "of low tables",
+    "dense updates": "parameters stepped in the backward",
 }
 _MAX_LINES = 25
 

@@ -241,11 +241,11 @@ def row_wise(optimizer: Optimizer, tables: Iterable[Tensor], lazy: bool = False)
     result._row_wise_lazy = lazy  # type: ignore[attr-defined]
     result._patch_step_function()
     if hasattr(result.__dict__.get("step"), "_wrapped_by_lr_sched"):
-        _step_for_schedulers(result)
+        step_for_schedulers(result)
     return result
 
 
-def _step_for_schedulers(optimizer: Optimizer) -> None:
+def step_for_schedulers(optimizer: Optimizer) -> None:
     """A scheduler built on the plain optimizer has wrapped its step to see that it is called: wrap the row-wise one instead."""
     cls = type(optimizer)
 
