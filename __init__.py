@@ -28,6 +28,7 @@ _HOME = {
     "load_training_state": "rewriter.sharded_state",
     "ShardedTable": "rewriter.sharded_state",
     "even_batches": "rewriter.even_batches",
+    "clip_grad_norm_": "rewriter.clipping",
     "PeerError": "kernels.collectives.errors",
     "Equivalence": "rewriter.equivalence",
     "export_serving": "rewriter.serving.export",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
         UnknownTable,
         VersionSkew,
     )
+    from .rewriter.clipping import clip_grad_norm_
     from .rewriter.equivalence import Equivalence
     from .rewriter.errors import (
         CaptureError,

@@ -8,7 +8,7 @@ the reason says by how much. Equal layers are timed once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -211,6 +211,12 @@ def _module(graph: Graph, root: nn.Module) -> GraphModule:
     return module
 
 
+def clock_of(tensors: Iterable[Tensor]) -> Callable[[], float]:
+    """Seconds by which to time work on ``tensors``: those of this thread alone where nothing else works for it, so that what another
+    process takes of the processor counts for neither side."""
+    return time.perf_counter if torch.get_num_threads() > 1 or any(t.is_cuda for t in tensors) else time.thread_time
+
+
 def _time(modules: list[GraphModule], inputs: list[Any]) -> Timing:
     runs = [_step(m, inputs) for m in modules]
     for run in runs:  # the first run of each allocates, the second finds its memory
@@ -230,18 +236,19 @@ def _time(modules: list[GraphModule], inputs: list[Any]) -> Timing:
 def _step(module: GraphModule, inputs: list[Any]) -> Callable[[], float]:
     wanted = [t for t in (*inputs, *module.parameters()) if isinstance(t, Tensor) and t.requires_grad]
     tensors = [t for t in inputs if isinstance(t, Tensor)] + list(module.parameters())
+    clock = clock_of(tensors)
     synchronize = torch.cuda.synchronize if any(t.is_cuda for t in tensors) else lambda: None
     seeds: list[Tensor] = []
 
     def run() -> float:
         synchronize()
-        start = time.perf_counter()
+        start = clock()
         out = [t for t in module(*inputs) if isinstance(t, Tensor) and t.requires_grad]
         if out and wanted:
             if not seeds:
                 seeds.extend(torch.rand_like(t) for t in out)
             torch.autograd.grad(out, wanted, seeds, allow_unused=True)
         synchronize()
-        return time.perf_counter() - start
+        return clock() - start
 
     return run

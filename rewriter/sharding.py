@@ -6,6 +6,7 @@ where the rank has none), under the table's plain name; the user's own model kee
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from ..passes.table_gradients import Choice
 from . import shard_map
 from .capture import Captured
 from .capture.data_guard import asserted
+from .clipping import guard_block
 from .errors import PlanError
 from .meta_weights import begin, draw
 from .plan import TablePlan
@@ -55,7 +57,9 @@ class Ranks:
         """Raises :class:`PlanError` for a mesh of more than two dimensions (nodes, ranks in a node)."""
         group = Ranks.group_of(mesh)
         per_node = mesh.mesh.shape[-1] if mesh.ndim == 2 else mesh.size()
-        return Ranks(dist.get_rank(group), dist.get_world_size(group), per_node, _another(group), _another(group))
+        if group not in _others:
+            _others[group] = (_another(group), _another(group))
+        return Ranks(dist.get_rank(group), dist.get_world_size(group), per_node, *_others[group])
 
     @staticmethod
     def group_of(mesh: DeviceMesh) -> Any:
@@ -76,6 +80,10 @@ class Ranks:
         found: list[Any] = [None] * self.world
         dist.all_gather_object(found, value, group=self.group)
         return found
+
+
+# All models of a mesh share its two groups: each holds threads and connections to every rank until the process ends.
+_others: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 def _another(group: Any) -> Any:
@@ -327,6 +335,9 @@ def start(tables: ShardedTables, model: OptimizedModel) -> None:
         optimizer.row_squares = RowSquares(columns, ranks.rank, ranks.group.group_name)
     choices = model._compiler.choices
     mine = {n: p for n, p in model.named_parameters() if n not in cut and p.requires_grad}
+    for name, param in model.named_parameters():
+        if name in cut and param.requires_grad:
+            guard_block(param)
     sparse = [n for n in mine if n in choices and choices[n].grad == "sparse"]
     held = {id(mine[n]) for n in tables.in_backward}
 

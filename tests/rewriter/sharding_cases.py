@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 
 import tablewright as tw
@@ -116,11 +117,14 @@ def train(rank: int, world: int, mesh, case: Case) -> dict:
 
 def mesh_of(case: Case, mesh):
     """Two nodes of half the ranks, where there are four."""
-    if case.world == 4 and case.sharding in ("table_row_wise", "grid_shard"):
-        from torch.distributed.device_mesh import init_device_mesh
+    return _nodes() if case.world == 4 and case.sharding in ("table_row_wise", "grid_shard") else mesh
 
-        return init_device_mesh("cpu", (2, 2))
-    return mesh
+
+@functools.cache
+def _nodes():
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (2, 2))
 
 
 def block_of(model, name: str, whole: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import time
 import tablewright as tw
 import torch
 import torch.distributed.checkpoint as dcp
-from sharding_cases import Case, compare_state, compare_weights, plan_of
+from sharding_cases import Case, block_of, compare_state, compare_weights, plan_of
 from sharding_models import TABLES, Everything, ReferenceUpdates, batch_of, loss_of, touched
 
 CLOSE = dict(rtol=1e-9, atol=1e-11)
@@ -133,6 +133,38 @@ def wrong_ids(rank: int, world: int, mesh) -> str:
         said = "nothing"
     model(*batch_of(6, seed=rank))  # and go on together
     return said
+
+
+def clipped(rank: int, world: int, mesh, case: Case, norm_type: float) -> str:
+    """Gradients clipped by their norm equal the plain model's; what torch's own function says instead."""
+    model, _, reference = start(rank, mesh, case)
+    batches = [batch_of(6, seed=r) for r in range(world)]
+    loss_of(model(*batches[rank])).backward()
+    (sum(loss_of(reference(*b)) for b in batches) / world).backward()
+    said = "nothing"
+    try:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05, norm_type)
+    except (tw.PlanError, NotImplementedError) as error:
+        said = str(error)
+    norm = tw.clip_grad_norm_(model, 0.05, norm_type)
+    wanted = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.05, norm_type)
+    torch.testing.assert_close(norm, wanted, rtol=1e-9, atol=0)
+    assert wanted > 0.05
+    for name, param in reference.named_parameters():
+        mine = model.get_parameter(name)
+        grad = torch.zeros_like(mine) if mine.grad is None else mine.grad.to_dense().as_subclass(torch.Tensor)
+        whole = block_of(model, name, param.grad) if name.split(".")[0] in TABLES else param.grad
+        torch.testing.assert_close(grad, whole, **CLOSE, msg=lambda t, n=name: f"{n}: {t}")
+    return said
+
+
+def groups_taken(rank: int, world: int, mesh) -> int:
+    """How many process groups the second and third model make."""
+    start(rank, mesh, case_of(world))
+    before = len(torch.distributed.distributed_c10d._world.pg_map)
+    for _ in range(2):
+        start(rank, mesh, case_of(world))
+    return len(torch.distributed.distributed_c10d._world.pg_map) - before
 
 
 def other_plans(rank: int, world: int, mesh) -> str:

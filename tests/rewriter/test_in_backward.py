@@ -163,6 +163,8 @@ def test_clipping_is_refused(clip, foreach):
     with pytest.raises(tw.InBackwardError, match="clip.*dense_parameters|dense_parameters"):
         clip(opt.parameters(), 1.0, foreach=foreach)
     clip(list(opt.dense_parameters()), 1.0, foreach=foreach)
+    with pytest.raises(tw.InBackwardError, match="dense_parameters"):
+        tw.clip_grad_norm_(opt, 1.0)
 
 
 @pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, lr=0.1), torch.optim.Adam, torch.optim.Adagrad])

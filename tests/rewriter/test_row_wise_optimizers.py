@@ -303,6 +303,20 @@ def test_clipping_is_right_or_loud(clip):
     assert_close(weights_of(plain), weights_of(opt))
 
 
+def test_clipping_by_the_norm_of_sparse_gradients():
+    plain, mine, opt, optim, _ = both(EXACT["sgd"])
+    for model in (plain, opt):
+        model(*dot_batch()).square().sum().backward()
+    assert any(p.grad.is_sparse for p in opt.parameters())
+    norm = tw.clip_grad_norm_(opt, 0.01, error_if_nonfinite=True)
+    torch.testing.assert_close(norm.float(), nn.utils.clip_grad_norm_(plain.parameters(), 0.01))
+    mine.step(), optim.step()
+    assert_close(weights_of(plain), weights_of(opt))
+    next(p for p in opt.parameters() if not p.grad.is_sparse).grad.fill_(float("inf"))
+    with pytest.raises(RuntimeError, match="nothing was clipped"):
+        tw.clip_grad_norm_(opt, 0.01, error_if_nonfinite=True)
+
+
 def test_a_parameter_added_later_is_stepped():
     _, _, opt, optim, his = both(EXACT["sgd"])
     extra = nn.Parameter(torch.ones(2))

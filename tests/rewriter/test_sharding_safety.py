@@ -3,7 +3,20 @@ from __future__ import annotations
 
 import pytest
 from ranks import Pool, Pools
-from sharding_safety import case_of, epochs, from_meta, killed, load, load_plain, other_plans, save, states, wrong_ids
+from sharding_safety import (
+    case_of,
+    clipped,
+    epochs,
+    from_meta,
+    groups_taken,
+    killed,
+    load,
+    load_plain,
+    other_plans,
+    save,
+    states,
+    wrong_ids,
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +52,19 @@ def test_an_id_outside_its_table_stops_all_ranks_together(pools):
 def test_ranks_with_other_plans_are_told(pools):
     said = pools(2).run(other_plans)
     assert all("the ranks resolved different plans" in s and "user.weight" in s for s in said)
+
+
+@pytest.mark.parametrize(
+    ("sharding", "mode", "norm_type"),
+    [("row_wise", "torch", 2.0), ("column_wise", "torch", float("inf")), ("table_wise", "step", 2.0), ("row_wise", "step", 3.0)],
+)  # fmt: skip
+def test_clipping_by_the_norm_is_over_all_ranks(pools, sharding, mode, norm_type):
+    said = pools(2).run(clipped, case_of(2, sharding, mode, "sgd"), norm_type)
+    assert all(("clip_grad_norm_(opt, max_norm)" if mode == "torch" else "Sparse") in s for s in said), said
+
+
+def test_models_of_one_mesh_share_its_process_groups(pools):
+    assert pools(2).run(groups_taken) == [0, 0]
 
 
 def test_ranks_with_other_numbers_of_batches_stop_together(pools):

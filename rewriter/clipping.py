@@ -1,0 +1,94 @@
+"""Clipping by the norm of all gradients: over sharded tables that norm is a sum over ranks, and table gradients are sparse.
+
+``torch.nn.utils.clip_grad_norm_`` does not take sparse gradients, and of a sharded table's dense gradient it would see this rank's
+block alone: every rank would clip by another factor, and none by the right one. So such a gradient refuses to tell a norm
+(:class:`BlockGradient`), and :func:`clip_grad_norm_` is the way that is right, sharded or not.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..kernels.collectives.errors import lost_peer
+from .errors import InBackwardError, PlanError
+from .in_backward_guard import UpdatedInBackward
+
+_WAY_OUT = "tablewright.clip_grad_norm_(opt, max_norm), called on every rank,"
+
+
+class BlockGradient(Tensor):
+    """The dense ``.grad`` of this rank's block of a sharded table: a tensor like others, but for its norm, which nobody wants."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", str(func))
+        if "norm" in name:
+            raise PlanError(
+                f"{name} was called on the gradient of a sharded table (by torch.nn.utils.clip_grad_norm_, say), of which this rank holds "
+                f"a block: its norm is not the table's, and ranks would clip by different factors. {_WAY_OUT} takes the norm over all ranks"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def guard_block(param: Tensor) -> None:
+    """From now on a dense gradient that a backward leaves on ``param`` is a :class:`BlockGradient`."""
+
+    def mark(param: Tensor) -> None:
+        if param.grad is not None and type(param.grad) is Tensor and not param.grad.is_sparse:
+            param.grad = param.grad.as_subclass(BlockGradient)
+
+    param.register_post_accumulate_grad_hook(mark)
+
+
+@torch.no_grad()
+def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+    """Scale the gradients of all parameters of an optimized model so that their norm, taken together, is at most ``max_norm``; the norm
+    before that, a float64 scalar, equal on all ranks.
+
+    As ``torch.nn.utils.clip_grad_norm_`` on the plain model's dense gradients, and of the same formula: each is multiplied by
+    ``min(1, max_norm / (norm + 1e-6))``. Rows of sparse gradients that came in several parts are added up first. A sharded table counts
+    with all of its blocks: one all-reduce of a number, so every rank calls this after its backward. ``norm_type``: positive, or ``inf``.
+
+    Raises ``RuntimeError`` where the norm is not finite and ``error_if_nonfinite``; ``ValueError`` for another ``norm_type``;
+    :class:`InBackwardError` where tables are updated inside the backward, which leaves nothing to clip; :class:`PeerError` where another
+    rank does not call it."""
+    if not norm_type > 0:
+        raise ValueError(f"norm_type is {norm_type}; it must be positive, or inf")
+    tables = model.__dict__.get("_sharded")
+    cut = set(tables.sharded()) if tables is not None else set()
+    held: list[Tensor] = []
+    sums = {False: 0.0, True: 0.0}  # of what every rank holds; of what this rank alone holds
+    for name, param in model.named_parameters():
+        if param.grad is None:
+            continue
+        if isinstance(param.grad, UpdatedInBackward):
+            raise InBackwardError(
+                f"'{name}' is updated inside the backward, so its gradient is used up before it could be clipped. "
+                "Set in_backward: false in the plan's embedding_optimizer, or clip opt.dense_parameters() only"
+            )
+        if param.grad.is_sparse and not param.grad.is_coalesced():
+            param.grad = param.grad.coalesce()
+        values = param.grad._values() if param.grad.is_sparse else param.grad.as_subclass(Tensor)
+        held.append(values)
+        if values.numel():
+            norm = float(torch.linalg.vector_norm(values, norm_type, dtype=torch.float64))
+            sums[name in cut] = max(sums[name in cut], norm) if math.isinf(norm_type) else sums[name in cut] + norm**norm_type
+    mine = torch.tensor(sums[True], dtype=torch.float64)
+    if cut:
+        ranks = tables.ranks
+        mine = mine.to("cuda" if dist.get_backend(ranks.averages) == "nccl" else "cpu")
+        try:
+            dist.all_reduce(mine, dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM, group=ranks.averages)
+        except RuntimeError as error:
+            raise lost_peer("the sum of gradients' norms", ranks.rank, ranks.world, error) from error
+    total = max(sums[False], float(mine)) if math.isinf(norm_type) else (sums[False] + float(mine)) ** (1 / norm_type)
+    if error_if_nonfinite and not math.isfinite(total):
+        raise RuntimeError(f"the norm of order {norm_type} of the gradients is {total}: nothing was clipped (error_if_nonfinite=True)")
+    factor = max_norm / (total + 1e-6)
+    for values in held:
+        values.mul_(min(factor, 1.0) if not math.isnan(factor) else factor)
+    return torch.tensor(total, dtype=torch.float64)
