@@ -349,16 +349,39 @@ OP = torch.ops.tablewright.embedding_bags.default
 _FEW = 512  # ids: up to here torch's own lookup of one table takes less time, more of it in the backward (benchmarks/shapes_cpu.py)
 
 
+class _OneLookup(torch.autograd.Function):
+    """:class:`_Lookup` for one ``nn.Embedding`` with a sparse gradient: with few ids, what is asked and kept is most of the time."""
+
+    @staticmethod
+    def forward(ctx, table, ids, padding, text):
+        ctx.call = table, text  # the table's rows are not needed, and may change before the backward
+        ctx.save_for_backward(ids)
+        return torch.embedding(table, ids, padding)
+
+    @staticmethod
+    def backward(ctx, grad):
+        table, text = ctx.call
+        if torch.is_grad_enabled():
+            _refuse_to_record([table])
+            return None, None, None, None
+        made = _backward([grad], [table], ctx.saved_tensors, [None], [None], text, [True], [False], whole=True)
+        _keep_coalesced([table], made)
+        return made[0], None, None, None
+
+
+_APPLY_ONE = super(torch.autograd.Function, _OneLookup).apply
+
+
 @functools.lru_cache(maxsize=4096)
-def _lone(text: str) -> tuple[int, bool] | None:
-    """The padding row (-1: none) of a spec that is one ``nn.Embedding``, and whether its gradient is dense; ``None`` for others."""
+def _lone(text: str) -> tuple[int, str] | None:
+    """The padding row (-1: none) of a spec that is one ``nn.Embedding``, and the kind of its gradient; ``None`` for others."""
     spec = decode(text)
     lookup, grad = spec.lookups[0], spec.tables[0].grad
     if len(spec.lookups) != 1 or spec.extras or spec.unmade or spec.wide or spec.slots[0] != spec.tables[0].dim:
         return None
     if lookup.pooling != "none" or lookup.wrap_negative:
         return None
-    return -1 if lookup.padding_idx is None else lookup.padding_idx, grad == "dense"
+    return -1 if lookup.padding_idx is None else lookup.padding_idx, grad
 
 
 def call(tables, indices, offsets, sample_weights, extras, spec, ticket=None, owner=-1) -> list[Tensor]:
@@ -366,12 +389,14 @@ def call(tables, indices, offsets, sample_weights, extras, spec, ticket=None, ow
     if torch.compiler.is_compiling() or tracing():
         return OP(tables, indices, offsets, sample_weights, extras, spec, ticket, owner)
     if len(indices) == 1 and indices[0].numel() <= _FEW and (lone := _lone(spec)) and tables[0].is_cpu:
-        padding, dense = lone
-        if dense or not torch.is_grad_enabled():
-            try:
+        padding, grad = lone
+        try:
+            if grad == "dense" or not torch.is_grad_enabled():
                 return [torch.embedding(tables[0], indices[0], padding)]
-            except (IndexError, RuntimeError):  # the words are found below
-                pass
+            if grad == "sparse":
+                return [_APPLY_ONE(tables[0], indices[0], padding, spec)]
+        except (IndexError, RuntimeError):  # the words are found below
+            pass
     return _autograd(tables, indices, offsets, sample_weights, extras, spec, ticket, owner)
 
 
