@@ -15,6 +15,10 @@ _HOME = {
     "Plan": "rewriter.plan",
     "TablePlan": "rewriter.plan",
     "Storage": "rewriter.storage",
+    "Hashing": "rewriter.compression",
+    "QuotientRemainder": "rewriter.compression",
+    "MixedDim": "rewriter.compression",
+    "ProductQuantization": "rewriter.compression",
     "pipeline": "rewriter.prefetch",
     "Communication": "rewriter.placement",
     "Topology": "rewriter.planner.topology",
@@ -70,6 +74,7 @@ if TYPE_CHECKING:
         VersionSkew,
     )
     from .rewriter.clipping import clip_grad_norm_
+    from .rewriter.compression import Hashing, MixedDim, ProductQuantization, QuotientRemainder
     from .rewriter.equivalence import Equivalence
     from .rewriter.errors import (
         CaptureError,

@@ -32,6 +32,7 @@ from .capture.data_guard import asserted
 from .capture.plain_model import watch
 from .capture.shell import TICKET
 from .capture.stored import refuse_other_reads, store_tables
+from .compressed_tables import CompressedTables, compressed, is_table
 from .data_ways import say
 from .embedding_optimizer import decide
 from .equivalence import numeric_check
@@ -123,7 +124,8 @@ def optimize_with_samples(
     compiler.stored = stored
     if ranks is not None:
         make_dense(shell, optimizer)
-    with CAPTURING, stand_ins(shell, plan, optimizer, over_ranks=ranks is not None) as compiler.empty:
+    own = stand_ins(shell, plan, optimizer, ranks is not None), compressed(shell, plan, optimizer, ranks is not None)
+    with CAPTURING, own[0] as compiler.empty, own[1] as compiler.compressed:
         try:
             variants = compiler.compile_all(optimizer)
         except CaptureError as error:
@@ -241,13 +243,14 @@ class Compiler:
         self.user_optimizer: weakref.ref | None = None
         self.row_wise_tables: list[str] = []
         self.stored: dict[str, tuple[int, int]] = {}  # tables in memory of their own: bytes in the plain model, and here
+        self.compressed = CompressedTables()
 
     def for_copy(self, shell: nn.Module) -> Compiler:
         """For a deep copy of the model, which no longer follows the user's own."""
         result = Compiler(shell, {}, self.plan, self.samples, self.verify)
         named = dict([*shell.named_parameters(remove_duplicate=False), *shell.named_buffers(remove_duplicate=False)])
         result.tables = {name: named[name] for name in self.tables}
-        result.choices = self.choices
+        result.choices, result.stored, result.compressed = self.choices, self.stored, self.compressed
         return result
 
     def compile_all(self, optimizer: Optimizer | None) -> list[Variant]:
@@ -284,7 +287,7 @@ class Compiler:
 
     def _rewritten(self, captured: Captured, args: Any, kwargs: Any) -> Variant:
         self.shell.__dict__.setdefault(TICKET, torch.zeros((), dtype=torch.int64))
-        if self.stored:
+        if self.stored or self.compressed.saved:
             refuse_other_reads(captured, self.shell)
         if self.ranks is not None:
             prepare(self.shell)
@@ -336,8 +339,8 @@ class Compiler:
     def _decide(self, read: dict[str, Tensor], optimizer: Optimizer | None) -> None:
         modules = dict(self.shell.named_modules())
         every = {
-            name: p for name, p in self.shell.named_parameters()
-            if name in read or isinstance(modules[name.rpartition(".")[0]], (nn.Embedding, nn.EmbeddingBag))
+            name: p for name, p in [*self.shell.named_parameters(), *self.shell.named_buffers()]
+            if name in read or is_table(modules[name.rpartition(".")[0]], name.rpartition(".")[2])
         }  # fmt: skip
         every.update({name: t for name, t in read.items() if name not in every})
         aliases: dict[str, list[str]] = {}
@@ -345,7 +348,10 @@ class Compiler:
         for name, param in self.shell.named_parameters(remove_duplicate=False):
             if id(param) in first:
                 aliases.setdefault(first[id(param)], []).append(name)
+        for name, names in self.compressed.names.items():
+            aliases.setdefault(name, []).extend(names)
         resolved = self.resolved = self.plan.resolve(every, aliases)
+        self.compressed.refuse_others(resolved)
         spread = next((name for name, t in resolved.items() if t.sharding is not None), None)
         if spread is not None and self.ranks is None:
             raise PlanError(f"the plan makes table '{spread}' {resolved[spread].sharding}, which needs several ranks: a mesh was not given (mesh=)")
@@ -383,17 +389,18 @@ class Compiler:
         """What was done in ``variants``, the first of each method."""
         fused = [n for variant in variants for graph in variant.graphs for n in graph.nodes if n.target is OP]
         table_bytes = sum(t.numel() * t.element_size() for t in self.tables.values())
-        copied_bytes = table_bytes if copied else sum(low for _, low in self.stored.values())
+        own = [*self.stored.values(), *self.compressed.saved.values()]
+        copied_bytes = table_bytes if copied else sum(low for _, low in own)
         notes = []
         for variant in variants:
             entry = variant.captured.entry
             notes += variant.captured.notes if entry == FORWARD else [
                 f"{entry}(): captured by {variant.captured.door}", *(f"{entry}(): {note}" for note in variant.captured.notes)]
-        notes += [] if self.tiered is None else self.tiered.notes()
+        notes += [*self.compressed.notes(), *([] if self.tiered is None else self.tiered.notes())]
         done = {variant.captured.entry for variant in variants}
         notes += [f"{entry}() has no sample inputs: it is captured at its first call" for entry in self.samples if entry not in done]
         return Report(
-            records=(*merged(r for variant in variants for step in variant.steps for r in step.records), *self._storage()),
+            records=(*merged(r for variant in variants for step in variant.steps for r in step.records), *self._storage(), *self.compressed.records),
             door=variants[0].captured.door, pieces=variants[0].pieces, notes=tuple(notes), launches=len(fused),
             table_bytes=table_bytes, copied_bytes=copied_bytes, huge_page_bytes=huge, kernels=f"CPU kernels: {cpu.describe()}",
             seconds=seconds, passes=tuple(dict.fromkeys(step.name for variant in variants for step in variant.steps)),

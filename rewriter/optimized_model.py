@@ -322,7 +322,7 @@ class OptimizedModel(nn.Module):
     def _follow_replaced_parameters(self) -> None:
         """``assign=True`` and ``to_empty()`` put new Parameter objects in place: the plan's optimizer must update those, and
         nothing may keep the old ones alive."""
-        named = dict([*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)])
+        named = tensors_of(self)
         self._compiler.tables.update({name: named[name] for name in self._compiler.tables})
         if self._embedding_optimizer is not None:
             self._embedding_optimizer.follow(named)
@@ -392,10 +392,16 @@ class OptimizedModel(nn.Module):
         _follow_buffers(self)
         optimizer = self._embedding_optimizer
         state = None if optimizer is None else optimizer.state_dict()
-        return _rebuild, (plain_copy(self._shell, share=True), self._plan, self._compiler.samples, self.training, state)
+        parts = {name: tensor for name, tensor in tensors_of(self._shell).items() if name in self._compiler.compressed.names}
+        return _rebuild, (plain_copy(self._shell, share=True), self._plan, self._compiler.samples, self.training, state, parts)
 
     def __dir__(self):
         return sorted({*super().__dir__(), *dir(self._shell)})
+
+
+def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Its parameters and buffers by all their names."""
+    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
 
 
 def _follow_loaded(model: OptimizedModel, _) -> None:
@@ -406,10 +412,16 @@ def _follow_buffers(model: OptimizedModel, *_) -> None:
     model._follow_plain_model(strict=False)
 
 
-def _rebuild(model: nn.Module, plan: Plan, samples: Any, training: bool, optimizer_state: dict | None) -> OptimizedModel:
+def _rebuild(
+    model: nn.Module, plan: Plan, samples: Any, training: bool, optimizer_state: dict | None, parts: dict[str, torch.Tensor]
+) -> OptimizedModel:  # fmt: skip
     from .optimize import optimize_with_samples
 
     result = optimize_with_samples(model, plan, samples)
+    held = tensors_of(result)
+    with torch.no_grad():
+        for name, part in parts.items():  # of compressed tables, which were fitted just now
+            held[name].copy_(part)
     if optimizer_state is not None:
         result.embedding_optimizer.load_state_dict(optimizer_state)
     return result.train(training)

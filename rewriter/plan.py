@@ -17,7 +17,8 @@ training: {accumulate: 1}     # of the loop, as is pipeline: {prefetch: 2, stale
 
 Over several ranks an entry of ``tables`` also says where: ``{sharding: row_wise, ranks: [0, 1], exchange: unique, communication:
 {forward: fp16, backward: bf16}}`` (``placement.py`` says what each word means). A table that is larger than memory has
-``{storage: {cache: 4GB, path: user.rows}}`` (``storage.py``).
+``{storage: {cache: 4GB, path: user.rows}}`` (``storage.py``); one that is to be smaller ``{compress: {hashing: {rows: 1000}}}``
+(``compression.py``).
 """
 from __future__ import annotations
 
@@ -36,6 +37,7 @@ from .. import passes as registry
 from ..passes.mixed_precision import PRECISIONS, MixedPrecision
 from ..passes.records import NUMERICS
 from ..passes.rule import Pass
+from .compression import Compression, compression_from, compression_to
 from .errors import PlanError, nearest
 from .loop_plan import PipelinePlan, TrainingPlan, refuse_together, said, section
 from .placement import Communication, check_placement, check_together, communication_from
@@ -123,11 +125,14 @@ class TablePlan:
     communication: Communication | None = None
     split: str | None = None
     storage: Storage | None = None
+    compress: Compression | None = None
 
     def __post_init__(self) -> None:
         _check_optimizer(self.embedding_optimizer, "tables.<glob>.embedding_optimizer")
         _expect(self.trainable is None or isinstance(self.trainable, bool), "tables.<glob>.trainable", self.trainable, "true or false")
         _expect(self.storage is None or isinstance(self.storage, Storage), "tables.<glob>.storage", self.storage, "a tw.Storage")
+        ok = self.compress is None or isinstance(self.compress, Compression)
+        _expect(ok, "tables.<glob>.compress", self.compress, "one of tw.Hashing, tw.QuotientRemainder, tw.MixedDim, tw.ProductQuantization")
         _expect(self.dtype is None or self.dtype in PRECISIONS, "tables.<glob>.dtype", self.dtype, " | ".join(PRECISIONS))
         ranks = check_placement(self.sharding, self.ranks, self.exchange, self.communication, self.split, "tables.<glob>")
         object.__setattr__(self, "ranks", ranks)
@@ -178,6 +183,12 @@ class Plan:
             _expect(isinstance(glob, str), "a key of tables", glob, "a glob on module paths")
         tables = {k: v if isinstance(v, TablePlan) else _table_from(v, f"tables.{k}") for k, v in self.tables.items()}
         object.__setattr__(self, "tables", MappingProxyType(tables))
+        said = next((f"{glob}.compress: {t.compress.key}" for glob, t in tables.items() if t.compress is not None), None)
+        if said is not None and self.numerics != "approximate":
+            raise PlanError(
+                f"tables.{said} gives a table fewer numbers, which is approximate, and the plan allows numerics: {self.numerics}. "
+                "Say numerics: approximate, or leave compress out"
+            )
         known = {p.name: p for p in registry.DEFAULT}
         chosen: dict[str, Any] = {}
         for name, setting in self.passes.items():
@@ -324,13 +335,13 @@ class Plan:
             resolved[name] = TablePlan(**chosen)
         return resolved
 
-    def stored_dtypes(self, names: Mapping[str, Iterable[str]]) -> dict[str, str]:
-        """The tables (by parameter name; ``names`` also gives the other names of each) that are stored in another dtype than float32."""
+    def said(self, key: str, names: Mapping[str, Iterable[str]]) -> dict[str, Any]:
+        """The value of ``key`` for each table (by parameter name; ``names`` also gives the other names of each) of which the plan says one."""
         found = {}
         for name, aliases in names.items():
-            said = [t.dtype for glob, t in self.tables.items() if t.dtype and any(_matches(glob, n) for n in (name, *aliases))]
-            if said and said[0] != "fp32":
-                found[name] = said[0]
+            values = (v for glob, t in self.tables.items() if (v := getattr(t, key)) is not None and any(_matches(glob, n) for n in (name, *aliases)))
+            if (value := next(values, None)) is not None:
+                found[name] = value
         return found
 
     def make_passes(self) -> list[Pass | Disabled]:
@@ -428,6 +439,8 @@ def _table_from(raw: Any, where: str) -> TablePlan:
         values["communication"] = communication_from(values["communication"], f"{where}.communication")
     if values.get("storage") is not None:
         values["storage"] = storage_from(values["storage"], f"{where}.storage")
+    if values.get("compress") is not None:
+        values["compress"] = compression_from(values["compress"], f"{where}.compress")
     try:
         return TablePlan(**values)
     except PlanError as error:
@@ -441,5 +454,6 @@ def _table_to(value: TablePlan) -> dict[str, Any]:
         if setting is not None:
             plain = _optimizer_to(setting) if isinstance(setting, EmbeddingOptimizer) else _plain(setting)
             plain = setting.to_dict() if isinstance(setting, Storage) else plain
+            plain = compression_to(setting) if isinstance(setting, Compression) else plain
             out[f.name] = asdict(setting) if isinstance(setting, Communication) else plain
     return out

@@ -27,6 +27,7 @@ _WORDS = {
     "overlaps": "scheduled",
     "ops": "in low precision",
     "stored tables": "in their own dtype",
+    "compressed tables": "made smaller",
     "wide rows": "of low tables",
     "dense updates": "parameters stepped in the backward",
 }

@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.fx import graph as fx_graph
 
 from ..errors import CaptureError, explain
-from .stored import restore_plain
+from . import compressed, stored
 
 TICKET = "_tablewright_ticket"  # an attribute of the shell that is ours
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -159,7 +159,8 @@ def plain_copy(shell: nn.Module, share: bool = False) -> nn.Module:
         memo.update({id(t): t for t in [*shell.parameters(), *shell.buffers()]})
     result = deep_copy(shell, memo)
     result.__dict__.pop(TICKET, None)
-    restore_plain(result)
+    stored.restore_plain(result)
+    compressed.restore_plain(result)
     for module in result.modules():
         for name in _HOOKS:
             if isinstance(module.__dict__[name], RefusingHooks):

@@ -7,7 +7,7 @@ on the shell (captures, methods, comparisons) then sees the same rows.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,15 @@ from ..errors import PlanError
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class _Stored(nn.Module):
+class OwnStorage(nn.Module):
+    """A module of the shell that keeps a table in another form than the plain model's: ``kept`` says how, ``key`` is the plan's word."""
+
+    kept: ClassVar[str]
+    key: ClassVar[str]
+
+
+class _Stored(OwnStorage):
+    kept, key = "stored in another dtype", "dtype"
     weight: Tensor
     plain_dtype: torch.dtype
 
@@ -70,7 +78,7 @@ def store_tables(shell: nn.Module, plan: Any) -> dict[str, tuple[int, int]]:
     aliases: dict[str, list[str]] = {name: [] for name in first.values()}
     for name, param in shell.named_parameters(remove_duplicate=False):
         aliases[first[id(param)]].append(name)
-    dtype_of = plan.stored_dtypes(aliases)
+    dtype_of = {name: word for name, word in plan.said("dtype", aliases).items() if word != "fp32"}
     named = dict(shell.named_parameters())
     sizes = {}
     for name, word in dtype_of.items():
@@ -96,19 +104,20 @@ def store_tables(shell: nn.Module, plan: Any) -> dict[str, tuple[int, int]]:
 
 
 def refuse_other_reads(captured: Any, shell: nn.Module) -> None:
-    """Raises :class:`PlanError` where the model reads a stored table other than by calling its module, and would see the low dtype."""
-    owners = {path: module for path, module in shell.named_modules(remove_duplicate=False) if isinstance(module, _Stored)}
-    path = next(iter(owners))
+    """Raises :class:`PlanError` where the model reads a table in such storage other than by calling its module: it would see the low dtype,
+    or compute a compressed table as a whole."""
+    owners = {path: module for path, module in shell.named_modules(remove_duplicate=False) if isinstance(module, OwnStorage)}
+    path, first = next(iter(owners.items()))
     if captured.program is not None:
-        raise PlanError(f"tables: '{path}' is stored in another dtype, which needs the whole model in one graph; {captured.notes[0]}")
-    low = {id(module.weight): path for path, module in owners.items()}
+        raise PlanError(f"tables: '{path}' is {first.kept}, which needs the whole model in one graph; {captured.notes[0]}")
+    held = {id(t): path for path, module in owners.items() for t in [*module._parameters.values(), *module._buffers.values()]}
     for node in captured.graph.nodes:
-        path = low.get(id(stored_tensor(node, shell)))
+        path = held.get(id(stored_tensor(node, shell)))
         for user in node.users if path is not None else ():
             if user.meta[KEY].module_path not in owners:
                 raise PlanError(
-                    f"tables: '{path}' is stored in another dtype, and {user.meta[KEY].where()} reads its weight; only tables that are read by "
-                    "calling their module can be. Take dtype out of that entry of the plan"
+                    f"tables: '{path}' is {owners[path].kept}, and {user.meta[KEY].where()} reads its weight; only tables that are read by "
+                    f"calling their module can be. Take {owners[path].key} out of that entry of the plan"
                 )
 
 
