@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 
 import pytest
 import tablewright as tw
@@ -394,3 +395,20 @@ def test_other_reads_of_a_compressed_table_are_refused(read):
     with pytest.raises(PlanError, match="'table' is compressed, and .* reads its weight; only tables that are read by calling"):
         plan = tw.Plan(numerics="approximate", tables={"table": {"compress": {"hashing": {"rows": 5}}}})
         tw.optimize(ReadsWeights(read), plan, sample_inputs=(torch.tensor([1, 2]),))
+
+
+def test_every_form_is_served(tmp_path):
+    torch.manual_seed(0)
+    chosen = {"user": "multiply", "item": "hashing", "tags": "mixed", "seen": "quantized"}
+    plan = tw.Plan(numerics="approximate", tables={name: {"compress": FORMS[form]} for name, form in chosen.items()})
+    opt = tw.optimize(Model(), plan, sample_inputs=batch()).eval()
+    where = tw.export_serving(opt, batch(), tmp_path / "served")
+    stored = tw.load_serving(where)
+    names = ("user", "item", "tags", "offsets", "seen", "weights")
+    for rows in (6, 1):
+        given = batch(rows, seed=rows)
+        torch.testing.assert_close(torch.from_numpy(stored(**{n: t.numpy() for n, t in zip(names, given)})), opt(*given).detach(), rtol=1e-5, atol=1e-5)
+    tables = json.loads((where / "manifest.json").read_text())["tables"]
+    assert {n: (t["rows"], t["dim"]) for n, t in tables.items()} == {
+        "user.quotient": (18, DIM), "user.remainder": (40, DIM), "item.hashed": (31, DIM), "tags.base": (TAGS, 3), "seen.codebooks": (514, DIM // 2),
+    }  # fmt: skip
