@@ -64,10 +64,10 @@ def compressed(shell: nn.Module, plan: Plan, optimizer: Optimizer | None, over_r
     state = {} if optimizer is None else dict(optimizer.state)
     try:
         known = {name: names for name, (_, names, _) in owners.items()}
-        for name, how in plan.said("compress", known).items():
+        for name, how in plan.says("compress", known).items():
             table, names, modules = owners[name]
             for key in ("dtype", "sharding", "storage"):
-                other = plan.said(key, {name: names}).get(name, "fp32")
+                other = plan.says(key, {name: names}).get(name, "fp32")
                 if other != "fp32":
                     raise PlanError(f"tables: '{name}' has compress and {key}: {other}, which do not go together yet; leave one of them out")
             _check(name, table, modules, how, over_ranks)

@@ -183,10 +183,10 @@ class Plan:
             _expect(isinstance(glob, str), "a key of tables", glob, "a glob on module paths")
         tables = {k: v if isinstance(v, TablePlan) else _table_from(v, f"tables.{k}") for k, v in self.tables.items()}
         object.__setattr__(self, "tables", MappingProxyType(tables))
-        said = next((f"{glob}.compress: {t.compress.key}" for glob, t in tables.items() if t.compress is not None), None)
-        if said is not None and self.numerics != "approximate":
+        smaller = next((f"{glob}.compress: {t.compress.key}" for glob, t in tables.items() if t.compress is not None), None)
+        if smaller is not None and self.numerics != "approximate":
             raise PlanError(
-                f"tables.{said} gives a table fewer numbers, which is approximate, and the plan allows numerics: {self.numerics}. "
+                f"tables.{smaller} gives a table fewer numbers, which is approximate, and the plan allows numerics: {self.numerics}. "
                 "Say numerics: approximate, or leave compress out"
             )
         known = {p.name: p for p in registry.DEFAULT}
@@ -335,7 +335,7 @@ class Plan:
             resolved[name] = TablePlan(**chosen)
         return resolved
 
-    def said(self, key: str, names: Mapping[str, Iterable[str]]) -> dict[str, Any]:
+    def says(self, key: str, names: Mapping[str, Iterable[str]]) -> dict[str, Any]:
         """The value of ``key`` for each table (by parameter name; ``names`` also gives the other names of each) of which the plan says one."""
         found = {}
         for name, aliases in names.items():

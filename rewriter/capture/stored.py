@@ -78,7 +78,7 @@ def store_tables(shell: nn.Module, plan: Any) -> dict[str, tuple[int, int]]:
     aliases: dict[str, list[str]] = {name: [] for name in first.values()}
     for name, param in shell.named_parameters(remove_duplicate=False):
         aliases[first[id(param)]].append(name)
-    dtype_of = {name: word for name, word in plan.said("dtype", aliases).items() if word != "fp32"}
+    dtype_of = {name: word for name, word in plan.says("dtype", aliases).items() if word != "fp32"}
     named = dict(shell.named_parameters())
     sizes = {}
     for name, word in dtype_of.items():
