@@ -187,19 +187,6 @@ def only_user(node: Node) -> Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def same_value(a: Any, b: Any, writes: Writes) -> bool:
-    """Do two nodes (or arguments) hold the same value: the same calls of the same things, none of them written to?"""
-    if not isinstance(a, Node) or not isinstance(b, Node):
-        if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-            return len(a) == len(b) and all(same_value(x, y, writes) for x, y in zip(a, b))
-        return type(a) is type(b) and a == b
-    if a is b:
-        return True
-    if a.op != "call_function" or a.target != b.target or not is_pure(a) or a.kwargs != b.kwargs or writes.to(a) or writes.to(b):
-        return False
-    return same_value(a.args, b.args, writes)
-
-
 def dim_of(node: Node, place: int, rank: int) -> Any:
     """Argument ``place`` of ``node`` as a dimension from 0 (0 where it is absent)."""
     dim = node.args[place] if len(node.args) > place else 0

@@ -30,10 +30,10 @@ from .feature_pairs import (
     join_of,
     only_user,
     rank_of,
-    same_value,
     shape_of,
 )
 from .graph import Editor, aten, is_op, packet_name
+from .lazy import same_value
 from .records import Skip, skip
 
 _TRANSPOSES = (aten.transpose.int, aten.permute.default, aten.mT.default, aten.adjoint.default)

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 from torch.fx import Node
 
 from ..kernels.interaction.op import FM
-from .feature_pairs import Facts, Feature, Found, InteractionPass, Table, feature, same_value, shape_of
+from .feature_pairs import Facts, Feature, Found, InteractionPass, Table, feature, shape_of
 from .graph import Editor, aten, is_op
 from .interaction_tail import Tail, add_up, follow
+from .lazy import same_value
 from .records import Skip
 
 
