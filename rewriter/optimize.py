@@ -155,6 +155,7 @@ def optimize_with_samples(
     if on_skip == "error":
         _raise_if_skipped(result.report)
     stepped = for_the_loop(result, None if optimizer is None else compiler.returned_optimizer(optimizer, variants))
+    compiler.user_optimizer = None if stepped is None else weakref.ref(stepped)
     return result if optimizer is None else (result, stepped)
 
 
@@ -421,7 +422,6 @@ class Compiler:
         if self.row_wise_tables:
             lazy = self.plan.numerics == "approximate"
             result = row_wise(optimizer, [self.tables[name] for name in self.row_wise_tables], lazy)
-        self.user_optimizer = weakref.ref(result)
         return result
 
     def bisect(self, model: OptimizedModel, args: tuple, kwargs: dict) -> str:

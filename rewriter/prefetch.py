@@ -9,7 +9,9 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,7 @@ from ..passes.ids_ahead import ids_ahead
 from .capture.data_guard import asserted
 from .errors import PlanError
 from .optimized_model import OptimizedModel
+from .staleness import Lookups, StaleLookups
 from .variant import Variant, runnable
 
 _END = object()
@@ -29,7 +32,9 @@ _PATIENCE = 5.0  # seconds that a loop that ends early waits for a loader that i
 @dataclass
 class PipelineReport:
     """``batches`` given out, ``ahead`` of them with their rows fetched before. Seconds: ``loading`` (the loader), ``fetching`` (ids and
-    rows), ``waiting`` (the training loop, for a batch or for rows in its lookups). ``not_ahead``: why rows were not fetched ahead, "" where they were."""
+    rows), ``looking`` (lookups run ahead), ``waiting`` (the training loop, for any of these). ``hits`` and ``misses``: rows that were wanted
+    and found in the caches of tables in tiers, or not. With ``staleness``: ``looked_ahead`` batches had their lookups run ahead, ``latest``
+    updates late at most, :attr:`mean_lateness` on average over all batches. ``not_ahead``: why anything was not done ahead, "" where it was."""
 
     batches: int = 0
     ahead: int = 0
@@ -37,14 +42,32 @@ class PipelineReport:
     fetching: float = 0.0
     waiting: float = 0.0
     not_ahead: str = ""
+    looking: float = 0.0
+    hits: int = 0
+    misses: int = 0
+    staleness: int = 0
+    looked_ahead: int = 0
+    latest: int = 0
+    lateness: int = 0  # the sum over batches
 
     @property
     def hidden(self) -> float:
-        """The part of the loading and fetching time that the training loop did not wait for, 0 to 1."""
-        return max(0.0, 1 - self.waiting / max(1e-12, self.loading + self.fetching))
+        """The part of the loading, fetching and looking time that the training loop did not wait for, 0 to 1."""
+        return max(0.0, 1 - self.waiting / max(1e-12, self.loading + self.fetching + self.looking))
+
+    @property
+    def mean_lateness(self) -> float:
+        """By how many updates the lookups of a batch were late, on average."""
+        return self.lateness / max(1, self.batches)
 
     def __str__(self) -> str:
-        said = f"{self.batches} batches, {self.ahead} with their rows fetched ahead; loading {self.loading:.2f} s, fetching {self.fetching:.2f} s, waited {self.waiting:.2f} s ({self.hidden:.0%} hidden)"
+        said = f"{self.batches} batches, {self.ahead} with their rows fetched ahead; loading {self.loading:.2f} s, fetching {self.fetching:.2f} s, "
+        said += f"looking up {self.looking:.2f} s, " if self.staleness else ""
+        said += f"waited {self.waiting:.2f} s ({self.hidden:.0%} hidden)"
+        if self.hits + self.misses:
+            said += f"; {self.hits / (self.hits + self.misses):.1%} of {self.hits + self.misses:,} rows were in the caches"
+        if self.staleness:
+            said += f"; {self.looked_ahead} batches looked up ahead, {self.latest} updates late at most (of {self.staleness} allowed), {self.mean_lateness:.2f} on average"
         return said + (f"; {self.not_ahead}" if self.not_ahead else "")
 
 
@@ -57,29 +80,43 @@ class Pipeline:
         self._ahead: dict[int, tuple[Callable, list[int], str]] = {}  # by the variant's id
 
     def __iter__(self) -> Iterator[Any]:
-        self.report = PipelineReport()
+        report = self.report = PipelineReport(staleness=self.model.plan.pipeline.staleness)
         given: queue.Queue = queue.Queue(self.prefetch)
         stop = threading.Event()
         grad = torch.is_grad_enabled()
         loading = threading.Event()
+        tables = self._tables()
+        lookups, counted = sum(t.waited for t in tables), _counts(tables)
+        stale = StaleLookups(self.model, report.staleness, report) if report.staleness else None
         thread = threading.Thread(target=self._work, args=(given, stop, grad, loading), name="tablewright prefetch", daemon=True)
         thread.start()
-        tables = self._tables()
-        lookups = sum(t.waited for t in tables)
+        window: deque[tuple[Any, int, Any, Lookups | None]] = deque()  # the batch to come, and those that are looked up ahead of it
+        asked, ended = 0, False
         try:
-            while True:
-                started = time.perf_counter()
-                kind, number, value = given.get()
-                seen, lookups = lookups, sum(t.waited for t in tables)
-                self.report.waiting += time.perf_counter() - started + lookups - seen
-                if kind is _END:
-                    return
-                if kind is BaseException:
-                    raise value
-                self.report.batches += 1
-                for table in tables:
-                    table.drop_before(number)
-                yield value
+            with nullcontext() if stale is None else stale.running():
+                while True:
+                    started = time.perf_counter()
+                    while not ended and len(window) <= report.staleness:
+                        kind, number, value, fetched = given.get()
+                        ended = kind is not None
+                        window.append((kind, number, value, stale.start(number, asked, *fetched) if stale and not ended else None))
+                    kind, number, value, looked = window.popleft()
+                    if stale is not None and looked is not None:
+                        stale.hand_out(looked)
+                    seen, lookups = lookups, sum(t.waited for t in tables)
+                    report.waiting += time.perf_counter() - started + lookups - seen
+                    report.hits, report.misses = (now - then for now, then in zip(_counts(tables), counted))
+                    if kind is not None:
+                        if stale is not None:
+                            stale.settle()
+                        if kind is _END:
+                            return
+                        raise value
+                    report.batches += 1
+                    for table in tables:
+                        table.drop_before(number)
+                    yield value
+                    asked = number + 1
         finally:
             stop.set()
             late = time.monotonic() + _PATIENCE
@@ -111,34 +148,38 @@ class Pipeline:
                 loaded = time.perf_counter()
                 self.report.loading += loaded - started
                 if batch is _END:
-                    given.put((_END, number, None))
+                    given.put((_END, number, None, None))
                     return
                 with torch.set_grad_enabled(grad):
-                    self._fetch(batch, number)
+                    fetched = self._fetch(batch, number)
                 self.report.fetching += time.perf_counter() - loaded
-                given.put((None, number, batch))
+                given.put((None, number, batch, fetched))
                 number += 1
         except BaseException as error:  # noqa: B036 - it is raised where the loop takes its next batch
-            given.put((BaseException, -1, error))
+            given.put((BaseException, -1, error, None))
 
-    def _fetch(self, batch: Any, number: int) -> None:
-        if not self._tables():
+    def _fetch(self, batch: Any, number: int) -> tuple[Variant | None, list, str]:
+        """Bring the rows of a batch. Returns the form of the model that it fits, its inputs, and why there is none."""
+        if not self._tables() and not self.report.staleness:
             self.report.not_ahead = "no table is in tiers"
-            return
+            return None, [], ""
         args, kwargs = self._arguments(batch)
         variant = next((v for v in self.model._variants if v.captured.entry == "forward" and v.captured.guards.failure(args, kwargs) is None), None)
         if variant is None:
-            self.report.not_ahead = "some batches fit no captured form of the model (inputs= says which part of a batch the model takes)"
-            return
+            why = self.report.not_ahead = "some batches fit no captured form of the model (inputs= says which part of a batch the model takes)"
+            return None, [], why
+        inputs = list(variant.captured.guards.flatten(args, kwargs))
         run, numbers, why = self._of(variant)
         if why:
             self.report.not_ahead = why
-            return
-        with torch.no_grad():
-            ids = run(*variant.captured.guards.flatten(args, kwargs))
-        for table, each in zip(numbers, ids):
-            table_of(table).prefetch(each, number)
-        self.report.ahead += 1
+            return None, [], why
+        if numbers:
+            with torch.no_grad():
+                ids = run(*inputs)
+            for table, each in zip(numbers, ids):
+                table_of(table).prefetch(each, number)
+            self.report.ahead += 1
+        return variant, inputs, ""
 
     def _arguments(self, batch: Any) -> tuple[tuple, dict]:
         taken = batch if self.inputs is None else self.inputs(batch)
@@ -156,16 +197,24 @@ class Pipeline:
         return found
 
 
-def pipeline(loader: Iterable[Any], model: OptimizedModel, *, inputs: Callable[[Any], Any] | None = None, prefetch: int = 2) -> Pipeline:
-    """Iterate over ``loader`` with the rows of up to ``prefetch`` batches fetched ahead: ``for dense, ids, y in tw.pipeline(loader, opt,
-    inputs=lambda batch: batch[:2]): ...`` is the plain loop, with the same results.
+def _counts(tables: list[TieredTable]) -> tuple[int, int]:
+    counted = [t.cache.counters() for t in tables]
+    return sum(c.hits for c in counted), sum(c.misses for c in counted)
+
+
+def pipeline(loader: Iterable[Any], model: OptimizedModel, *, inputs: Callable[[Any], Any] | None = None, prefetch: int | None = None) -> Pipeline:
+    """Iterate over ``loader`` with the rows of up to ``prefetch`` batches (by default the plan's ``pipeline.prefetch``) fetched ahead: ``for
+    dense, ids, y in tw.pipeline(loader, opt, inputs=lambda batch: batch[:2]): ...`` is the plain loop, with the same results, unless the plan
+    allows ``staleness``: then the lookups of a batch run up to so many batches before it (``staleness.py``), where the model is called with
+    the very tensors that ``inputs`` gives.
 
     ``inputs``: from a batch to the model's arguments (a tuple of positional ones, a mapping of keyword ones, or one tensor); by default the
     batch itself. The loader runs in a thread of its own; what it raises is raised at the batch it raised it for. The cache must hold the
-    rows of ``prefetch`` + 2 batches. Raises :class:`PlanError` for a model that ``optimize`` did not return, and for ``prefetch`` below 1.
+    rows of ``prefetch`` + staleness + 2 batches. Raises :class:`PlanError` for a model that ``optimize`` did not return, and for ``prefetch`` below 1.
     """
     if not isinstance(model, OptimizedModel):
         raise PlanError(f"pipeline() takes the model that optimize() returned, not {type(model).__name__}")
+    prefetch = model.plan.pipeline.prefetch if prefetch is None else prefetch
     if type(prefetch) is not int or prefetch < 1:
         raise PlanError(f"prefetch is {prefetch!r}; it must be a number of batches, 1 or more")
     return Pipeline(loader, model, inputs, prefetch)

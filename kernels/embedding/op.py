@@ -54,7 +54,7 @@ def implementation(device: torch.device):
 # --- forward -----------------------------------------------------------------------------------------------------------------
 
 
-def _forward(tables, indices, offsets, sample_weights, extras, text: str) -> list[Tensor]:
+def forward(tables, indices, offsets, sample_weights, extras, text: str) -> list[Tensor]:
     spec = decode(text)
     if spec.unmade:
         return _unmade(spec, tables, indices, offsets)
@@ -83,7 +83,7 @@ def _promote(spec: GroupSpec, slots: list[Tensor], extras) -> list[Tensor]:
 
 
 def _kernel(tables, indices, offsets, sample_weights, extras, spec, ticket=None, owner=-1):
-    return _forward(tables, indices, offsets, sample_weights, extras, spec)
+    return forward(tables, indices, offsets, sample_weights, extras, spec)
 
 
 def leading_shapes(spec: GroupSpec, indices, offsets) -> list[tuple]:
@@ -193,7 +193,9 @@ class _Lookup(torch.autograd.Function):
                 return tuple(
                     torch.ops.tablewright.embedding_bags(tables, indices, offsets, sample_weights, extras, text, ticket, owner)
                 )
-        return tuple(_forward(tables, indices, offsets, sample_weights, extras, text))
+        if ticket is None or isinstance(ticket, Tensor):
+            return tuple(forward(tables, indices, offsets, sample_weights, extras, text))
+        return tuple(ticket.slots(extras, text))
 
     @staticmethod
     def backward(ctx, *slot_grads):
@@ -247,6 +249,15 @@ class _Lookup(torch.autograd.Function):
             for e, dtype in zip(spec.extras, extra_dtypes)
         ]
         return (None,) * 8 + (*(table_grads[:1] if ctx.alone else table_grads), *weight_grads, *extra_grads)
+
+
+class GivenLookup(_Lookup):
+    """A lookup whose rows were read before (``given.py``): they come in place of the ticket."""
+
+    @staticmethod
+    def backward(ctx, *slot_grads):
+        ctx.call[2].wait()
+        return _Lookup.backward(ctx, *slot_grads)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -308,10 +319,10 @@ def _keep_coalesced(tables: list[Tensor], grads: list[Tensor | None]) -> None:
         torch.autograd.Variable._execution_engine.queue_callback(restore)
 
 
-def _autograd(tables, indices, offsets, sample_weights, extras, spec, ticket=None, owner=-1):
+def autograd(tables, indices, offsets, sample_weights, extras, spec, ticket=None, owner=-1, run=None):
     traced = tracing()
     if not traced and not torch.is_grad_enabled():
-        return _forward(tables, indices, offsets, sample_weights, extras, spec)
+        return forward(tables, indices, offsets, sample_weights, extras, spec)
     weighted = [i for i, w in enumerate(sample_weights) if w is not None]
     frozen, all_in_backward = _layouts(spec)
     if frozen:
@@ -322,7 +333,7 @@ def _autograd(tables, indices, offsets, sample_weights, extras, spec, ticket=Non
         if trained is not None:
             alone, leaves = tables, [trained]
     tensors = (*leaves, *[sample_weights[i] for i in weighted], *extras) if weighted or extras else leaves
-    apply = _Lookup.apply if traced else _APPLY
+    apply = run or (_Lookup.apply if traced else _APPLY)
     return list(apply(spec, owner, ticket, indices, offsets, sample_weights, weighted, alone, *tensors))
 
 
@@ -341,7 +352,7 @@ for _device in ("CPU", "CUDA"):
     LIBRARY.impl("embedding_bags", _kernel, _device)
     LIBRARY.impl("embedding_bags_backward", _backward, _device)
     LIBRARY.impl("embedding_bags_defer_update", _defer, _device)
-LIBRARY.impl("embedding_bags", _autograd, "Autograd")
+LIBRARY.impl("embedding_bags", autograd, "Autograd")
 
 OP = torch.ops.tablewright.embedding_bags.default
 
@@ -397,7 +408,7 @@ def call(tables, indices, offsets, sample_weights, extras, spec, ticket=None, ow
                 return [_APPLY_ONE(tables[0], indices[0], padding, spec)]
         except (IndexError, RuntimeError):  # the words are found below
             pass
-    return _autograd(tables, indices, offsets, sample_weights, extras, spec, ticket, owner)
+    return autograd(tables, indices, offsets, sample_weights, extras, spec, ticket, owner)
 
 
 DIRECT[OP] = call
