@@ -22,6 +22,8 @@ namespace {
 
 const int64_t WAYS = 16;
 const int READERS = 8;  // threads that wait for the disk
+const size_t SAVED = 4096;  // rows that are written at once
+const int64_t AHEAD = 32;   // ids whose sets are asked for before they are looked at
 
 uint64_t mix(uint64_t x) {
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
@@ -29,16 +31,26 @@ uint64_t mix(uint64_t x) {
     return x ^ (x >> 31);
 }
 
+struct Slot {
+    uint64_t stamp;        // the fetch that used it last
+    uint32_t count;        // fetches that used it
+    uint32_t pins : 31, dirty : 1;
+};
+
 struct Miss {
     int64_t slot, row, before;  // before: the row that leaves, or -1
     bool dirty;                 // its values must be written first
+};
+
+struct Kept {  // a row and the slot that holds it
+    int64_t row, slot;
 };
 
 class Cache {
   public:
     Cache(std::unique_ptr<Store> store, std::vector<Part> parts, uint64_t seed, int64_t slots, bool lfu)
         : store_(std::move(store)), parts_(std::move(parts)), seed_(seed), sets_(slots / WAYS), lfu_(lfu), tags_(size_t(sets_ * WAYS), -1),
-          stamps_(size_t(sets_ * WAYS), 0), counts_(size_t(sets_ * WAYS), 0), pins_(size_t(sets_ * WAYS), 0), dirty_(size_t(sets_ * WAYS), 0) {}
+          slots_(size_t(sets_ * WAYS), Slot{}) {}
 
     // The slots of `ids`; they stay until release(ticket).
     int64_t fetch(const int64_t* ids, int64_t n, int64_t* slots, char* const* arrays, bool train) {
@@ -52,28 +64,33 @@ class Cache {
         std::vector<Miss> misses;
         int64_t hits = 0;
         try {
-            for (int64_t i = 0; i < n; i++) {
-                if (i + 12 < n) __builtin_prefetch(&tags_[size_t(set_of(ids[i + 12], 0) * WAYS)]);
-                slots[i] = take(ids[i], held, misses, hits);
+            for (int64_t i = -AHEAD; i < n; i++) {
+                if (i + AHEAD < n) ask(ids[i + AHEAD]);
+                if (i >= -AHEAD / 2 && i + AHEAD / 2 < n) ask_slot(ids[i + AHEAD / 2]);
+                if (i >= 0) slots[i] = take(ids[i], held, misses, hits);
             }
-            write_back(misses, arrays);
+            std::vector<Kept> leaving;
+            for (const Miss& miss : misses)
+                if (miss.dirty) leaving.push_back({miss.before, miss.slot});
+            save(leaving, arrays);
+            written_ += int64_t(leaving.size());
         } catch (...) {
-            for (int64_t slot : held) pins_[size_t(slot)]--;
+            for (int64_t slot : held) slots_[size_t(slot)].pins--;
             for (const Miss& miss : misses) {  // nothing was moved yet: the rows that were to leave are still there
                 tags_[size_t(miss.slot)] = miss.before;
-                dirty_[size_t(miss.slot)] = miss.dirty;
+                slots_[size_t(miss.slot)].dirty = miss.dirty;
             }
             throw;
         }
         try {
             fill(misses, arrays);
         } catch (...) {
-            for (int64_t slot : held) pins_[size_t(slot)]--;
+            for (int64_t slot : held) slots_[size_t(slot)].pins--;
             for (const Miss& miss : misses) tags_[size_t(miss.slot)] = -1;  // what could not be read is not there
             throw;
         }
         if (train)
-            for (int64_t slot : held) dirty_[size_t(slot)] = 1;
+            for (int64_t slot : held) slots_[size_t(slot)].dirty = 1;
         hits_ += hits;
         misses_ += int64_t(misses.size());
         int64_t ticket = ++tickets_;
@@ -95,13 +112,11 @@ class Cache {
     void prepare(char* const* arrays) {
         std::lock_guard<std::mutex> guard(lock_);
         unpin();
-        std::vector<char> record(static_cast<size_t>(store_->record()));
-        for (size_t slot = 0; slot < tags_.size(); slot++) {
-            if (!dirty_[slot]) continue;
-            gather(int64_t(slot), arrays, record.data());
-            store_->write(tags_[slot], record.data());
-            dirty_[slot] = pins_[slot] != 0;  // what a batch still holds may change again
-        }
+        std::vector<Kept> changed;
+        for (size_t slot = 0; slot < tags_.size(); slot++)
+            if (slots_[slot].dirty) changed.push_back({tags_[slot], int64_t(slot)});
+        save(changed, arrays);
+        for (const Kept& each : changed) slots_[size_t(each.slot)].dirty = slots_[size_t(each.slot)].pins != 0;  // what a batch still holds may change again
         store_->prepare();
     }
 
@@ -139,12 +154,12 @@ class Cache {
             int64_t slot = find(ids[i]);
             if (slot >= 0) {
                 memcpy(arrays[part] + slot * bytes, from + i * bytes, size_t(bytes));
-                dirty_[size_t(slot)] = 1;
+                slots_[size_t(slot)].dirty = 1;
                 continue;
             }
             fetch_record(ids[i], record.data());
             memcpy(record.data() + before, from + i * bytes, size_t(bytes));
-            store_->write(ids[i], record.data());
+            store_->write({ids[i]}, [&](size_t, char* to) { memcpy(to, record.data(), record.size()); });
         }
     }
 
@@ -160,7 +175,7 @@ class Cache {
   private:
     void unpin() {
         std::lock_guard<std::mutex> guard(tickets_lock_);
-        for (int64_t slot : free_) pins_[size_t(slot)]--;
+        for (int64_t slot : free_) slots_[size_t(slot)].pins--;
         free_.clear();
     }
 
@@ -175,25 +190,37 @@ class Cache {
         return -1;
     }
 
+    // Ask for the memory that take() will look at: first its sets, then the slot, if it is there, or those that may leave.
+    void ask(int64_t id) const {
+        const char* tags = reinterpret_cast<const char*>(&tags_[size_t(set_of(id, 0) * WAYS)]);
+        __builtin_prefetch(tags), __builtin_prefetch(tags + 64);
+    }
+
+    void ask_slot(int64_t id) const {
+        int64_t first = set_of(id, 0) * WAYS, slot = find(id);
+        const char* slots = reinterpret_cast<const char*>(&slots_[size_t(slot < 0 ? first : slot)]);
+        for (int line = 0; line < (slot < 0 ? 4 : 1); line++) __builtin_prefetch(slots + 64 * line);
+    }
+
     // The slot of `id`, pinned once for this call.
     int64_t take(int64_t id, std::vector<int64_t>& held, std::vector<Miss>& misses, int64_t& hits) {
-        int64_t slot = find(id);
-        if (slot < 0) {
-            slot = victim(id);
-            misses.push_back({slot, id, tags_[size_t(slot)], dirty_[size_t(slot)] != 0});
-            tags_[size_t(slot)] = id;
-            dirty_[size_t(slot)] = 0;
-            counts_[size_t(slot)] = 0;
-        } else if (stamps_[size_t(slot)] != clock_) {
-            hits++;
+        int64_t place = find(id);
+        bool missing = place < 0;
+        if (missing) place = victim(id);
+        Slot& slot = slots_[size_t(place)];
+        if (missing) {
+            misses.push_back({place, id, tags_[size_t(place)], slot.dirty != 0});
+            tags_[size_t(place)] = id;
+            slot.dirty = 0, slot.count = 0;
         }
-        if (stamps_[size_t(slot)] != clock_) {
-            stamps_[size_t(slot)] = clock_;
-            counts_[size_t(slot)] += counts_[size_t(slot)] < UINT32_MAX;
-            pins_[size_t(slot)]++;
-            held.push_back(slot);
+        if (slot.stamp != clock_) {
+            hits += !missing;
+            slot.stamp = clock_;
+            slot.count += slot.count < UINT32_MAX;
+            slot.pins++;
+            held.push_back(place);
         }
-        return slot;
+        return place;
     }
 
     // The slot that is given up for `id`: an empty one, else the one used longest ago (or least often) of those nobody holds.
@@ -203,7 +230,7 @@ class Cache {
             int64_t first = set_of(id, which) * WAYS;
             for (int64_t way = 0; way < WAYS; way++) {
                 int64_t slot = first + way;
-                if (pins_[size_t(slot)]) continue;
+                if (slots_[size_t(slot)].pins) continue;
                 if (tags_[size_t(slot)] < 0) return slot;
                 if (best < 0 || before(slot, best)) best = slot;
             }
@@ -214,8 +241,9 @@ class Cache {
     }
 
     bool before(int64_t a, int64_t b) const {
-        if (lfu_ && counts_[size_t(a)] != counts_[size_t(b)]) return counts_[size_t(a)] < counts_[size_t(b)];
-        return stamps_[size_t(a)] < stamps_[size_t(b)];
+        const Slot &one = slots_[size_t(a)], &other = slots_[size_t(b)];
+        if (lfu_ && one.count != other.count) return one.count < other.count;
+        return one.stamp < other.stamp;
     }
 
     void gather(int64_t slot, char* const* arrays, char* record) const {
@@ -225,9 +253,17 @@ class Cache {
         }
     }
 
+    void scatter(const char* record, int64_t slot, char* const* arrays) const {
+        for (size_t p = 0; p < parts_.size(); p++) {
+            memcpy(arrays[p] + slot * parts_[p].bytes, record, size_t(parts_[p].bytes));
+            record += parts_[p].bytes;
+        }
+    }
+
     void fetch_record(int64_t row, char* record) {
-        if (store_->known(row)) {
-            store_->read(row, record);
+        Where where = store_->where(row);
+        if (where.at >= 0) {
+            store_->read(where, record);
             return;
         }
         for (size_t p = 0; p < parts_.size(); p++) {
@@ -236,23 +272,35 @@ class Cache {
         }
     }
 
-    // Writes what leaves.
-    void write_back(const std::vector<Miss>& misses, char* const* arrays) {
-        std::vector<char> record(static_cast<size_t>(store_->record()));
-        for (const Miss& miss : misses)
-            if (miss.dirty) {
-                gather(miss.slot, arrays, record.data());
-                store_->write(miss.before, record.data());
-                written_++;
-            }
+    // Writes rows to the store.
+    void save(const std::vector<Kept>& kept, char* const* arrays) {
+        std::vector<int64_t> rows;
+        for (size_t first = 0; first < kept.size(); first += SAVED) {
+            size_t count = std::min(SAVED, kept.size() - first);
+            rows.clear();
+            for (size_t i = 0; i < count; i++) rows.push_back(kept[first + i].row);
+            store_->write(rows, [&](size_t i, char* to) {
+                if (i + 4 < count)
+                    for (size_t p = 0; p < parts_.size(); p++)
+                        for (int64_t at = 0; at < parts_[p].bytes; at += 64) __builtin_prefetch(arrays[p] + kept[first + i + 4].slot * parts_[p].bytes + at);
+                gather(kept[first + i].slot, arrays, to);
+            });
+        }
     }
 
-    // Fills the slots: from the disk by several threads, in the order of the file.
+    // Fills the slots: what the system has in memory first, then from the disk by several threads, in the order of the files.
     void fill(const std::vector<Miss>& misses, char* const* arrays) {
-        std::vector<Miss> stored;
-        for (const Miss& miss : misses) {
-            if (store_->known(miss.row)) {
-                stored.push_back(miss);
+        struct Wanted {
+            Where where;
+            int64_t slot;
+        };
+        std::vector<Wanted> stored;
+        for (size_t i = 0; i < misses.size(); i++) {
+            if (i + 12 < misses.size()) store_->soon(misses[i + 12].row);
+            const Miss& miss = misses[i];
+            Where where = store_->where(miss.row);
+            if (where.at >= 0) {
+                stored.push_back({where, miss.slot});
                 continue;
             }
             made_++;
@@ -260,7 +308,16 @@ class Cache {
                 start_row(parts_[p], int64_t(p), seed_, miss.row, reinterpret_cast<float*>(arrays[p] + miss.slot * parts_[p].bytes));
         }
         read_ += int64_t(stored.size());
-        std::sort(stored.begin(), stored.end(), [](const Miss& a, const Miss& b) { return a.row < b.row; });
+        std::sort(stored.begin(), stored.end(), [](const Wanted& a, const Wanted& b) { return a.where.logged != b.where.logged ? a.where.logged : a.where.at < b.where.at; });
+        std::vector<char> record(static_cast<size_t>(store_->record()));
+        size_t slow = 0;
+        for (const Wanted& each : stored) {
+            if (store_->read_now(each.where, record.data()))
+                scatter(record.data(), each.slot, arrays);
+            else
+                stored[slow++] = each;
+        }
+        stored.resize(slow);
         std::atomic<size_t> next{0};
         std::mutex failing;
         std::string failed;
@@ -268,18 +325,14 @@ class Cache {
             std::vector<char> mine(static_cast<size_t>(store_->record()));
             for (size_t i; (i = next.fetch_add(16)) < stored.size();)
                 for (size_t k = i; k < std::min(i + 16, stored.size()); k++) try {
-                        store_->read(stored[k].row, mine.data());
-                        const char* from = mine.data();
-                        for (size_t p = 0; p < parts_.size(); p++) {
-                            memcpy(arrays[p] + stored[k].slot * parts_[p].bytes, from, size_t(parts_[p].bytes));
-                            from += parts_[p].bytes;
-                        }
+                        store_->read(stored[k].where, mine.data());
+                        scatter(mine.data(), stored[k].slot, arrays);
                     } catch (const Failure& f) {
                         std::lock_guard<std::mutex> guard(failing);
                         failed = f.what;
                     }
         };
-        size_t threads = stored.size() < 256 ? 0 : READERS - 1;
+        size_t threads = stored.size() < 64 ? 0 : READERS - 1;
         std::vector<std::thread> readers;
         readers.reserve(threads);
         try {
@@ -297,10 +350,7 @@ class Cache {
     int64_t sets_;
     bool lfu_;
     std::vector<int64_t> tags_;
-    std::vector<uint64_t> stamps_;
-    std::vector<uint32_t> counts_;
-    std::vector<uint32_t> pins_;
-    std::vector<unsigned char> dirty_;
+    std::vector<Slot> slots_;
     std::unordered_map<int64_t, std::vector<int64_t>> held_;  // by ticket; with free_, under tickets_lock_
     std::vector<int64_t> free_;  // slots of tickets that were released, still pinned
     std::mutex tickets_lock_;

@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/file.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -16,6 +17,7 @@ namespace twt {
 namespace {
 
 const int64_t PAGE = 4096;
+const size_t AHEAD = 12;  // rows whose memory is asked for before it is read
 const char MAGIC[8] = {'T', 'W', 'R', 'O', 'W', 'S', '0', '1'};
 
 struct Header {
@@ -28,8 +30,11 @@ struct Header {
 
 struct Entry {  // before each record in the journal
     int64_t row;
-    uint32_t sum, unused;
+    uint32_t sum, here;  // here: 1; 0 in the holes that were given back
 };
+
+const int64_t SEGMENT = 1024;        // records of the journal that are given back together: whole pages, whatever a record's size
+const int64_t SPARE = 64 * SEGMENT;  // records that nobody needs any more, which the journal may hold anyway
 
 [[noreturn]] void fail(const std::string& what) { throw Failure{what}; }
 [[noreturn]] void fail_io(const std::string& doing, const std::string& path) { fail(doing + " " + path + ": " + strerror(errno)); }
@@ -73,19 +78,29 @@ uint64_t mix(uint64_t x) {  // the finalizer of SplitMix64 (Steele, Lea, Flood 2
 
 }  // namespace
 
-uint32_t checksum(const void* data, size_t bytes, uint32_t from) {  // CRC-32 (IEEE 802.3)
-    static const std::vector<uint32_t> table = [] {
-        std::vector<uint32_t> made(256);
-        for (uint32_t i = 0; i < 256; i++) {
-            uint32_t c = i;
-            for (int k = 0; k < 8; k++) c = c & 1 ? 0xedb88320u ^ (c >> 1) : c >> 1;
-            made[i] = c;
+// CRC-32 (IEEE 802.3), eight bytes at a time: table k has the remainders of a byte with k zeros behind it (slicing, Kounavis and Berry 2005).
+uint32_t checksum(const void* data, size_t bytes, uint32_t from) {
+    struct Tables {
+        uint32_t of[8][256];
+        Tables() {
+            for (uint32_t i = 0; i < 256; i++) {
+                uint32_t c = i;
+                for (int k = 0; k < 8; k++) c = c & 1 ? 0xedb88320u ^ (c >> 1) : c >> 1;
+                of[0][i] = c;
+            }
+            for (int k = 1; k < 8; k++)
+                for (uint32_t i = 0; i < 256; i++) of[k][i] = of[0][of[k - 1][i] & 255] ^ (of[k - 1][i] >> 8);
         }
-        return made;
-    }();
+    };
+    static const Tables tables;
     uint32_t c = ~from;
     const unsigned char* p = static_cast<const unsigned char*>(data);
-    for (size_t i = 0; i < bytes; i++) c = table[(c ^ p[i]) & 255] ^ (c >> 8);
+    for (; bytes >= 8; bytes -= 8, p += 8) {
+        uint32_t low = c ^ (uint32_t(p[0]) | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16 | uint32_t(p[3]) << 24);
+        c = tables.of[7][low & 255] ^ tables.of[6][(low >> 8) & 255] ^ tables.of[5][(low >> 16) & 255] ^ tables.of[4][low >> 24] ^
+            tables.of[3][p[4]] ^ tables.of[2][p[5]] ^ tables.of[1][p[6]] ^ tables.of[0][p[7]];
+    }
+    for (; bytes > 0; bytes--, p++) c = tables.of[0][(c ^ *p) & 255] ^ (c >> 8);
     return ~c;
 }
 
@@ -117,37 +132,36 @@ void start_row(const Part& part, int64_t number, uint64_t seed, int64_t row, flo
 // --- the index ------------------------------------------------------------------------------------------------------------------
 
 void Index::clear() {
-    rows_.assign(1024, -1);
-    places_.assign(1024, 0);
+    entries_.assign(1024, {-1, 0});
     used_ = 0;
 }
 
 int64_t Index::find(int64_t row) const {
-    uint64_t mask = rows_.size() - 1;
+    uint64_t mask = entries_.size() - 1;
     for (uint64_t i = mix(uint64_t(row)) & mask;; i = (i + 1) & mask) {
-        if (rows_[i] == row) return places_[i];
-        if (rows_[i] < 0) return -1;
+        if (entries_[i].row == row) return entries_[i].place;
+        if (entries_[i].row < 0) return -1;
     }
 }
 
-void Index::put(int64_t row, int64_t place) {
-    if ((used_ + 1) * 2 > int64_t(rows_.size())) grow();
-    uint64_t mask = rows_.size() - 1;
+int64_t Index::put(int64_t row, int64_t place) {
+    if ((used_ + 1) * 2 > int64_t(entries_.size())) {
+        std::vector<Entry> old(entries_.size() * 2, Entry{-1, 0});
+        old.swap(entries_);
+        used_ = 0;
+        for (const Entry& e : old)
+            if (e.row >= 0) put(e.row, e.place);
+    }
+    uint64_t mask = entries_.size() - 1;
     uint64_t i = mix(uint64_t(row)) & mask;
-    while (rows_[i] >= 0 && rows_[i] != row) i = (i + 1) & mask;
-    used_ += rows_[i] < 0;
-    rows_[i] = row;
-    places_[i] = place;
+    while (entries_[i].row >= 0 && entries_[i].row != row) i = (i + 1) & mask;
+    int64_t before = entries_[i].row < 0 ? -1 : entries_[i].place;
+    used_ += before < 0;
+    entries_[i] = {row, place};
+    return before;
 }
 
-void Index::grow() {
-    std::vector<int64_t> rows(rows_.size() * 2, -1), places(places_.size() * 2, 0);
-    rows.swap(rows_);
-    places.swap(places_);
-    used_ = 0;
-    for (size_t i = 0; i < rows.size(); i++)
-        if (rows[i] >= 0) put(rows[i], places[i]);
-}
+void Index::soon(int64_t row) const { __builtin_prefetch(&entries_[mix(uint64_t(row)) & (entries_.size() - 1)]); }
 
 // --- the files ------------------------------------------------------------------------------------------------------------------
 
@@ -182,7 +196,7 @@ Store::Store(const std::string& folder, int64_t rows, const std::vector<Part>& p
     read_all(file_, bits_.data(), int64_t(bits_.size()), bits_at_, path);
     for (unsigned char b : bits_) stored_ += __builtin_popcount(b);
     std::string log = folder_ + "/journal.dat";
-    int64_t said[2] = {0, 0};
+    int64_t said[3] = {0, 0, 0};
     bool committed = read_commit(said);
     if (committed && wanted >= 0 && said[0] > wanted) {  // one table was ready, another was not: none of it counts
         if (unlink((folder_ + "/COMMIT").c_str()) != 0) fail_io("cannot remove", folder_ + "/COMMIT");
@@ -191,7 +205,10 @@ Store::Store(const std::string& folder, int64_t rows, const std::vector<Part>& p
     }
     log_ = open(log.c_str(), O_RDWR | O_CREAT | (committed ? 0 : O_TRUNC), 0644);
     if (log_ < 0) fail_io("cannot open", log);
-    if (committed) apply();
+    if (committed) {
+        look_through(said[1], said[2]);
+        apply();
+    }
 }
 
 File::~File() {
@@ -229,26 +246,86 @@ void Store::write_header() {
     write_all(file_, &h, sizeof h, 0, folder_ + "/rows.dat");
 }
 
-void Store::read(int64_t row, char* record) const {
+Where Store::where(int64_t row) const {
     int64_t place = journal_.find(row);
-    if (place >= 0)
-        read_all(log_, record, record_, place + int64_t(sizeof(Entry)), folder_ + "/journal.dat");
-    else
-        read_all(file_, record, record_, records_at_ + row * record_, folder_ + "/rows.dat");
+    if (place >= 0) return {true, place + int64_t(sizeof(Entry))};
+    bool stored = (bits_[size_t(row >> 3)] >> (row & 7)) & 1;
+    return {false, stored ? records_at_ + row * record_ : -1};
 }
 
-void Store::write(int64_t row, const char* record) {
-    Entry e{row, checksum(record, size_t(record_), uint32_t(row)), 0};
-    int64_t place = journal_.find(row);
-    bool more = place < 0;
-    if (more) place = journal_end_;
-    std::vector<char> both(static_cast<size_t>(entry_));
-    memcpy(both.data(), &e, sizeof e);
-    memcpy(both.data() + sizeof e, record, size_t(record_));
-    write_all(log_, both.data(), entry_, place, folder_ + "/journal.dat");
-    if (more) {
-        journal_end_ += entry_;
-        journal_.put(row, place);
+void Store::soon(int64_t row) const {
+    journal_.soon(row);
+    __builtin_prefetch(&bits_[size_t(row >> 3)]);
+}
+
+void Store::read(Where where, char* record) const {
+    read_all(where.logged ? log_ : file_, record, record_, where.at, folder_ + (where.logged ? "/journal.dat" : "/rows.dat"));
+}
+
+bool Store::read_now(Where where, char* record) const {
+#ifdef RWF_NOWAIT
+    struct iovec all = {record, size_t(record_)};
+    return preadv2(where.logged ? log_ : file_, &all, 1, where.at, RWF_NOWAIT) == record_;
+#else
+    return false;
+#endif
+}
+
+void Store::write(const std::vector<int64_t>& rows, const std::function<void(size_t, char*)>& record) {
+    std::vector<char> bytes(rows.size() * size_t(entry_));
+    for (size_t i = 0; i < rows.size(); i++) {
+        char* at = bytes.data() + i * size_t(entry_);
+        record(i, at + sizeof(Entry));
+        Entry e{rows[i], checksum(at + sizeof(Entry), size_t(record_), uint32_t(rows[i])), 1};
+        memcpy(at, &e, sizeof e);
+    }
+    append(rows, bytes.data());
+    tidy();
+}
+
+// The journal only grows at its end: one write for all, and the order of its records is that of time.
+void Store::append(const std::vector<int64_t>& rows, const char* bytes) {
+    write_all(log_, bytes, int64_t(rows.size()) * entry_, journal_end_, folder_ + "/journal.dat");
+    int64_t place = journal_end_, segment = SEGMENT * entry_;
+    journal_end_ += int64_t(rows.size()) * entry_;
+    live_.resize(size_t(journal_end_ / segment + 1));
+    for (int64_t at = place; at < journal_end_; at += entry_) live_[size_t(at / segment)]++;
+    for (size_t i = 0; i < rows.size(); i++, place += entry_) {
+        if (i + AHEAD < rows.size()) journal_.soon(rows[i + AHEAD]);
+        int64_t before = journal_.put(rows[i], place);
+        if (before < 0) continue;
+        size_t old = size_t(before / segment);
+        if (--live_[old] == 0 && int64_t(old + 1) * segment <= journal_end_ && !prepared_) give_back(old);
+    }
+}
+
+// Gives the room of a segment that holds nothing any more back to the file system, where that can be.
+void Store::give_back(size_t segment) {
+    given_back_++;
+#ifdef FALLOC_FL_PUNCH_HOLE
+    if (fallocate(log_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, int64_t(segment) * SEGMENT * entry_, SEGMENT * entry_) != 0) return;
+#endif
+}
+
+// Where more than half of the journal is needed no more, what is needed of the emptiest segments moves to the end.
+void Store::tidy() {
+    while (!prepared_ && journal_end_ / entry_ - given_back_ * SEGMENT > 2 * journal_.size() + SPARE) {
+        size_t full = size_t(journal_end_ / (SEGMENT * entry_)), least = full;
+        for (size_t i = 0; i < full; i++)
+            if (live_[i] > 0 && live_[i] < (least == full ? SEGMENT : live_[least])) least = i;
+        if (least == full) return;
+        int64_t first = int64_t(least) * SEGMENT * entry_;
+        std::vector<char> bytes(static_cast<size_t>(SEGMENT * entry_));
+        read_all(log_, bytes.data(), int64_t(bytes.size()), first, folder_ + "/journal.dat");
+        std::vector<int64_t> rows;
+        for (int64_t i = 0; i < SEGMENT; i++) {
+            Entry e;
+            memcpy(&e, bytes.data() + i * entry_, sizeof e);
+            if (journal_.find(e.row) != first + i * entry_) continue;
+            memmove(bytes.data() + int64_t(rows.size()) * entry_, bytes.data() + i * entry_, size_t(entry_));
+            rows.push_back(e.row);
+        }
+        append(rows, bytes.data());
     }
 }
 
@@ -258,7 +335,7 @@ bool Store::read_commit(int64_t* said) const {
     file = open(name.c_str(), O_RDONLY);
     if (file < 0 && errno == ENOENT) return false;
     if (file < 0) fail_io("cannot open", name);
-    read_all(file, said, 2 * sizeof(int64_t), 0, name);
+    read_all(file, said, 3 * sizeof(int64_t), 0, name);
     return true;
 }
 
@@ -266,35 +343,59 @@ void Store::prepare() {
     std::string log = folder_ + "/journal.dat", made = folder_ + "/COMMIT.new", name = folder_ + "/COMMIT";
     if (ftruncate(log_, journal_end_) != 0) fail_io("cannot trim", log);
     sync(log_, log);
-    int64_t said[2] = {generation_ + 1, journal_end_};
+    int64_t said[3] = {generation_ + 1, journal_end_, journal_.size()};
     File file;
     file = open(made.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0644);
     if (file < 0) fail_io("cannot open", made);
     write_all(file, said, sizeof said, 0, made);
     sync(file, made);
+    prepared_ = true;
     if (rename(made.c_str(), name.c_str()) != 0) fail_io("cannot rename", made);
     sync_folder(folder_);
+}
+
+// Every record of the journal up to `end`, in order.
+void Store::each_entry(int64_t end, const std::function<void(int64_t at, int64_t row, const char* record)>& use) const {
+    std::string log = folder_ + "/journal.dat";
+    std::vector<char> bytes(static_cast<size_t>(SEGMENT * entry_));
+    for (int64_t first = 0; first < end; first += SEGMENT * entry_) {
+        int64_t count = std::min(SEGMENT * entry_, end - first);
+        read_all(log_, bytes.data(), count, first, log);
+        for (int64_t i = 0; i < count; i += entry_) {
+            Entry e;
+            memcpy(&e, bytes.data() + i, sizeof e);
+            if (e.row == 0 && e.sum == 0 && e.here == 0) continue;
+            const char* record = bytes.data() + i + sizeof e;
+            if (e.here != 1 || e.row < 0 || e.row >= rows_ || e.sum != checksum(record, size_t(record_), uint32_t(e.row)))
+                fail(log + " is damaged at byte " + std::to_string(first + i) + ": restore the folder from a copy");
+            use(first + i, e.row, record);
+        }
+    }
+}
+
+// Checks a complete journal, all of it, and notes where its rows are.
+void Store::look_through(int64_t end, int64_t rows) {
+    each_entry(end, [&](int64_t at, int64_t row, const char*) { journal_.put(row, at); });
+    if (journal_.size() != rows)
+        fail(folder_ + "/journal.dat is damaged: it holds " + std::to_string(journal_.size()) + " rows, and COMMIT says " + std::to_string(rows) + ": restore the folder from a copy");
+    journal_end_ = end;
 }
 
 // Copies a complete journal into the file. May be repeated: it only sets.
 void Store::apply() {
     std::string log = folder_ + "/journal.dat", name = folder_ + "/COMMIT", path = folder_ + "/rows.dat";
-    int64_t said[2];
+    int64_t said[3];
     if (!read_commit(said)) fail(folder_ + " has no snapshot that was prepared");
+    if (said[1] != journal_end_) fail(folder_ + ": rows were written between the two halves of a snapshot: prepare it anew");
     if (generation_ < said[0]) {
-        std::vector<char> both(static_cast<size_t>(entry_));
         std::vector<bool> changed(bits_.size() / size_t(PAGE) + 1);  // pages of bits
-        for (int64_t at = 0; at < said[1]; at += entry_) {
-            read_all(log_, both.data(), entry_, at, log);
-            Entry e;
-            memcpy(&e, both.data(), sizeof e);
-            if (e.row < 0 || e.row >= rows_ || e.sum != checksum(both.data() + sizeof e, size_t(record_), uint32_t(e.row)))
-                fail(log + " is damaged at byte " + std::to_string(at) + ": restore the folder from a copy");
-            write_all(file_, both.data() + sizeof e, record_, records_at_ + e.row * record_, path);
-            stored_ += !((bits_[size_t(e.row >> 3)] >> (e.row & 7)) & 1);
-            bits_[size_t(e.row >> 3)] |= (unsigned char)(1 << (e.row & 7));
-            changed[size_t((e.row >> 3) / PAGE)] = true;
-        }
+        each_entry(said[1], [&](int64_t at, int64_t row, const char* record) {
+            if (journal_.find(row) != at) return;  // there is a newer one
+            write_all(file_, record, record_, records_at_ + row * record_, path);
+            stored_ += !((bits_[size_t(row >> 3)] >> (row & 7)) & 1);
+            bits_[size_t(row >> 3)] |= (unsigned char)(1 << (row & 7));
+            changed[size_t((row >> 3) / PAGE)] = true;
+        });
         for (size_t page = 0; page < changed.size(); page++) {
             if (!changed[page]) continue;
             int64_t first = int64_t(page) * PAGE, bytes = std::min(PAGE, int64_t(bits_.size()) - first);
@@ -309,7 +410,9 @@ void Store::apply() {
     sync_folder(folder_);
     if (ftruncate(log_, 0) != 0) fail_io("cannot empty", log);
     journal_.clear();
-    journal_end_ = 0;
+    live_.clear();
+    journal_end_ = given_back_ = 0;
+    prepared_ = false;
 }
 
 }  // namespace twt

@@ -1,13 +1,15 @@
 // Rows of one table in a file, with snapshots that are complete or absent.
 //
 //   rows.dat     header (4 KiB), one bit for each row that was ever written, the records; holes where nothing was written
-//   journal.dat  records written since the last snapshot, each with its row and a checksum; read through an index in memory
-//   COMMIT       there from the moment a snapshot is complete until the journal has been copied into rows.dat
+//   journal.dat  records written since the last snapshot, each with its row and a checksum, the newest of a row last; read through an
+//                index in memory. At most half of it is out of date: what is needed of other parts moves to the end, and they become holes
+//   COMMIT       its generation, the journal's bytes and rows; there from the moment a snapshot is complete until the journal has been copied into rows.dat
 //
 // A process that dies leaves either no COMMIT (the journal is dropped: the last snapshot) or one (the journal is copied again).
 #pragma once
 #include <stdint.h>
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -37,12 +39,15 @@ class Index {
     Index() { clear(); }
     void clear();
     int64_t find(int64_t row) const;  // -1: not there
-    void put(int64_t row, int64_t place);
+    int64_t put(int64_t row, int64_t place);  // where it was before, or -1
+    void soon(int64_t row) const;  // `row` will be looked for
     int64_t size() const { return used_; }
 
   private:
-    void grow();
-    std::vector<int64_t> rows_, places_;
+    struct Entry {
+        int64_t row, place;
+    };
+    std::vector<Entry> entries_;
     int64_t used_ = 0;
 };
 
@@ -60,6 +65,12 @@ class File {
     int number_ = -1;
 };
 
+// Where the newest record of a row is: in the journal or among the rows; at < 0: it was never written, and starts from its seed.
+struct Where {
+    bool logged;
+    int64_t at;
+};
+
 class Store {
   public:
     // Opens or creates the files in `folder`. Throws Failure.
@@ -69,10 +80,12 @@ class Store {
     int64_t rows() const { return rows_; }
     int64_t record() const { return record_; }
     int64_t generation() const { return generation_; }
-    // Was the row ever written? What was not starts from its seed.
-    bool known(int64_t row) const { return (bits_[row >> 3] >> (row & 7)) & 1 || journal_.find(row) >= 0; }
-    void read(int64_t row, char* record) const;  // throws Failure
-    void write(int64_t row, const char* record);
+    Where where(int64_t row) const;
+    void soon(int64_t row) const;  // `row` will be asked for
+    void read(Where where, char* record) const;  // throws Failure
+    bool read_now(Where where, char* record) const;  // false: it is not in the system's memory, or cannot be read
+    // The records of distinct `rows`; record(i, to) gives the i-th. Throws Failure: then all rows have what they had, or all are written.
+    void write(const std::vector<int64_t>& rows, const std::function<void(size_t, char*)>& record);
     // Makes everything written so far the new snapshot, in two steps: after prepare() it is complete, finish() puts it in place.
     void prepare();
     void finish() { apply(); }
@@ -83,14 +96,21 @@ class Store {
     void apply();
     void read_header(bool fresh);
     void write_header();
-    bool read_commit(int64_t* said) const;  // {generation, bytes of the journal}
+    void append(const std::vector<int64_t>& rows, const char* bytes);
+    void tidy();
+    void give_back(size_t segment);
+    void each_entry(int64_t end, const std::function<void(int64_t at, int64_t row, const char* record)>& use) const;
+    void look_through(int64_t end, int64_t rows);
+    bool read_commit(int64_t* said) const;  // {generation, bytes of the journal, its rows}
     std::string folder_;
     int64_t rows_, record_ = 0, generation_ = 0, bits_at_, records_at_, entry_;
     uint64_t seed_;
     std::vector<Part> parts_;
     std::vector<unsigned char> bits_;
     Index journal_;
-    int64_t journal_end_ = 0, stored_ = 0;
+    int64_t journal_end_ = 0, given_back_ = 0, stored_ = 0;
+    std::vector<int64_t> live_;  // by segment of the journal: records that no later one replaces
+    bool prepared_ = false;      // a COMMIT names the journal as it is: nothing of it is given back
     File file_, log_, lock_;
 };
 
