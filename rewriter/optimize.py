@@ -160,8 +160,10 @@ def optimize_with_samples(
 
 
 def _big_memory(compiler: Compiler, optimizer: Optimizer | None) -> list[Tensor]:
-    """The tables, and the state that the user's optimizer already keeps for them."""
+    """The tables, or their caches, and the state that the user's optimizer already keeps for them."""
     found = list(compiler.tables.values())
+    if compiler.tiered is not None:
+        found += [part for table in compiler.tiered.open.values() for part in table.memory]
     for table in compiler.tables.values() if optimizer is not None else ():
         state = optimizer.state.get(table, {})
         found += [value for value in state.values() if isinstance(value, Tensor) and value.shape == table.shape]

@@ -31,8 +31,7 @@ class TieredTable:
         self.weight: Callable[[], Tensor] = lambda: memory[0]  # what lookups read now
         self._lock = threading.Lock()
         self._due: list[tuple[int, Tensor]] = []  # (ticket, slots) of rows that an update is still to come for
-        self._held = torch.zeros(self.home + 1, dtype=torch.bool)  # their slots
-        self._held[self.home] = True
+        self._marks = torch.zeros(self.home + 1, dtype=torch.bool)  # to compare slots with; all False
         self._looked: dict[int, list[int]] = {}  # by thread: tickets of lookups without gradients
         self.waited = 0.0  # seconds that lookups took to have their rows
         self._ahead: deque[tuple[int, Tensor, Tensor, int, bool]] = deque()  # (batch, ids, slots, ticket, train) of what was prefetched
@@ -61,7 +60,6 @@ class TieredTable:
                 slots, ticket = self._fetch(ids, train)
             if train:
                 self._due.append((ticket, slots))
-                self._held.index_fill_(0, slots.flatten(), True)
             else:
                 self._looked.setdefault(threading.current_thread().ident or 0, []).append(ticket)
         self.waited += time.perf_counter() - started
@@ -103,7 +101,15 @@ class TieredTable:
     def check_held(self, slots: Tensor) -> None:
         """Raises :class:`TierError` where ``slots``, of an update, are not all of lookups since the last one: their rows may have left."""
         with self._lock:
-            held = bool(self._held.index_select(0, slots.flatten()).all())
+            if any(s.data_ptr() == slots.data_ptr() and s.shape == slots.shape and s.dtype == slots.dtype for _, s in self._due):
+                return  # they are a lookup's own
+            for _, due in self._due:
+                self._marks.index_fill_(0, due.flatten(), True)
+            self._marks[self.home] = True
+            held = bool(self._marks.index_select(0, slots.flatten()).all())
+            for _, due in self._due:
+                self._marks.index_fill_(0, due.flatten(), False)
+            self._marks[self.home] = False
         if not held:
             raise TierError(
                 f"table '{self.name}': the update is for rows that were looked up before the last one, and may have left the cache since. "
@@ -133,11 +139,9 @@ class TieredTable:
     def updated(self) -> None:
         """The optimizer stepped: what was looked up may leave."""
         with self._lock:
-            for ticket, slots in self._due:
+            for ticket, _ in self._due:
                 self.cache.release(ticket)
-                self._held.index_fill_(0, slots.flatten(), False)
             self._due.clear()
-            self._held[self.home] = True
 
     def read(self, first: int, last: int, part: int = 0) -> Tensor:
         """Rows ``first`` to ``last`` (exclusive) as they are now, ``[n, width]``."""

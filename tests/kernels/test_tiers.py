@@ -120,6 +120,33 @@ def test_a_commit_that_was_interrupted_is_finished(tmp_path):
         RowCache(tmp_path, 3000, PARTS, 64, seed=1)
 
 
+def test_a_journal_keeps_to_what_is_needed(tmp_path):
+    """Rows that leave again and again: the journal gives back what is out of date, loses nothing, and a snapshot with its holes is whole."""
+    rows, width = 20_000, 16
+    cache, whole, generator = RowCache(tmp_path, rows, [Part(width)], 2048), torch.zeros(20_000), torch.Generator().manual_seed(0)
+    for step in range(1, 1500):
+        ids = torch.unique((torch.rand(300, generator=generator) ** 2 * rows).long())  # some often, some seldom
+        slots, ticket = cache.fetch(ids)
+        cache.parts[0][slots] = whole[ids, None] = torch.full((len(ids), 1), float(step))
+        cache.release(ticket)
+    journal = (tmp_path / "journal.dat").stat()
+    entry = 16 + 4 * width
+    assert cache.counters().written > 150_000 and journal.st_size > 150_000 * entry  # its end moves on
+    if sys.platform == "linux":
+        assert journal.st_blocks * 512 < (2 * rows + 65 * 1024 + 4096) * entry
+    assert torch.equal(cache.read(torch.arange(rows))[:, 3], whole)
+    cache.prepare()
+    cache.close()  # as if it had died with the snapshot complete
+    prepared = (tmp_path / "journal.dat").read_bytes()
+    again = RowCache(tmp_path, rows, [Part(width)], 2048)
+    assert again.counters().generation == 1 and torch.equal(again.read(torch.arange(rows))[:, 3], whole)
+    again.close()
+    (tmp_path / "COMMIT").write_bytes(b"".join(n.to_bytes(8, "little") for n in (2, len(prepared), len(torch.nonzero(whole)))))
+    (tmp_path / "journal.dat").write_bytes(prepared[: -5 * entry] + bytes(5 * entry))  # five rows became a hole
+    with pytest.raises(TierError, match="journal.dat is damaged: it holds .* rows, and COMMIT says"):
+        RowCache(tmp_path, rows, [Part(width)], 2048)
+
+
 @pytest.mark.parametrize("kills", [4])
 def test_after_kill_the_last_snapshot_is_there(tmp_path, kills):
     """kill -9 at random moments, again and again: every row is as the snapshot's step left it."""

@@ -49,8 +49,8 @@ struct Kept {  // a row and the slot that holds it
 class Cache {
   public:
     Cache(std::unique_ptr<Store> store, std::vector<Part> parts, uint64_t seed, int64_t slots, bool lfu)
-        : store_(std::move(store)), parts_(std::move(parts)), seed_(seed), sets_(slots / WAYS), lfu_(lfu), tags_(size_t(sets_ * WAYS), -1),
-          slots_(size_t(sets_ * WAYS), Slot{}) {}
+        : store_(std::move(store)), parts_(std::move(parts)), seed_(seed), sets_(slots / WAYS), lfu_(lfu), tags_(in_huge_pages<int64_t>(size_t(sets_ * WAYS), -1)),
+          slots_(in_huge_pages(size_t(sets_ * WAYS), Slot{})) {}
 
     // The slots of `ids`; they stay until release(ticket).
     int64_t fetch(const int64_t* ids, int64_t n, int64_t* slots, char* const* arrays, bool train) {
@@ -390,7 +390,7 @@ std::vector<twt::Part> parts_of(int64_t count, const int64_t* bytes, const int64
 
 }  // namespace
 
-API int64_t twt_abi() { return 1; }
+API int64_t twt_abi() { return 2; }
 API const char* twt_error() { return said.c_str(); }
 
 API void* twt_open(const char* folder, int64_t rows, int64_t count, const int64_t* bytes, const int64_t* start, const double* a, const double* b,

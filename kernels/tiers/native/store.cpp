@@ -6,6 +6,7 @@
 #include <stddef.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -17,6 +18,7 @@ namespace twt {
 namespace {
 
 const int64_t PAGE = 4096;
+const uintptr_t HUGE = 2 << 20;
 const size_t AHEAD = 12;  // rows whose memory is asked for before it is read
 const char MAGIC[8] = {'T', 'W', 'R', 'O', 'W', 'S', '0', '1'};
 
@@ -104,29 +106,62 @@ uint32_t checksum(const void* data, size_t bytes, uint32_t from) {
     return ~c;
 }
 
-// UNIFORM: 24 bits. NORMAL: the sum of twelve 16-bit numbers, whose deviation is that of twelve uniforms: exact in integers, so the
-// same bits everywhere, and within 6 deviations (Irwin-Hall).
+namespace {
+
+// The sum of twelve 16-bit numbers, whose deviation is that of twelve uniforms: exact in integers, so the same bits everywhere, and within
+// 6 deviations (Irwin-Hall).
+inline __attribute__((always_inline)) void normal_row(const Part& part, uint64_t base, float* out) {
+    int64_t count = part.bytes / 4;
+    double mean = part.a, deviation = part.b;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t sum = 0;
+        for (uint64_t k = 0; k < 3; k++) {
+            uint64_t word = mix(base + (uint64_t(i) * 3 + k) * 0x9e3779b97f4a7c15ull);
+            sum += int64_t(word & 65535) + int64_t((word >> 16) & 65535) + int64_t((word >> 32) & 65535) + int64_t(word >> 48);
+        }
+        double z = double(2 * sum - 12 * 65535) / 131072.0;
+        double scaled = deviation * z;
+        out[i] = float(mean + scaled);
+    }
+}
+
+void normal_row_anywhere(const Part& part, uint64_t base, float* out) { normal_row(part, base, out); }
+#if defined(__x86_64__)
+__attribute__((target("avx512f,avx512dq,avx512vl"))) void normal_row_avx512(const Part& part, uint64_t base, float* out) { normal_row(part, base, out); }
+#endif
+
+auto normal_row_here() -> void (*)(const Part&, uint64_t, float*) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return normal_row_avx512;
+#endif
+    return normal_row_anywhere;
+}
+
+}  // namespace
+
+// UNIFORM: 24 bits.
 void start_row(const Part& part, int64_t number, uint64_t seed, int64_t row, float* out) {
+    static const auto normal = normal_row_here();
     int64_t count = part.bytes / 4;
     uint64_t base = mix(mix(mix(seed + 0x9e3779b97f4a7c15ull) ^ uint64_t(number)) ^ uint64_t(row));
+    if (part.start == NORMAL) return normal(part, base, out);
     for (int64_t i = 0; i < count; i++) {
         if (part.start == CONSTANT) {
             out[i] = float(part.a);
-        } else if (part.start == UNIFORM) {
+        } else {
             double u = double(mix(base + uint64_t(i) * 0x9e3779b97f4a7c15ull) >> 40) / 16777216.0;
             double span = (part.b - part.a) * u;
             out[i] = float(part.a + span);
-        } else {
-            int64_t sum = 0;
-            for (uint64_t k = 0; k < 3; k++) {
-                uint64_t word = mix(base + (uint64_t(i) * 3 + k) * 0x9e3779b97f4a7c15ull);
-                sum += int64_t(word & 65535) + int64_t((word >> 16) & 65535) + int64_t((word >> 32) & 65535) + int64_t(word >> 48);
-            }
-            double z = double(2 * sum - 12 * 65535) / 131072.0;
-            double scaled = part.b * z;
-            out[i] = float(part.a + scaled);
         }
     }
+}
+
+void huge_pages(void* memory, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    uintptr_t from = (reinterpret_cast<uintptr_t>(memory) + HUGE - 1) / HUGE * HUGE, to = (reinterpret_cast<uintptr_t>(memory) + bytes) / HUGE * HUGE;
+    if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#endif
 }
 
 // --- the index ------------------------------------------------------------------------------------------------------------------
@@ -146,7 +181,7 @@ int64_t Index::find(int64_t row) const {
 
 int64_t Index::put(int64_t row, int64_t place) {
     if ((used_ + 1) * 2 > int64_t(entries_.size())) {
-        std::vector<Entry> old(entries_.size() * 2, Entry{-1, 0});
+        std::vector<Entry> old = in_huge_pages(entries_.size() * 2, Entry{-1, 0});
         old.swap(entries_);
         used_ = 0;
         for (const Entry& e : old)

@@ -33,6 +33,18 @@ uint32_t checksum(const void* data, size_t bytes, uint32_t from = 0);
 // The starting value of a row, from (seed, part, row, column) alone: float32, the same bits on every machine.
 void start_row(const Part& part, int64_t number, uint64_t seed, int64_t row, float* out);
 
+// Asks for huge pages for memory that is not touched yet: rows are read at random, and each would miss the TLB. Best effort.
+void huge_pages(void* memory, size_t bytes);
+
+template <class T>
+std::vector<T> in_huge_pages(size_t count, T value) {
+    std::vector<T> made;
+    made.reserve(count);
+    huge_pages(made.data(), count * sizeof(T));
+    made.resize(count, value);
+    return made;
+}
+
 // row -> place in the journal; open addressing, no erasing.
 class Index {
   public:
