@@ -23,7 +23,7 @@ WAYS = 16  # slots in a set
 STARTS = ("constant", "uniform", "normal")
 POLICIES = ("lru", "lfu")
 
-_lib, _why_not = load(Path(__file__).parent, "twt_abi", 2)
+_lib, _why_not = load(Path(__file__).parent, "twt_abi", 1)
 if _lib is not None:
     _word, _pointer, _real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
     _signatures = {

@@ -390,7 +390,7 @@ std::vector<twt::Part> parts_of(int64_t count, const int64_t* bytes, const int64
 
 }  // namespace
 
-API int64_t twt_abi() { return 2; }
+API int64_t twt_abi() { return 1; }
 API const char* twt_error() { return said.c_str(); }
 
 API void* twt_open(const char* folder, int64_t rows, int64_t count, const int64_t* bytes, const int64_t* start, const double* a, const double* b,
