@@ -76,28 +76,28 @@ def _is_single(spec: ExchangeSpec, k: int) -> bool:
 def _received(header_in: Tensor, payload_in: Tensor, text: str, rank: int) -> list[Tensor]:
     spec = decode(text)
     finish(payload_in)
-    streams = spec.of_rank[rank]
-    rows: list[list[Tensor]] = [[] for _ in streams]
-    lengths: list[list[Tensor]] = [[] for _ in streams]
-    at = 0
-    for source in header_in.tolist():
-        for place, (bags, count, ragged) in enumerate(source):
-            if not _is_single(spec, streams[place]) and bags:
-                if ragged:
-                    lengths[place].append(payload_in[at : at + bags])
-                else:
-                    lengths[place].append(payload_in.new_full((bags,), count // bags))
-            at += bags if ragged else 0
-            rows[place].append(payload_in[at : at + count])
-            at += count
+    streams, announced = spec.of_rank[rank], header_in.tolist()
+    pieces = iter(payload_in.split([n for source in announced for bags, rows, ragged in source for n in (bags if ragged else 0, rows)]))
+    travelled = [[(next(pieces), next(pieces)) for _ in source] for source in announced]  # lengths (empty where equal), rows
+    totals = [sum(source[place][1] for source in announced) for place in range(len(streams))]
+    rows = torch.cat([found[place][1] for place in range(len(streams)) for found in travelled]).split(totals) if streams else ()
     out = []
     for place, k in enumerate(streams):
-        out.append(torch.cat(rows[place]))
+        out.append(rows[place])
         if _is_single(spec, k):
             out.append(payload_in.new_empty(0))
-        else:
-            sizes = torch.cat([payload_in.new_zeros(1), *lengths[place]]).to(torch.int64)
-            out.append(sizes.cumsum(0)[:-1])
+            continue
+        told = [source[place] for source in announced]
+        each = {count // bags for bags, count, _ in told if bags}
+        if len(each) <= 1 and not any(ragged for _, _, ragged in told):
+            step = each.pop() if each else 1
+            out.append(torch.arange(0, totals[place], step, device=payload_in.device))
+            continue
+        lengths = [
+            found[place][0] if ragged else payload_in.new_full((bags,), count // max(1, bags))
+            for found, (bags, count, ragged) in zip(travelled, told)
+        ]
+        out.append(torch.cat([payload_in.new_zeros(1), *lengths]).to(torch.int64).cumsum(0)[:-1])
     return out
 
 

@@ -60,14 +60,13 @@ def _exchange(flat: Tensor, spec: ExchangeSpec, out: list, into: list, direction
 
 def _pack(slots, anchor: Tensor, header_in: Tensor, text: str, rank: int) -> Tensor:
     spec = decode(text)
-    parts = outgoing(spec, rank, header_in)
-    taken = [0] * len(slots)
-    pieces = []
-    for streams in parts:
-        for place, (_, bags) in enumerate(streams):
-            pieces.append(slots[place][taken[place] : taken[place] + bags].reshape(-1))
-            taken[place] += bags
-    return torch.cat(pieces) if pieces else anchor.new_empty(0, dtype=spec.torch_dtype)
+    announced = header_in.tolist()
+    parts = [slot.split([source[place][0] for source in announced]) for place, slot in enumerate(slots)]
+    pieces = [part[source] for source in range(len(announced)) for part in parts]
+    if not pieces:
+        return anchor.new_empty(0, dtype=spec.torch_dtype)
+    alike = len({slot.shape[1] for slot in slots}) == 1
+    return torch.cat(pieces if alike else [p.reshape(-1) for p in pieces]).view(-1)
 
 
 @torch.library.register_fake("tablewright::pack_rows", lib=LIBRARY)
@@ -85,16 +84,11 @@ class _Pack(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         text, rank, header_in, shapes = ctx.call
         spec, grad = decode(text), _arrived(grad)
-        pieces: list[list[Tensor]] = [[] for _ in shapes]
-        at = 0
-        for streams in outgoing(spec, rank, header_in):
-            for place, (k, bags) in enumerate(streams):
-                size = bags * spec.streams[k].shard.columns
-                pieces[place].append(grad[at : at + size])
-                at += size
+        parts = outgoing(spec, rank, header_in)
+        pieces = grad.split([bags * spec.streams[k].shard.columns for source in parts for k, bags in source])
         made = []
-        for k, shape, found in zip(spec.of_rank[rank], shapes, pieces):
-            made.append(torch.cat(found).view(shape) if spec.streams[k].trained else None)
+        for place, (k, shape) in enumerate(zip(spec.of_rank[rank], shapes)):
+            made.append(torch.cat(pieces[place :: len(shapes)]).view(shape) if spec.streams[k].trained else None)
         return None, None, None, None, *made
 
 

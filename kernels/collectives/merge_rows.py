@@ -14,6 +14,8 @@ whatever read the row.
 """
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -75,8 +77,54 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@dataclass(frozen=True)
+class _Even:
+    """All rows that travel are equally wide, and go to places of that width in one slot: one index says where each goes.
+    ``units``: such places in a row of the slot; ``columns``: of each stream, which of them is its."""
+
+    slot: int
+    width: int
+    units: int
+    columns: Tensor
+
+    @staticmethod
+    def of(spec: ExchangeSpec) -> _Even | None:
+        """``None`` where the rows are not so, or are scaled or rounded on the way."""
+        found = spec.__dict__.get("_even", False)
+        if found is False:
+            found = spec.__dict__["_even"] = _Even._find(spec)
+        return found
+
+    @staticmethod
+    def _find(spec: ExchangeSpec) -> _Even | None:
+        lookups = spec.group.lookups
+        slots, widths = {k.slot for k in lookups}, {s.shard.columns for s in spec.streams}
+        if not spec.alike or len(slots) != 1 or len(widths) != 1 or _wide(spec.torch_dtype) != spec.torch_dtype:
+            return None
+        (slot,), (width,) = slots, widths
+        starts = [lookups[s.lookups[0]].column + s.shard.column for s in spec.streams]
+        if not width or any(start % width for start in (spec.group.slots[slot], *starts)):
+            return None
+        return _Even(slot, width, spec.group.slots[slot] // width, torch.tensor([start // width for start in starts]))
+
+    def index(self, header: Tensor, places: Tensor) -> Tensor:
+        """The place of each row."""
+        columns = self.columns.to(places.device).repeat_interleave(header[:, 0].to(places.device), output_size=places.numel())
+        return columns.add_(places, alpha=self.units)
+
+
 def _merge(received: Tensor, header: Tensor, places: Tensor, counts: Tensor, indices, offsets, extras, text: str) -> list[Tensor]:
     spec = decode(text)
+    even = _Even.of(spec)
+    if even is not None:
+        shapes, dtypes = leading_shapes(spec.group, indices, offsets), _slot_dtypes(spec, extras)
+        slots = [received.new_empty((*shape, width), dtype=d) for shape, width, d in zip(shapes, spec.group.slots, dtypes)]
+        if slots[even.slot].dtype == received.dtype:
+            sums = slots[even.slot].zero_().view(-1, even.width)
+            sums.index_add_(0, even.index(header, places), received.view(-1, even.width))
+            for place, extra in zip(spec.group.extras, extras):
+                slots[place.slot].narrow(-1, place.column, place.width).copy_(extra)
+            return slots
     layout, chunks = _Layout(spec, header, places, counts, indices, offsets), _chunks(spec, received, header)
     dtypes = _slot_dtypes(spec, extras)
     slots = [received.new_empty((*shape, width), dtype=d) for shape, width, d in zip(layout.shapes, spec.group.slots, dtypes)]
@@ -130,6 +178,11 @@ class _Merge(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             held = [g if g is None else g.contiguous() for g in slot_grads]
             like = next(g for g in held if g is not None)
+            even = _Even.of(spec)
+            if even is not None and held[even.slot] is not None and like.dtype == spec.torch_dtype:
+                index = even.index(header, places)
+                grad = held[even.slot].view(-1, even.width).index_select(0, index).mul_(1.0 / spec.world).view(-1)
+        if ctx.needs_input_grad[1] and grad is None:
             layout = _Layout(spec, header, places, counts, indices, offsets)
             # Rows that other ops of this exchange read (deduplicated ones) have their gradients from there.
             pooled = {k for _, streams in spec.pooled_streams for k in streams}

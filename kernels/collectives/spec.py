@@ -115,6 +115,13 @@ class ExchangeSpec:
         )  # fmt: skip
 
     @cached_property
+    def alike(self) -> bool:
+        """Whether the lookups differ in their tables only, and each is pooled by the owners (or not at all) with every id in it."""
+        forms = {(k.pooling, k.include_last_offset, k.left_out, k.wrap_negative) for k in self.group.lookups}
+        (pooling, _, left_out, wraps), *others = forms
+        return not others and pooling != "mean" and left_out is None and not wraps and not any(s.unique for s in self.streams)
+
+    @cached_property
     def unique_groups(self) -> tuple[UniqueGroup, ...]:
         """What is deduplicated together."""
         keys = dict.fromkeys((s.table, s.padding, s.lookups) for s in self.streams if s.unique)
