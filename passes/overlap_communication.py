@@ -2,8 +2,9 @@
 
 A list schedule of the graph's calls. The dependency graph (networkx) holds what a call reads, what is written in place, the order of
 random draws, and the order of the collectives themselves, which must be the same on all ranks and stays as it is. Of the calls that are
-ready the one with the longest way to the end runs next; a wait is ready when its collective is expected to be through. The backward
-runs in the reverse order, so gradients overlap the same way.
+ready, what a collective still waits for comes first, then the one with the longest way to the end; a wait is ready when its collective is
+expected to be through, and while a later collective hangs on it only what fits into that time is begun. The backward runs in the
+reverse order, so gradients overlap the same way.
 """
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from .rule import Context, Pass
 from .shard_tables import exchanges
 
 # Of a CPU core and gloo on one machine. Only ratios matter, and they must be the same on all ranks.
-_RATES = Rates(memory=1e10, flops=5e10, wire=1e9, call=5e-6, message=1e-4)
+_RATES = Rates(memory=1e10, flops=1e11, wire=1e9, call=5e-6, message=1e-4)
 _WAITS = (exchange_ids.RECEIVED, exchange_rows.WAIT)
 
 
@@ -94,14 +95,17 @@ def _schedule(found: nx.DiGraph, context: Context) -> list[Node]:
     way: dict[Node, float] = {}  # seconds from the start of a call to the end, along the longest path
     for node in reversed(list(nx.topological_sort(found))):
         way[node] = facts[node]["seconds"] + facts[node]["flight"] + max((way[n] for n in found.successors(node)), default=0.0)
+    urgent = {other for start in exchanges(context.graph) for other in (start, *nx.ancestors(found, start))}  # a collective waits for it
     missing = {node: found.in_degree(node) for node in found}
     arrives = dict.fromkeys(found, 0.0)  # when what a wait needs is expected
     ready = [node for node in found if not missing[node]]
     order: list[Node] = []
     now = 0.0
     while ready:
-        there = [n for n in ready if arrives[n] <= now] or [min(ready, key=lambda n: (arrives[n], facts[n]["place"]))]
-        node = max(there, key=lambda n: (way[n], -facts[n]["place"]))
+        awaited = min((arrives[n] for n in ready if n in urgent and arrives[n] > now), default=None)
+        there = [n for n in ready if arrives[n] <= now and (awaited is None or n in urgent or now + facts[n]["seconds"] <= awaited)]
+        there = there or [min(ready, key=lambda n: (n not in urgent, arrives[n], facts[n]["place"]))]
+        node = max(there, key=lambda n: (n in urgent, way[n], -facts[n]["place"]))
         ready.remove(node)
         order.append(node)
         now = max(now, arrives[node]) + facts[node]["seconds"]

@@ -20,7 +20,7 @@ from torch import Tensor
 from .errors import lost_peer
 from .work import all_to_all, finish, group_of
 
-BUCKET_BYTES = 4 << 20
+BUCKET_BYTES = 1 << 20
 
 
 @dataclass
@@ -50,12 +50,14 @@ class GradientAverage:
         self._finalizer = weakref.finalize(self, _remove, self._hooks)
 
     def _reset(self) -> None:
-        self._next, self._running = 0, False
+        self._next, self._running, self._ending = 0, False, False
         for bucket in self.buckets:
             bucket.waiting, bucket.flat, bucket.work = set(range(len(bucket.params))), None, None
 
     def begin(self) -> None:
         """Be there when the running backward ends; called by whatever sees it first."""
+        if self._ending:  # an earlier backward ended in an error
+            self._reset()
         if not self._running:
             self._running = True
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
@@ -88,9 +90,15 @@ class GradientAverage:
 
     @torch.no_grad()
     def _finish(self) -> None:
+        self._ending = True
+        for bucket in self.buckets[self._next :]:
+            self._start(bucket)
+        # Who else works when the backward ends (updates of tables) does so while the last bucket travels.
+        torch.autograd.Variable._execution_engine.queue_callback(self._complete)
+
+    @torch.no_grad()
+    def _complete(self) -> None:
         try:
-            for bucket in self.buckets[self._next :]:
-                self._start(bucket)
             for bucket in self.buckets:
                 self._store(bucket)
             reached = self._gather()
@@ -174,9 +182,10 @@ def _buckets(params: Sequence[Tensor]) -> list[_Bucket]:
     for param in reversed(params):
         key = (param.dtype, param.device)
         bucket = open_ones.get(key)
-        size = 0 if bucket is None else sum(p.numel() * p.element_size() for p in bucket.params)
-        if bucket is None or size + param.numel() * param.element_size() > BUCKET_BYTES:
+        if bucket is None:
             bucket = open_ones[key] = _Bucket([])
             found.append(bucket)
         bucket.params.append(param)
+        if sum(p.numel() * p.element_size() for p in bucket.params) >= BUCKET_BYTES:
+            del open_ones[key]
     return found

@@ -57,18 +57,20 @@ def route_alike(spec: ExchangeSpec, indices: list[Tensor], offsets: list[Tensor 
             places.append(filled.repeat(len(streams)))
             continue
         first = torch.tensor([s.row for s in shards], dtype=rows.dtype, device=rows.device)[:, None]
-        end = torch.tensor([s.row + s.rows for s in shards], device=rows.device)[:, None]
-        inside = (asked >= first) & (asked < end)
-        counts = inside.sum(1)
-        which, at = inside.nonzero(as_tuple=True)
-        found = (asked - first)[inside]
-        bags = bag_of[at]
-        if single:
-            parts, per_bag = which, None
-        else:
-            key, per_bag = torch.unique_consecutive(which * lengths.numel() + bags, return_counts=True)
-            parts, bags = key // max(1, lengths.numel()), key % max(1, lengths.numel())
-        held = counts if per_bag is None else torch.bincount(parts, minlength=len(streams))
+        size = torch.tensor([s.rows for s in shards], device=rows.device)[:, None]
+        inner = asked - first
+        at = ((inner >= 0) & (inner < size)).view(-1).nonzero().squeeze(1)
+        found = inner.view(-1).index_select(0, at)
+        numbers = torch.arange(len(streams) + 1, device=at.device)
+        counts = torch.searchsorted(at, numbers * asked.shape[1]).diff()
+        # The bags of all streams, numbered on; ids of one bag are neighbours.
+        key, per_bag = (numbers[:-1, None] * lengths.numel() + bag_of).view(-1).index_select(0, at), None
+        held = counts
+        if not single:
+            key, per_bag = torch.unique_consecutive(key, return_counts=True)
+            held = torch.searchsorted(key, numbers * lengths.numel()).diff()
+        parts = numbers[:-1].repeat_interleave(held, output_size=key.numel())
+        bags = key - parts * lengths.numel()
         uneven = [False] * len(streams)
         if per_bag is not None and per_bag.numel():
             begins = (held.cumsum(0) - held).clamp_max(per_bag.numel() - 1)

@@ -69,16 +69,35 @@ class RowSquares:
         from ..embedding.op import implementation
 
         wide = [values.to(accumulation_dtype(block.dtype)) for _, block, _, values, _ in work]
-        totals = self.totals([name for name, *_ in work], [(v * v).sum(1) for v in wide])
-        for (name, block, rows, _, rule), gradient, total in zip(work, wide, totals):
+        scratch: dict[tuple, Tensor] = {}
+        totals = self.totals([name for name, *_ in work], [_squares(v, scratch) for v in wide])
+        blocks, touched, steps, rules = [], [], [], []
+        for (name, block, rows, values, rule), gradient, total in zip(work, wide, totals):
             (state,) = rule.state
             sums = state.index_select(0, rows) + (total / self.layouts[name].dim).to(state.dtype)
             state.index_copy_(0, rows, sums)
-            scaled = gradient / (sums.to(gradient.dtype).sqrt() + rule.eps)[:, None]
-            plain = TableUpdate("sgd", lr=rule.lr, weight_decay=rule.weight_decay, maximize=rule.maximize)
+            root = (sums.to(gradient.dtype).sqrt() + rule.eps)[:, None]
+            # What was widened is a copy that nobody else reads.
+            scaled = gradient / root if gradient is values else gradient.div_(root)
             if block.dtype == scaled.dtype:
-                implementation(block.device).update_from_sparse([block], [rows], [scaled], [plain])
+                blocks.append(block)
+                touched.append(rows)
+                steps.append(scaled)
+                rules.append(TableUpdate("sgd", lr=rule.lr, weight_decay=rule.weight_decay, maximize=rule.maximize))
             else:  # rounded to the block's dtype once, after the step
                 held = block.index_select(0, rows).to(scaled.dtype) * (1 - rule.lr * rule.weight_decay)
                 held -= rule.lr * (-scaled if rule.maximize else scaled)
                 block.index_copy_(0, rows, held.to(block.dtype))
+        for kind in dict.fromkeys((block.device, block.dtype) for block in blocks):
+            of = [i for i, block in enumerate(blocks) if (block.device, block.dtype) == kind]
+            chosen = ([each[i] for i in of] for each in (blocks, touched, steps, rules))
+            implementation(kind[0]).update_from_sparse(*chosen)
+
+
+def _squares(values: Tensor, scratch: dict[tuple, Tensor]) -> Tensor:
+    """The sum of each row's squares; ``scratch`` holds the squares, so that tables take turns in one piece of memory."""
+    kind = values.dtype, values.device
+    held = scratch.get(kind)
+    if held is None or held.numel() < values.numel():
+        held = scratch[kind] = torch.empty(values.numel(), dtype=values.dtype, device=values.device)
+    return torch.mul(values, values, out=held[: values.numel()].view(values.shape)).sum(1)
