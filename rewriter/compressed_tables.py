@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -66,7 +67,7 @@ def compressed(shell: nn.Module, plan: Plan, optimizer: Optimizer | None, over_r
         known = {name: names for name, (_, names, _) in owners.items()}
         for name, how in plan.says("compress", known).items():
             table, names, modules = owners[name]
-            for key in ("dtype", "sharding", "storage"):
+            for key in (f.name for f in fields(TablePlan) if f.name not in ("compress", "embedding_optimizer", "trainable")):
                 other = plan.says(key, {name: names}).get(name, "fp32")
                 if other != "fp32":
                     raise PlanError(f"tables: '{name}' has compress and {key}: {other}, which do not go together yet; leave one of them out")
