@@ -1,13 +1,19 @@
-"""Rows in a file behind a cache: no update is lost, snapshots are whole or absent, bad files are named."""
+"""Rows in a file behind a cache: no update is lost, snapshots are whole or absent, bad files are named.
+
+By hand: ``python tests/kernels/test_tiers.py [--operations 10000000] [--kills 50]``, a few minutes.
+"""
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -60,6 +66,75 @@ def test_no_update_is_lost(tmp_path, policy):
     again = RowCache(tmp_path, 3000, PARTS, 16, seed=3)
     for n, whole in enumerate(expected):
         assert torch.equal(again.read(torch.arange(3000), n), whole)
+
+
+def _against_a_dict(folder, operations, seed=0):
+    """Rows that come (from their seed, or again from the file), are updated, and leave, as a prefetching loop does it, until ``operations``
+    of these happened; now and then a snapshot, now and then a crash, after which the last snapshot counts. A dict says what each row must
+    be. Returns (made, read again, written back, snapshots, crashes)."""
+    rows, batch = max(2000, operations // 5), 1500 if operations > 10**6 else 100
+    generator, chance = torch.Generator().manual_seed(seed), random.Random(seed)
+    parts, totals, snapshots, crashes = [Part(4, "normal", 0.0, 1.0), Part(1)], [0, 0, 0], 0, 0
+    model: dict[int, tuple[float, float]] = {}  # row: (its weights, how often it was updated)
+    safe = dict(model)
+
+    def opened():
+        return RowCache(folder, rows, parts, batch * 12, seed=seed, policy=chance.choice(["lru", "lfu"]))
+
+    def draw():
+        uniform = torch.rand(batch, generator=generator)
+        return torch.unique(((uniform if chance.random() < 0.5 else uniform**4) * rows).long().clamp(max=rows - 1))
+
+    def happened(cache):
+        found = cache.counters()
+        return found.made, found.read, found.written
+
+    def check(found, ids):
+        known = [model.get(row) for row in ids.tolist()]
+        fresh = torch.tensor([k is None for k in known])
+        expected = [parts[0].rows(0, seed, ids), torch.zeros(len(ids), 1)]
+        for part, whole in enumerate(expected):
+            whole[~fresh] = torch.tensor([k[part] for k in known if k is not None])[:, None]
+            assert torch.equal(found[part], whole), f"rows {ids[(found[part] != whole).any(1)][:5].tolist()} are not what they were left as"
+
+    cache, step = opened(), 0
+    with ThreadPoolExecutor(1) as ahead:
+        coming = draw()
+        under_way = ahead.submit(cache.fetch, coming)
+        while sum(totals) + sum(happened(cache)) < operations:
+            (slots, ticket), ids = under_way.result(), coming
+            coming = draw()
+            under_way = ahead.submit(cache.fetch, coming)  # while this batch trains
+            check([part[slots] for part in cache.parts], ids)
+            step += 1
+            cache.parts[0][slots] = float(step)
+            cache.parts[1][slots] += 1
+            model.update((row, (float(step), model.get(row, (0.0, 0.0))[1] + 1)) for row in ids.tolist())
+            cache.release(ticket)
+            what = chance.random()
+            if what < 0.02:
+                under_way.result()
+                cache.snapshot()
+                safe, snapshots = dict(model), snapshots + 1
+            elif what < 0.025:
+                under_way.result()
+                totals = [a + b for a, b in zip(totals, happened(cache))]
+                cache.close()
+                model, cache, crashes = dict(safe), opened(), crashes + 1
+                coming = draw()
+                under_way = ahead.submit(cache.fetch, coming)
+        cache.release(under_way.result()[1])
+    for first in range(0, rows, 100_000):
+        ids = torch.arange(first, min(rows, first + 100_000))
+        check([cache.read(ids, part) for part in range(2)], ids)
+    made, read, written = (a + b for a, b in zip(totals, happened(cache)))
+    cache.close()
+    return made, read, written, snapshots, crashes
+
+
+def test_against_a_dict(tmp_path):
+    made, read, written, snapshots, crashes = _against_a_dict(tmp_path, 60_000)
+    assert min(made, read, written) > 1000 and snapshots and crashes
 
 
 def test_starting_values_depend_on_seed_and_row_alone(tmp_path):
@@ -270,3 +345,15 @@ def test_from_several_threads(tmp_path):
     [t.start() for t in threads]
     [t.join() for t in threads]
     assert torch.equal(cache.read(torch.arange(3000))[:, 0], counts)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--operations", type=int, default=10_000_000)
+    parser.add_argument("--kills", type=int, default=50)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        made, read, written, snapshots, crashes = _against_a_dict(Path(folder) / "rows", asked.operations)
+        print(f"{made:,} made, {read:,} read again, {written:,} written back, {snapshots} snapshots, {crashes} crashes: no update was lost")
+        test_after_kill_the_last_snapshot_is_there(Path(folder) / "killed", asked.kills)
+        print(f"kill -9 at {asked.kills} moments: no snapshot was torn")
