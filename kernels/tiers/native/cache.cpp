@@ -50,7 +50,9 @@ class Cache {
   public:
     Cache(std::unique_ptr<Store> store, std::vector<Part> parts, uint64_t seed, int64_t slots, bool lfu)
         : store_(std::move(store)), parts_(std::move(parts)), seed_(seed), sets_(slots / WAYS), lfu_(lfu), tags_(in_huge_pages<int64_t>(size_t(sets_ * WAYS), -1)),
-          slots_(in_huge_pages(size_t(sets_ * WAYS), Slot{})) {}
+          slots_(in_huge_pages(size_t(sets_ * WAYS), Slot{})) {
+        count();
+    }
 
     // The slots of `ids`; they stay until release(ticket).
     int64_t fetch(const int64_t* ids, int64_t n, int64_t* slots, char* const* arrays, bool train) {
@@ -86,16 +88,21 @@ class Cache {
             fill(misses, arrays);
         } catch (...) {
             for (int64_t slot : held) slots_[size_t(slot)].pins--;
-            for (const Miss& miss : misses) tags_[size_t(miss.slot)] = -1;  // what could not be read is not there
+            for (const Miss& miss : misses) {  // what could not be read is not there
+                tags_[size_t(miss.slot)] = -1;
+                present_ -= miss.before >= 0;
+            }
             throw;
         }
         if (train)
             for (int64_t slot : held) slots_[size_t(slot)].dirty = 1;
         hits_ += hits;
         misses_ += int64_t(misses.size());
+        for (const Miss& miss : misses) present_ += miss.before < 0;
         int64_t ticket = ++tickets_;
         std::lock_guard<std::mutex> tickets(tickets_lock_);
         held_[ticket] = std::move(held);
+        count();
         return ticket;
     }
 
@@ -118,11 +125,15 @@ class Cache {
         save(changed, arrays);
         for (const Kept& each : changed) slots_[size_t(each.slot)].dirty = slots_[size_t(each.slot)].pins != 0;  // what a batch still holds may change again
         store_->prepare();
+        std::lock_guard<std::mutex> tickets(tickets_lock_);
+        count();
     }
 
     void finish() {
         std::lock_guard<std::mutex> guard(lock_);
         store_->finish();
+        std::lock_guard<std::mutex> tickets(tickets_lock_);
+        count();
     }
 
     // Copies of rows as they are now, cached or not; the cache stays as it is.
@@ -161,18 +172,23 @@ class Cache {
             memcpy(record.data() + before, from + i * bytes, size_t(bytes));
             store_->write({ids[i]}, [&](size_t, char* to) { memcpy(to, record.data(), record.size()); });
         }
+        std::lock_guard<std::mutex> tickets(tickets_lock_);
+        count();
     }
 
+    // As the last call that came to its end left them: never waits for a fetch.
     void counters(int64_t* out) {
-        std::lock_guard<std::mutex> guard(lock_);
-        std::lock_guard<std::mutex> tickets(tickets_lock_);
-        int64_t held = 0;
-        for (int64_t tag : tags_) held += tag >= 0;
-        int64_t all[] = {hits_, misses_, made_, read_, written_, held, store_->journal_rows(), store_->written_rows(), store_->generation(), int64_t(held_.size())};
-        memcpy(out, all, sizeof all);
+        std::lock_guard<std::mutex> guard(tickets_lock_);
+        memcpy(out, counted_, sizeof counted_);
+        out[9] = int64_t(held_.size());
     }
 
   private:
+    void count() {  // under tickets_lock_
+        int64_t all[] = {hits_, misses_, made_, read_, written_, present_, store_->journal_rows(), store_->written_rows(), store_->generation(), 0};
+        memcpy(counted_, all, sizeof all);
+    }
+
     void unpin() {
         std::lock_guard<std::mutex> guard(tickets_lock_);
         for (int64_t slot : free_) slots_[size_t(slot)].pins--;
@@ -356,7 +372,8 @@ class Cache {
     std::mutex tickets_lock_;
     std::mutex lock_;
     uint64_t clock_ = 0;
-    int64_t tickets_ = 0, hits_ = 0, misses_ = 0, made_ = 0, read_ = 0, written_ = 0;
+    int64_t tickets_ = 0, hits_ = 0, misses_ = 0, made_ = 0, read_ = 0, written_ = 0, present_ = 0;
+    int64_t counted_[10] = {};  // under tickets_lock_, as is held_
 };
 
 }  // namespace
