@@ -117,7 +117,7 @@ def _merge(received: Tensor, header: Tensor, places: Tensor, counts: Tensor, ind
     spec = decode(text)
     even = _Even.of(spec)
     if even is not None:
-        shapes, dtypes = leading_shapes(spec.group, indices, offsets), _slot_dtypes(spec, extras)
+        shapes, dtypes = _slot_shapes(spec, indices, offsets, extras), _slot_dtypes(spec, extras)
         slots = [received.new_empty((*shape, width), dtype=d) for shape, width, d in zip(shapes, spec.group.slots, dtypes)]
         if slots[even.slot].dtype == received.dtype:
             sums = slots[even.slot].zero_().view(-1, even.width)
@@ -127,7 +127,7 @@ def _merge(received: Tensor, header: Tensor, places: Tensor, counts: Tensor, ind
             return slots
     layout, chunks = _Layout(spec, header, places, counts, indices, offsets), _chunks(spec, received, header)
     dtypes = _slot_dtypes(spec, extras)
-    slots = [received.new_empty((*shape, width), dtype=d) for shape, width, d in zip(layout.shapes, spec.group.slots, dtypes)]
+    slots = [received.new_empty((*shape, width), dtype=d) for shape, width, d in zip(_slot_shapes(spec, indices, offsets, extras), spec.group.slots, dtypes)]
     for number, streams in spec.pooled_streams:
         target, scale = layout.part(slots, number), layout.scales.get(number)
         bags = target.shape[0]
@@ -148,6 +148,15 @@ def _merge(received: Tensor, header: Tensor, places: Tensor, counts: Tensor, ind
     return slots
 
 
+def _slot_shapes(spec: ExchangeSpec, indices, offsets, extras) -> list[tuple[int, ...]]:
+    """The leading shape of each slot: that of its lookups here, or of what is copied in where there are none."""
+    shapes, looked_up = leading_shapes(spec.group, indices, offsets), {k.slot for k in spec.group.lookups}
+    for place, extra in zip(spec.group.extras, extras):
+        if place.slot not in looked_up:
+            shapes[place.slot] = tuple(extra.shape[:-1])
+    return shapes
+
+
 def _slot_dtypes(spec: ExchangeSpec, extras) -> list[torch.dtype]:
     dtypes = [spec.torch_dtype] * len(spec.group.slots)
     for place, extra in zip(spec.group.extras, extras):
@@ -158,7 +167,7 @@ def _slot_dtypes(spec: ExchangeSpec, extras) -> list[torch.dtype]:
 @torch.library.register_fake("tablewright::merge_rows", lib=LIBRARY)
 def _fake_merge(received, header, places, counts, indices, offsets, extras, spec):
     parsed = decode(spec)
-    shapes = leading_shapes(parsed.group, indices, offsets)
+    shapes = _slot_shapes(parsed, indices, offsets, extras)
     dtypes = _slot_dtypes(parsed, extras)
     return [received.new_empty((*s, w), dtype=d) for s, w, d in zip(shapes, parsed.group.slots, dtypes)]
 

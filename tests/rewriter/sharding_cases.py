@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from dataclasses import dataclass
 
 import tablewright as tw
@@ -28,6 +29,7 @@ class Case:
     world: int
     dtype: str = "float64"
     seed: int = 0
+    tables: str = ""  # JSON: what the plan says of each table; else ``sharding`` and ``exchange`` for all
 
     def __str__(self) -> str:
         return "-".join(str(v) for v in (self.sharding, self.exchange, self.optimizer, self.mode, self.batches, self.world))
@@ -42,7 +44,7 @@ def rows_per_rank(case: Case, step: int) -> list[int]:
 
 
 def plan_of(case: Case, **more) -> dict:
-    tables = {"*": {"sharding": case.sharding, "exchange": case.exchange, **more}}
+    tables = json.loads(case.tables) if case.tables else {"*": {"sharding": case.sharding, "exchange": case.exchange, **more}}
     plan = {"version": 1, "tables": tables}
     if case.mode != "torch":
         options = {"lr": 0.1, "weight_decay": 0.01, "in_backward": case.mode == "in_backward"}
@@ -117,7 +119,7 @@ def train(rank: int, world: int, mesh, case: Case) -> dict:
 
 def mesh_of(case: Case, mesh):
     """Two nodes of half the ranks, where there are four."""
-    return _nodes() if case.world == 4 and case.sharding in ("table_row_wise", "grid_shard") else mesh
+    return _nodes() if case.world == 4 and (case.tables or case.sharding in ("table_row_wise", "grid_shard")) else mesh
 
 
 @functools.cache
