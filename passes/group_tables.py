@@ -27,6 +27,7 @@ from .joins import Join, Rows, find_joins
 from .lookups import LookupNode, read_lookup
 from .records import APPLIED, SKIPPED, Record, Skip, record
 from .rule import Context, GroupRule
+from .written_rows import copy_written_rows
 
 
 @dataclass
@@ -52,6 +53,7 @@ class GroupTables(GroupRule):
             raise ValueError(f"max_tables is {self.max_tables!r}; it must be a whole number above 0")
 
     def prepare(self, context: Context) -> _Facts:
+        copy_written_rows(context, self.name)
         writes = Writes(context.graph, context.root)
         lookups: dict[Node, LookupNode | Skip] = {}
         levels: dict[Node, int] = {}

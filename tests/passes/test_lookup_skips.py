@@ -41,12 +41,6 @@ def _in_place_ids(m, ids):
     return m.t(ids)
 
 
-def _in_place_result(m, ids):
-    found = m.t(ids)
-    found[:, 0].zero_()
-    return found
-
-
 class Random(nn.Module):
     """The ids of one lookup are drawn after another lookup was read: moving the draw would change the random stream."""
 
@@ -94,7 +88,6 @@ CASES = {
         "its table is changed inside the forward by embedding_renorm_ (max_norm, say)",
     ),
     "ids in place": (_in_place_ids, "sub_ changes its ids, weights or result in place"),
-    "result in place": (_in_place_result, "zero_ changes its ids, weights or result in place"),
 }
 OTHER_CASES = {
     "mask": "weight[ids] may be a lookup or a mask; the dtype of ids is known only with sample_inputs",
