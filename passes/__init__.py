@@ -19,6 +19,7 @@ from .id_columns import IdColumns
 from .mixed_precision import MixedPrecision
 from .overlap_communication import OverlapCommunication
 from .pool_sequences import PoolSequences
+from .recompute_modules import RecomputeModules
 from .remove_zero_dropout import RemoveZeroDropout
 from .rule import Pass
 from .shard_tables import ShardTables
@@ -31,7 +32,7 @@ from .wide_rows import WideRows
 DEFAULT: tuple[type[Pass], ...] = (
     RemoveZeroDropout, FuseFm, FuseDotInteraction, FusePairProducts, FuseCin, FieldProducts, PoolSequences, ConcatenatedLookups,
     ShareRepeats, IdColumns, GroupTables, TableGradients, WideRows, FuseCross,
-    BatchExperts, MixedPrecision, DenseChains, FuseDice, ShortSoftmax, FastDropout, FuseMlp, FuseLookupDots,
+    BatchExperts, MixedPrecision, DenseChains, FuseDice, ShortSoftmax, FastDropout, FuseMlp, FuseLookupDots, RecomputeModules,
 )  # fmt: skip
 OVER_RANKS: tuple[type[Pass], ...] = (ShardTables, OverlapCommunication)  # then, where a model runs over several ranks; no plan leaves them out
 IN_TIERS: tuple[type[Pass], ...] = (TierTables,)  # then, where tables are larger than memory

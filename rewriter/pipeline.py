@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import Graph
 
 from ..passes.graph import packet_name
+from ..passes.recompute_modules import CannotRecompute
 from ..passes.records import APPLIED, DISABLED, REJECTED, Record
 from ..passes.rule import Context, Pass
 from ..passes.shard_tables import CannotShard, Sharding
@@ -67,7 +68,7 @@ def run_passes(
         except CannotUpdate as error:
             failed = next((r.reason for s in steps if s.status == REJECTED for r in s.records), "")
             raise PlanError(f"{error}. {failed}" if failed else str(error)) from None
-        except (CannotShard, CannotTier) as error:
+        except (CannotRecompute, CannotShard, CannotTier) as error:
             raise PlanError(str(error)) from None
         except Exception as error:
             done = ", ".join(s.name for s in steps) or "none"

@@ -35,6 +35,7 @@ from torch import nn
 
 from .. import passes as registry
 from ..passes.mixed_precision import PRECISIONS, MixedPrecision
+from ..passes.recompute_modules import RecomputeModules
 from ..passes.records import NUMERICS
 from ..passes.rule import Pass
 from .compression import Compression, compression_from, compression_to
@@ -353,6 +354,8 @@ class Plan:
                 made.append(Disabled(cls, f"the plan says passes.{cls.name}: false"))
             elif cls is MixedPrecision:
                 made.append(cls(precision=self.precision))
+            elif cls is RecomputeModules and self.training.checkpoint:
+                made.append(cls(modules=self.training.checkpoint))
             elif NUMERICS.index(cls.numerics) > NUMERICS.index(self.numerics):
                 made.append(Disabled(cls, f"it is {cls.numerics}, and the plan allows {self.numerics} at most"))
             else:

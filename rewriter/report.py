@@ -30,6 +30,7 @@ _WORDS = {
     "compressed tables": "made smaller",
     "wide rows": "of low tables",
     "dense updates": "parameters stepped in the backward",
+    "checkpoints": "modules computed again in the backward",
 }
 _MAX_LINES = 25
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import Graph
 
 from ..kernels.library import DIRECT
+from ..passes.recompute_modules import folded
 from .capture import Captured
 from .capture.data_guard import ASSERT, guarded, holds
 from .capture.entry import packer, with_live_tensors
@@ -51,7 +52,11 @@ def first_call(args: tuple, kwargs: dict) -> None:
 
 def runnable(shell: nn.Module, graph: Graph) -> Callable[..., tuple]:
     """What eager mode calls for ``graph``: a copy of it whose ops are called directly, on the shell."""
-    direct = copy_graph(graph)
-    for node in direct.nodes:
-        node.target = holds if node.target is ASSERT else DIRECT.get(node.target, node.target)
+    direct = folded(copy_graph(graph), _directly)
+    _directly(direct)
     return with_live_tensors(shell, direct)
+
+
+def _directly(graph: Graph) -> None:
+    for node in graph.nodes:
+        node.target = holds if node.target is ASSERT else DIRECT.get(node.target, node.target)
