@@ -1,8 +1,9 @@
 """Table-batched lookups on a GPU: the launches of the Triton kernels, with the signatures and meanings of ``reference.py``.
 
 One forward is one launch. One backward or update is: keys of all reads (one launch), a stable sort, the pieces of equal keys
-(two launches and a small cumulative sum), then sums and optimizer fused (two launches). Sums run in float32 in an order fixed
-by the ids alone and nothing is added atomically, so equal inputs give equal bits.
+(two launches and a small cumulative sum), then sums and optimizer fused (two launches). Small tables are summed by products instead
+(``gpu_small.py``), unless a sparse gradient is asked for. Sums run in float32 in an order fixed by the ids alone and nothing is
+added atomically, so equal inputs give equal bits.
 
 Nothing here waits for the GPU, with one exception: ``sparse_gradients`` must know how many distinct rows there are. Ids are
 checked by the kernel: see ``id_status.py``. Tables of another dtype than float32, float16 and bfloat16, or wider than
@@ -23,7 +24,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import reference
+from . import gpu_small, reference
 from .gpu_backward import Finish, group_by_launch, reduce_runs, sort_reads
 from .gpu_launch import TYPES, Lookups, alignment, on_device, one_type, send
 from .id_status import IdStatus, check_ids
@@ -180,9 +181,8 @@ def dense_gradients(
     result = [
         torch.zeros_like(t, memory_format=torch.contiguous_format) if want else None for t, want in zip(tables, wanted, strict=True)
     ]
-    runs = sort_reads(spec, slot_grads, tables, indices, offsets, sample_weights, wanted, ranked=False)
-    if runs is not None:
-        reduce_runs(runs, [Finish(t, tables[t].shape[0], result[t]) for t in runs.segments])
+    finishes = {t: Finish(t, made.shape[0], made) for t, made in enumerate(result) if made is not None}
+    _sum_and_finish(spec, slot_grads, tables, indices, offsets, sample_weights, finishes)
     return result
 
 
@@ -192,9 +192,8 @@ def update(spec: GroupSpec, slot_grads, tables, indices, offsets, sample_weights
     """Backward and optimizer in one: sum each row's gradient over all lookups of its table, then update row and state in place.
 
     Tables whose entry of ``updates`` is None stay as they are. Does not wait for the GPU; ids are not checked again."""
-    runs = sort_reads(spec, slot_grads, tables, indices, offsets, sample_weights, [u is not None for u in updates], ranked=False)
-    if runs is not None:
-        reduce_runs(runs, [Finish(t, tables[t].shape[0], tables[t], updates[t]) for t in runs.segments])
+    finishes = {t: Finish(t, tables[t].shape[0], tables[t], rule) for t, rule in enumerate(updates) if rule is not None}
+    _sum_and_finish(spec, slot_grads, tables, indices, offsets, sample_weights, finishes)
 
 
 @torch.no_grad()
@@ -203,10 +202,21 @@ def update_rounded(
 ) -> None:
     """As :func:`update`, for tables of float16 or bfloat16 that the kernels take (:func:`takes`), rounded stochastically: ``seeds`` has 32 bits for
     each table. Sums, optimizer and state are float32."""
-    wanted = [u is not None for u in updates]
+    given = [(t, rule) for t, rule in enumerate(updates) if rule is not None]
+    finishes = {t: Finish(t, tables[t].shape[0], tables[t], rule, seed=seeds[t]) for t, rule in given}
+    _sum_and_finish(spec, slot_grads, tables, indices, offsets, sample_weights, finishes)
+
+
+def _sum_and_finish(spec: GroupSpec, slot_grads, tables, indices, offsets, sample_weights, finishes: dict[int, Finish]) -> None:
+    """Sum the gradients of the tables of ``finishes`` and finish their rows: small tables by products, the others sorted."""
+    slot_grads, _ = one_type(slot_grads, [g is not None for g in slot_grads], torch.float32)
+    small = {t: f for t, f in finishes.items() if f.rows <= gpu_small.ROWS}
+    if small:
+        gpu_small.finish_small(spec, slot_grads, tables, indices, offsets, sample_weights, small)
+    wanted = [t in finishes and t not in small for t in range(len(tables))]
     runs = sort_reads(spec, slot_grads, tables, indices, offsets, sample_weights, wanted, ranked=False)
     if runs is not None:
-        reduce_runs(runs, [Finish(t, tables[t].shape[0], tables[t], updates[t], seed=seeds[t]) for t in runs.segments])
+        reduce_runs(runs, [finishes[t] for t in runs.segments])
 
 
 @_or_reference

@@ -87,7 +87,7 @@ def embedding_cases():
     from tablewright.kernels.embedding import triton_backward, triton_forward, triton_keys
     from tablewright.kernels.embedding.triton_common import tile_rows
 
-    index = {name: "*i32" for name in ("keys", "before", "starts", "ranks", "counts")} | {
+    index = {name: "*i32" for name in ("keys", "before", "starts", "ranks", "counts", "seen_at")} | {
         "total_chunks": "i32",
         "total": "i32",
         "pitch": "i32",
@@ -119,6 +119,7 @@ def embedding_cases():
                 yield case(f"{name} rounded", kernel, KINDS=kinds, GRAD_T=dtype, SCALED=scaled, RANKED=ranked, **held)
             if dim == 128 and rule == "adam":
                 yield case(f"update {rule} {of}", triton_backward.update_kernel, KINDS=kinds, GRAD_T=dtype, **constants)
+    yield from small_table_cases(case)
     for scaled in (False, True):
         constants = {"COUNT": 26, "GRAD_T": tl.float16, "KEY_T": tl.int32, "SCALED": scaled, "TILES": triton_keys.KEY_TILES}
         weight = tl.float16 if scaled else None
@@ -128,6 +129,23 @@ def embedding_cases():
     mixed = tuple((tile_rows(d), d, 4, 4, 4) for d in (16, 64, 256))
     constants = {"COUNT": 26, "N_LOOKUPS": 26, "KINDS": mixed, "TABLE_T": tl.float32, "WEIGHT_T": None, **LOOKUP_TYPES}
     yield case("forward bags fp32 D16+D64+D256", triton_forward.forward_kernel, **constants)
+
+
+def small_table_cases(case):
+    """The same of the products that sum the gradients of small tables."""
+    from tablewright.kernels.embedding import gpu_small, triton_small
+    from tablewright.kernels.embedding.triton_common import tile_rows
+
+    block = gpu_small.BLOCK_ROWS[-1], gpu_small.BLOCK_COLUMNS[-1]
+    for kind, dtype in DTYPES.items():
+        vector = 128 // dtype.primitive_bitwidth
+        for form, plain, scaled in (("plain", True, False), ("bags", False, False), ("weighted bags", False, True)):
+            held = {"COUNT": 8, "KINDS": ((*block, vector, plain),), "GRAD_T": dtype, "DOT_T": tl.float32 if scaled else dtype, "SCALED": scaled}
+            yield case(f"counts {form} {kind}", triton_small.counts_kernel, WEIGHT_T=dtype if scaled else None, **held, **LOOKUP_TYPES)
+        kinds = ((tile_rows(128), 128, vector),)
+        for rule, rounded in (("rowwise_adagrad", False), ("adam", False), *([("rowwise_adagrad", True)] if kind != "fp32" else [])):
+            held = {"COUNT": 8, "KINDS": kinds, "RULE": rule, "TARGET_T": dtype, "STATE_T": tl.float32, "ROUNDED": rounded}
+            yield case(f"finish {rule}{' rounded' if rounded else ''} {kind}", triton_small.finish_kernel, **held)
 
 
 def interaction_cases():

@@ -1,4 +1,4 @@
-"""The Triton kernels beside the reference: runs ``embedding_triton_cases.py`` in processes of their own.
+"""The Triton kernels beside the reference: runs ``embedding_triton_cases.py`` and ``embedding_small_triton_cases.py`` in processes of their own.
 
 Triton reads ``TRITON_INTERPRET`` when a kernel is decorated, its own library included. So a process either interprets all
 kernels or none, and a pytest process that interprets would break every GPU test after it.
@@ -17,10 +17,10 @@ import torch
 
 triton = pytest.importorskip("triton", reason="NOT TESTED: the Triton kernels, because triton is not installed")
 
-CASES = Path(__file__).with_name("embedding_triton_cases.py")
+CASES = [Path(__file__).with_name(name) for name in ("embedding_triton_cases.py", "embedding_small_triton_cases.py")]
 
 
-def run_cases(cases: Path = CASES, **environment: str) -> None:
+def run_cases(cases: Path, **environment: str) -> None:
     """All ``cases`` in a new process; its output is shown if one fails or is skipped."""
     kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
     path = os.pathsep.join(p for p in sys.path if p)
@@ -39,10 +39,12 @@ def _release(module) -> tuple[int, ...]:
     _release(triton) < (3, 7) and _release(numpy) >= (2, 4),
     reason="NOT TESTED: the Triton kernels, because the interpreter of triton < 3.7 fails with numpy >= 2.4 (triton #9171)",
 )
-def test_every_case_in_the_interpreter():
-    run_cases(TRITON_INTERPRET="1")
+@pytest.mark.parametrize("cases", CASES, ids=lambda path: path.stem)
+def test_every_case_in_the_interpreter(cases):
+    run_cases(cases, TRITON_INTERPRET="1")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT TESTED on hardware: there is no GPU here")
-def test_every_case_on_the_gpu():
-    run_cases()
+@pytest.mark.parametrize("cases", CASES, ids=lambda path: path.stem)
+def test_every_case_on_the_gpu(cases):
+    run_cases(cases)
