@@ -25,8 +25,10 @@ import triton
 from torch import Tensor
 
 from . import gpu_small, reference
-from .gpu_backward import Finish, group_by_launch, reduce_runs, sort_reads
+from .gpu_backward import Finish, group_by_launch, reduce_runs
 from .gpu_launch import TYPES, Lookups, alignment, on_device, one_type, send
+from .gpu_sort import Sorted, sort_ahead, sort_reads
+from .gpu_sort import join_captured as join_captured
 from .id_status import IdStatus, check_ids
 from .reference import OptionalTensors, leading_shape
 from .spec import GroupSpec
@@ -149,6 +151,20 @@ def _slots(spec: GroupSpec, tables, indices, offsets, extras) -> list[Tensor]:
     return [make((*(held or ((0,), ""))[0], width)) for make, held, width in zip(new, leading, spec.slots)]
 
 
+SORT_AHEAD = True  # off: to measure what it brings
+
+
+def ahead_of_backward(spec: GroupSpec, tables, indices, offsets, kinds: Sequence[str | None]) -> list[Sorted]:
+    """Begin, beside the current stream, what the backward of a forward needs of its ids alone; to be kept until the backward. ``kinds``:
+    what each table gets there ("sparse", "dense", "in_backward" or None)."""
+    if not SORT_AHEAD or not takes(tables):
+        return []
+    large = [t.shape[0] > gpu_small.ROWS for t in tables]
+    wanted = {k: [kind == k and (big or k == "sparse") for kind, big in zip(kinds, large)] for k in dict.fromkeys(kinds) if k}
+    made = [sort_ahead(spec, tables, indices, offsets, w, ranked=k == "sparse") for k, w in wanted.items()]
+    return [m for m in made if m is not None]
+
+
 @_or_reference
 def sparse_gradients(
     spec: GroupSpec, slot_grads, tables, indices, offsets, sample_weights, wanted: Sequence[bool]
@@ -160,7 +176,7 @@ def sparse_gradients(
     counts: dict[int, int] = {}
     if runs is not None:
         edges = [edge for chunk, chunk_end, _ in runs.segments.values() for edge in (chunk, chunk_end)]
-        numbers = runs.before[1][torch.tensor(edges, device=runs.keys.device)].tolist()
+        numbers = runs.sorted.before[1][torch.tensor(edges, device=runs.sources.device)].tolist()
         counts = {
             t: numbers[2 * i + 1] - numbers[2 * i] - 1 for i, t in enumerate(runs.segments)
         }  # less the run that trains nothing

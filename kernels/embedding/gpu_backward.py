@@ -1,4 +1,4 @@
-"""The launches of a backward: sort the reads of all tables at once, then sum the runs and finish their rows.
+"""The launches of a backward after the sort (``gpu_sort.py``): sum the runs and finish their rows.
 
 Used by ``gpu.py``; the kernels' own pages, ``triton_keys.py`` and ``triton_backward.py``, say what runs, chunks and pieces are.
 """
@@ -16,93 +16,11 @@ import torch
 import triton
 from torch import Tensor
 
-from .gpu_launch import TYPES, Lookups, alignment, on_device, one_type, send
-from .spec import GroupSpec
+from .gpu_launch import TYPES, alignment, on_device, send
+from .gpu_sort import CHUNK_SIZE, Runs
 from .triton_backward import RowEntry, reduce_kernel, spanning_kernel
-from .triton_common import LookupEntry, tile_rows
-from .triton_keys import CHUNK, CHUNKS_PER_PROGRAM, KEY_TILES, count_kernel, keys_kernel, pieces_kernel
+from .triton_common import tile_rows
 from .updates import KINDS, TableUpdate
-
-CHUNK_SIZE = CHUNK.value
-
-
-@dataclass
-class Runs:
-    """The reads of some tables, sorted: see ``triton_keys.py``. ``segments``: table -> (first chunk, end chunk, key of row 0)."""
-
-    keys: Tensor
-    order: Tensor
-    sources: Tensor
-    scales: Tensor
-    before: Tensor
-    starts: Tensor
-    ranks: Tensor
-    chunks: int
-    segments: dict[int, tuple[int, int, int]]
-    aligned: dict[int, int]  # table -> elements one load of its gradients may take
-    grads: list[Tensor | None]  # held while kernels read them by address
-    grad_type: torch.dtype
-    scaled: bool
-
-
-def sort_reads(
-    spec: GroupSpec, slot_grads, tables, indices, offsets, sample_weights, wanted: Sequence[bool], ranked: bool
-) -> Runs | None:
-    """Sort the reads of the wanted tables; None if no wanted table has a gradient."""
-    used = [wanted[lookup.table] and slot_grads[lookup.slot] is not None for lookup in spec.lookups]
-    if not any(used):
-        return None
-    device = tables[0].device
-    reads = Lookups(spec, tables, indices, offsets, sample_weights, used)
-    grads, grad_type = one_type(slot_grads, [g is not None for g in slot_grads], torch.float32)
-    size = grad_type.itemsize
-    of_table: dict[int, list[int]] = {}
-    for i, lookup in enumerate(spec.lookups):
-        if used[i]:
-            of_table.setdefault(lookup.table, []).append(i)
-    entries: list[LookupEntry] = []
-    segments: dict[int, tuple[int, int, int]] = {}
-    aligned: dict[int, int] = {}
-    program = position = key = 0
-    for t, lookups in of_table.items():
-        begin = position
-        read_count = sum(indices[i].numel() for i in lookups)
-        end = begin + (read_count // CHUNK_SIZE + 1) * CHUNK_SIZE  # at least one unused read: see triton_keys.py
-        addresses = []
-        for i in lookups:
-            lookup, grad = spec.lookups[i], grads[spec.lookups[i].slot]
-            own = indices[i].numel() if i != lookups[-1] else end - position
-            addresses.append(grad.data_ptr() + lookup.column * size)
-            kind = 0 if lookup.pooling == "none" else 1
-            width = spec.slots[lookup.slot]
-            entries.append(reads.entry(i, program, kind, addresses[-1], width, train=True, position=position, slots=own, key=key))
-            program += max(1, triton.cdiv(entries[-1].bags, KEY_TILES[kind][0]))
-            position += own
-        segments[t] = (begin // CHUNK_SIZE, end // CHUNK_SIZE, key)
-        widths = [spec.slots[spec.lookups[i].slot] for i in lookups]
-        aligned[t] = alignment(size, tables[t].shape[1], *widths, addresses=addresses)
-        key += tables[t].shape[0] + 1
-    if position >= 2**31:
-        raise ValueError(f"{position} ids in one step: the kernels count to 2**31; split the batch")
-    scaled = reads.weight_type is not None or any(u and lookup.pooling == "mean" for u, lookup in zip(used, spec.lookups))
-    chunks = position // CHUNK_SIZE
-    keys = torch.empty(position, dtype=torch.int32 if key < 2**31 else torch.int64, device=device)
-    sources = torch.empty(position, dtype=torch.int64, device=device)
-    scales = torch.empty(position if scaled else 1, dtype=torch.float32, device=device)
-    with on_device(device):
-        keys_kernel[(program,)](
-            send(entries, device), keys, sources, scales, len(entries), TYPES[grad_type], TYPES[keys.dtype], **reads.types,
-            WEIGHT_T=reads.weight_type, SCALED=scaled, TILES=KEY_TILES,
-        )  # fmt: skip
-        keys, order = torch.sort(keys, stable=True)
-        counts = torch.zeros(2, chunks + 1, dtype=torch.int32, device=device)
-        grid = (triton.cdiv(chunks, CHUNKS_PER_PROGRAM.value),)
-        count_kernel[grid](keys, counts, chunks)
-        before = torch.cumsum(counts, 1, dtype=torch.int32)
-        starts = torch.empty(position, dtype=torch.int32, device=device)
-        ranks = torch.empty(position if ranked else 1, dtype=torch.int32, device=device)
-        pieces_kernel[grid](keys, before, starts, ranks, chunks, ranked)
-    return Runs(keys, order, sources, scales, before, starts, ranks, chunks, segments, aligned, grads, grad_type, scaled)
 
 
 @dataclass
@@ -163,7 +81,7 @@ def group_by_launch(finishes: Sequence[Finish]) -> dict[tuple, list[Finish]]:
 
 def reduce_runs(runs: Runs, finishes: Sequence[Finish]) -> None:
     """Sum the runs and finish them: two launches per rule and dtype, usually two in all."""
-    device = runs.keys.device
+    found, device = runs.sorted, runs.sources.device
     pitch = -16 * (-max(f.target.shape[1] for f in finishes) // 16)
     partials = torch.empty(2 * runs.chunks * pitch, dtype=torch.float32, device=device)
     steps = 2  # reads in flight per piece: runs are mostly short, and few registers leave room for more programs
@@ -183,9 +101,9 @@ def reduce_runs(runs: Runs, finishes: Sequence[Finish]) -> None:
         types, ranked = (TYPES[target_type], TYPES[state_type]), group[0].row_numbers is not None
         with on_device(device):
             reduce_kernel[(program,)](
-                sent, runs.keys, runs.order, runs.sources, runs.scales, runs.before, runs.starts, runs.ranks, partials, runs.chunks,
+                sent, found.keys, found.order, runs.sources, runs.scales, found.before, found.starts, found.ranks, partials, runs.chunks,
                 pitch, *facts, TYPES[runs.grad_type], *types, runs.scaled, ranked, rounded,
             )  # fmt: skip
             spanning_kernel[(chunk_program,)](
-                sent, runs.keys, runs.before, runs.ranks, partials, runs.chunks, pitch, *facts, *types, ranked, rounded
+                sent, found.keys, found.before, found.ranks, partials, runs.chunks, pitch, *facts, *types, ranked, rounded
             )

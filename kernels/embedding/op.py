@@ -193,9 +193,17 @@ class _Lookup(torch.autograd.Function):
                 return tuple(
                     torch.ops.tablewright.embedding_bags(tables, indices, offsets, sample_weights, extras, text, ticket, owner)
                 )
-        if ticket is None or isinstance(ticket, Tensor):
+        if ticket is not None and not isinstance(ticket, Tensor):
+            return tuple(ticket.slots(extras, text))
+        run, spec = implementation(tables[0].device), decode(text)
+        if run is cpu:
             return tuple(forward(tables, indices, offsets, sample_weights, extras, text))
-        return tuple(ticket.slots(extras, text))
+        kinds, due, _ = _due(text, ctx.alone or ctx.needs_input_grad[8 : 8 + n_tables], (True,) * len(spec.slots))
+        kinds = ["in_backward" if i in due else kind for i, kind in enumerate(kinds)]
+        ctx.ahead = run.ahead_of_backward(spec, tables, indices, offsets, kinds)  # found by the backward while it is kept here
+        slots = forward(tables, indices, offsets, sample_weights, extras, text)
+        run.join_captured(ctx.ahead)
+        return tuple(slots)
 
     @staticmethod
     def backward(ctx, *slot_grads):

@@ -80,9 +80,11 @@ def _keys_tile(
         here = place[None, :] < count[:, None]
         at = first[:, None] + place[None, :]
         row, good = read_rows(ids, rows, wrap, at, here, ID_T)
-        key = base + tl.where(good & (row != padding), row.to(tl.int64), rows)
-        tl.store(keys + position + at, key.to(KEY_T), mask=here)
-        tl.store(sources + position + at, source[:, None] + at * 0, mask=here)
+        if keys is not None:
+            key = base + tl.where(good & (row != padding), row.to(tl.int64), rows)
+            tl.store(keys + position + at, key.to(KEY_T), mask=here)
+        if sources is not None:
+            tl.store(sources + position + at, source[:, None] + at * 0, mask=here)
         if SCALED:
             scale = factor[:, None] + at.to(tl.float32) * 0
             if WEIGHT_T is not None:
@@ -99,13 +101,35 @@ def _unused(keys, begin, end, key, KEY_T: tl.constexpr):
 
 
 @triton.jit
+def _unused_keys(entry, keys, KEY_T: tl.constexpr, OFFSET_T: tl.constexpr):
+    """The keys of ids before the first bag or after the last, and of what rounds the segment up."""
+    n_ids = tl.load(entry + N_IDS)
+    position = tl.load(entry + POSITION)
+    last_key = tl.load(entry + KEY) + tl.load(entry + ROWS)
+    address = tl.load(entry + OFFSETS)
+    begin = n_ids * 0
+    end = n_ids
+    if tl.load(entry + BAGS) == 0:
+        end = begin
+    elif address != 0:
+        offsets = address.to(tl.pointer_type(OFFSET_T))
+        begin = tl.load(offsets).to(tl.int64)
+        if tl.load(entry + ENDS) != 0:
+            end = tl.load(offsets + tl.load(entry + N_OFFSETS) - 1).to(tl.int64)
+    begin = tl.minimum(tl.maximum(begin, 0), n_ids)
+    end = tl.minimum(tl.maximum(end, begin), n_ids)
+    _unused(keys, position, position + begin, last_key, KEY_T)
+    _unused(keys, position + end, position + tl.load(entry + SLOTS), last_key, KEY_T)
+
+
+@triton.jit
 def keys_kernel(
     entries, keys, sources, scales, COUNT: tl.constexpr, GRAD_T: tl.constexpr, KEY_T: tl.constexpr, ID_T: tl.constexpr,
     OFFSET_T: tl.constexpr, WEIGHT_T: tl.constexpr, SCALED: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Grid: one program per tile of bags, at least one per lookup. ``entries``: LookupEntry rows, whose ``out`` is the lookup's
-    part of its slot's gradient. Writes, for every read, its key, the address of its gradient row (int64) and, if SCALED, the
-    factor of that gradient (float32: its sample weight, or 1 / bag size for means)."""
+    part of its slot's gradient. Writes, for every read, its key (unless ``keys`` is None), the address of its gradient row (int64; unless
+    ``sources`` is None) and, if SCALED, the factor of that gradient (float32: its sample weight, or 1 / bag size for means)."""
     program = tl.program_id(0)
     entry = find_entry(entries, 0, LOOKUP_FIELDS, COUNT, program)
     tile = (program - tl.load(entry)).to(tl.int32)
@@ -115,24 +139,9 @@ def keys_kernel(
             _keys_tile(
                 entry, tile, keys, sources, scales, TILES[k][0], TILES[k][1], GRAD_T, KEY_T, ID_T, OFFSET_T, WEIGHT_T, SCALED
             )
-    if tile == 0:  # ids before the first bag or after the last, and what rounds the segment up
-        n_ids = tl.load(entry + N_IDS)
-        position = tl.load(entry + POSITION)
-        last_key = tl.load(entry + KEY) + tl.load(entry + ROWS)
-        address = tl.load(entry + OFFSETS)
-        begin = n_ids * 0
-        end = n_ids
-        if tl.load(entry + BAGS) == 0:
-            end = begin
-        elif address != 0:
-            offsets = address.to(tl.pointer_type(OFFSET_T))
-            begin = tl.load(offsets).to(tl.int64)
-            if tl.load(entry + ENDS) != 0:
-                end = tl.load(offsets + tl.load(entry + N_OFFSETS) - 1).to(tl.int64)
-        begin = tl.minimum(tl.maximum(begin, 0), n_ids)
-        end = tl.minimum(tl.maximum(end, begin), n_ids)
-        _unused(keys, position, position + begin, last_key, KEY_T)
-        _unused(keys, position + end, position + tl.load(entry + SLOTS), last_key, KEY_T)
+    if keys is not None:  # noqa: SIM102 - `and` would join a compile-time with a run-time condition
+        if tile == 0:
+            _unused_keys(entry, keys, KEY_T, OFFSET_T)
 
 
 @triton.jit

@@ -124,6 +124,9 @@ def embedding_cases():
         constants = {"COUNT": 26, "GRAD_T": tl.float16, "KEY_T": tl.int32, "SCALED": scaled, "TILES": triton_keys.KEY_TILES}
         weight = tl.float16 if scaled else None
         yield case(f"keys{' scaled' if scaled else ''}", triton_keys.keys_kernel, WEIGHT_T=weight, **constants, **LOOKUP_TYPES)
+    ahead = {"COUNT": 26, "GRAD_T": tl.float32, "KEY_T": tl.int32, "SCALED": False, "TILES": triton_keys.KEY_TILES, "WEIGHT_T": None}
+    yield case("keys alone", triton_keys.keys_kernel, sources=None, scales=None, **ahead, **LOOKUP_TYPES)
+    yield case("sources alone", triton_keys.keys_kernel, keys=None, **ahead | {"SCALED": True}, **LOOKUP_TYPES)
     yield case("count", triton_keys.count_kernel)
     yield case("pieces", triton_keys.pieces_kernel, RANKED=True)
     mixed = tuple((tile_rows(d), d, 4, 4, 4) for d in (16, 64, 256))

@@ -1,4 +1,4 @@
-"""The Triton kernels beside the reference: runs ``embedding_triton_cases.py`` and ``embedding_small_triton_cases.py`` in processes of their own.
+"""The Triton kernels beside the reference: runs ``embedding_triton_cases.py`` and the like in processes of their own.
 
 Triton reads ``TRITON_INTERPRET`` when a kernel is decorated, its own library included. So a process either interprets all
 kernels or none, and a pytest process that interprets would break every GPU test after it.
@@ -17,7 +17,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="NOT TESTED: the Triton kernels, because triton is not installed")
 
-CASES = [Path(__file__).with_name(name) for name in ("embedding_triton_cases.py", "embedding_small_triton_cases.py")]
+CASES = [Path(__file__).with_name(name) for name in ("embedding_triton_cases.py", "embedding_small_triton_cases.py", "embedding_sort_triton_cases.py")]
 
 
 def run_cases(cases: Path, **environment: str) -> None:
