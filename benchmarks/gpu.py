@@ -1,7 +1,7 @@
 """Every GPU kernel and two whole training steps on one GPU, beside what its bytes and operations take at the machine's own rates.
 
     python benchmarks/gpu.py                     # an H200: about 7 minutes; writes benchmarks/results/gpu_<date>.md
-    python benchmarks/gpu.py --only bags mlp     # some sections: bags dots mlp fm codecs dlrm dcn
+    python benchmarks/gpu.py --only bags mlp     # some sections: bags dots mlp fm cross codecs dlrm dcn
     python benchmarks/gpu.py --tiny              # no GPU: tiny sizes in Triton's interpreter, which proves this script and times nothing
 
 The copy rate (bytes read and written by ``torch.Tensor.copy_``) and the rate of a large bfloat16 product are measured first. The
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-SECTIONS = ("bags", "dots", "mlp", "fm", "codecs", "dlrm", "dcn")
+SECTIONS = ("bags", "dots", "mlp", "fm", "cross", "codecs", "dlrm", "dcn")
 BUDGET = 440  # seconds after which no further section starts
 
 if "--tiny" in sys.argv:
@@ -39,7 +39,8 @@ def sections(bench: Bench, chosen: list[str], started: float) -> None:
     import gpu_steps
 
     makers: dict[str, Callable[[Bench], Iterator[Op]]] = {
-        "bags": gpu_ops.bags, "dots": gpu_ops.dots, "mlp": gpu_ops.mlps, "fm": gpu_ops.fm, "codecs": gpu_ops.codecs,
+        "bags": gpu_ops.bags, "dots": gpu_ops.dots, "mlp": gpu_ops.mlps, "fm": gpu_ops.fm, "cross": gpu_ops.crosses,
+        "codecs": gpu_ops.codecs,
     }  # fmt: skip
     for name in chosen:
         if time.perf_counter() - started > BUDGET:

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import torch
 from gpu_bench import Bench, Op
 from gpu_peers import torchrec_bags
+from tablewright.kernels.cross import matrix as cross
 from tablewright.kernels.embedding import gpu as embedding
+from tablewright.kernels.embedding import gpu_small as embedding_small
 from tablewright.kernels.embedding.spec import Extra, GroupSpec, Lookup, Table
 from tablewright.kernels.embedding.updates import TableUpdate
 from tablewright.kernels.interaction import gpu as interaction
@@ -92,7 +94,7 @@ def _backward(bench: Bench, bags: Bags, name: str, shape: str) -> Op:
 
 def bags(bench: Bench) -> Iterator[Op]:
     """Forward, and backward with rowwise AdaGrad, of 26 tables."""
-    count, rows, dim, batch = (2, 50, 16, 4) if bench.tiny else (26, 1_000_000, 128, 65536)
+    count, rows, dim, batch = (2, 600, 16, 4) if bench.tiny else (26, 1_000_000, 128, 65536)
     mixed = [n if not bench.tiny else 2 for n in MULTI_HOT][:count]
     settings = [
         ("pooling 1", [1] * count, torch.float16, 0.0), ("pooling 1", [1] * count, torch.float32, 0.0),
@@ -108,6 +110,44 @@ def bags(bench: Bench) -> Iterator[Op]:
         op = _backward(bench, made, "bags backward + rowwise AdaGrad", shape)
         op.others = {"TorchRec Triton": peer[1]} if peer else {}
         yield op
+        if dtype == torch.float16 and pooling[0] != 1 or bench.tiny:
+            yield _both(made, op, shape)
+    rows = 7 if bench.tiny else embedding_small.ROWS
+    shape = f"{min(count, 8)} x {rows} x {dim}, batch {batch}, pooling 1"
+    for dtype in (torch.float16, torch.float32):
+        made = Bags(bench, [rows] * min(count, 8), dim, [1] * min(count, 8), batch, dtype)
+        op = _backward(bench, made, "small tables' backward + rowwise AdaGrad", f"{shape}, {_text(dtype)}")
+        op.bytes = made.reads * (4 + made.dim * made.dtype.itemsize)  # no sort; partial sums are no part of what must move
+        op.flops = 2 * made.reads * rows * dim
+        op.others = {"sorted": _with(embedding_small, "ROWS", 0, op.run)}
+        yield op
+
+
+def _with(module, name: str, value, run):
+    """``run`` while ``module.name`` is ``value``."""
+
+    def call() -> None:
+        kept = getattr(module, name)
+        setattr(module, name, value)
+        try:
+            run()
+        finally:
+            setattr(module, name, kept)
+
+    return call
+
+
+def _both(made: Bags, backward: Op, shape: str) -> Op:
+    """Forward and backward, whose sort runs beside the forward; beside it the same without."""
+
+    def run() -> None:
+        ahead = embedding.ahead_of_backward(made.spec, made.tables, made.ids, made.offsets, ["in_backward"] * len(made.tables))
+        made.forward()
+        backward.run()
+        del ahead
+
+    others = {"sort in the backward": _with(embedding, "SORT_AHEAD", False, run)}
+    return Op("bags forward + backward", shape, run, made.forward_bytes + backward.bytes, others=others)
 
 
 # --- interactions ----------------------------------------------------------------------------------------------------------------
@@ -180,6 +220,20 @@ def fm(bench: Bench) -> Iterator[Op]:
     yield Op("FM forward", shape, lambda: interaction.fm(x, 1.0, False), 2 * batch * dim * (features + 1), eager=plain)
     back = lambda: grad[:, None] * (x.sum(1, keepdim=True) - x)  # noqa: E731
     yield Op("FM backward", shape, lambda: interaction.fm_backward(grad, x, 1.0, False), 2 * batch * dim * (2 * features + 1), eager=back)
+
+
+def crosses(bench: Bench) -> Iterator[Op]:
+    """A matrix cross layer of DCN v2, forward and backward, as a bf16 plan has it: the product in bfloat16, the rest in float32."""
+    batch, dim = (4, 16) if bench.tiny else (65536, 512)
+    x0, x, grad = (torch.randn(batch, dim, device=bench.device) for _ in range(3))
+    weight = (torch.randn(dim, dim, device=bench.device) / dim**0.5).to(torch.bfloat16)
+    shift = torch.zeros(dim, device=bench.device)
+    _, y = cross._forward(x0, x, weight, None, shift)
+    shape, flops = f"{batch} x {dim} float32, weight bfloat16", 2 * batch * dim * dim
+    plain = lambda: x0 * F.linear(x.to(weight.dtype), weight) + shift + x  # noqa: E731
+    yield Op("cross forward", shape, lambda: cross._forward(x0, x, weight, None, shift), 14 * batch * dim, flops, eager=plain)
+    wanted = [True, True, True, False, True]
+    yield Op("cross backward", shape, lambda: cross._backward(grad, x0, x, y, weight, wanted), 22 * batch * dim, 2 * flops)
 
 
 # --- multilayer perceptrons ------------------------------------------------------------------------------------------------------

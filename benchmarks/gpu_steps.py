@@ -14,6 +14,7 @@ import tablewright as tw
 import torch
 from gpu_bench import Bench, ms
 from gpu_ops import MLPERF_ROWS, MULTI_HOT
+from tablewright.kernels.embedding import gpu as embedding
 from torch import Tensor, nn
 
 _DENSE = 13
@@ -210,6 +211,9 @@ def steps(bench: Bench, name: str, until: float) -> None:
     measure("ours", ours)
     if optimized and not bench.tiny:
         measure("ours, CUDA graph", lambda: _recorded(optimized[0]))
+        embedding.SORT_AHEAD = False
+        measure("ours, CUDA graph, sort in the backward", lambda: _recorded(optimized[0]))
+        embedding.SORT_AHEAD = True
     measure("eager", lambda: plain(False))
     if not bench.tiny:
         measure("compile", lambda: plain(True))
