@@ -147,7 +147,7 @@ def _both(made: Bags, backward: Op, shape: str) -> Op:
         del ahead
 
     others = {"sort in the backward": _with(embedding, "SORT_AHEAD", False, run)}
-    return Op("bags forward + backward", shape, run, made.forward_bytes + backward.bytes, others=others)
+    return Op("forward + backward of bags", shape, run, made.forward_bytes + backward.bytes, others=others)
 
 
 # --- interactions ----------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def test_every_section_has_its_rows(tmp_path):
     text = page.read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     for name, count in (
-        ("bags forward", 2), ("bags backward", 2), ("dots", 2), ("lookup + dots", 2), ("MLP forward", 6), ("MLP backward", 6), ("FM", 2),
+        ("bags forward", 2), ("bags backward", 2), ("forward + backward of bags", 2), ("small tables", 2), ("cross", 2), ("dots", 2), ("lookup + dots", 2), ("MLP forward", 6), ("MLP backward", 6), ("FM", 2),
         ("encode", 3), ("decode", 3), ("DLRM, MLPerf v1", 1), ("DLRM-DCNv2", 1),
     ):  # fmt: skip
         assert sum(row.startswith(f"| {name}") for row in rows) == count, text
