@@ -88,7 +88,7 @@ def test_sorted_once_beside_the_forward_and_joined_before_it_is_used(grad, log, 
 
 
 def test_two_forwards_before_their_backwards(log):
-    first, second = (case_of("sparse", rows_and_dims=((50, 16),)).lookup(0, "none", ids(50, 90)) for _ in range(2))
+    first, second = (case_of("sparse", rows_and_dims=((50, 16),)).lookup(0, "none", ids(50, 90)).lookup(0, "sum", ids(50, 9, 2)) for _ in range(2))
     alone = gradients(first), gradients(second)
     log.clear()
     losses = [sum((slot * slot).sum() for slot in run(c)) for c in (first, second)]
