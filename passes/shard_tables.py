@@ -33,7 +33,7 @@ from ..kernels.embedding.spec import Extra, GroupSpec, Lookup, Table, decode
 from .cost import KEY as COST
 from .cost import Cost
 from .graph import Editor, aten, is_op, packet_name, stored_tensor, value_of
-from .records import APPLIED, Record
+from .records import APPLIED, SKIPPED, Record, record
 from .rule import Context, Pass
 
 ANCHOR = "_tablewright_anchor"  # an attribute of the root: a tensor that requires a gradient
@@ -76,7 +76,15 @@ class ShardTables(Pass):
             if mine and context.allowed():
                 _Exchange(editor, node, spec, sharding, context).make()
         editor.remove_dead()
-        return [Record(self.kind, APPLIED, name, self.name, detail=describe(layout)) for name, layout in done.items()]
+        records = [Record(self.kind, APPLIED, name, self.name, detail=describe(layout)) for name, layout in done.items()]
+        norms = [n for n in context.graph.nodes if is_op(n, aten.batch_norm.default)]
+        return records + [record(self.name, "batch norms over ranks", SKIPPED, n, _NORM) for n in norms]
+
+
+_NORM = (
+    "it normalises by its rank's batch, and its running statistics are its rank's own (a checkpoint holds those of one rank), as under "
+    "DistributedDataParallel(broadcast_buffers=False); statistics over all ranks would be needed to equal one process"
+)
 
 
 def describe(layout: TableLayout) -> str:

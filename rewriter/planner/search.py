@@ -20,7 +20,7 @@ from .refine import refine
 
 _FILLS = (1.0, 0.99, 0.97, 0.94, 0.9, 0.8, 0.6, 0.3, 0.0)  # of the memory, how much the options may take together
 _REFINED = 4  # of the placements found, the best so many are refined
-_REPACKED = 800  # tables that are taken off and put back in tries, of the best placement
+_REPACKED = 4000  # tables that are taken off and put back in tries, of the best placement
 _MANNERS = (  # of placing: see Problem.under
     ("least", 0.0), ("least", 0.5), ("least", 1.0), ("best", 0.0), ("best", 0.1), ("best", 0.25), ("best", 0.5), ("best", 0.75), ("best", 1.0),
     ("memory", 0.0),

@@ -158,6 +158,18 @@ def clipped(rank: int, world: int, mesh, case: Case, norm_type: float) -> str:
     return said
 
 
+def normalised(rank: int, world: int, mesh) -> list[str]:
+    """A batch norm sees its rank's batch alone, and the report says so."""
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Embedding(9, 4, dtype=torch.float64), torch.nn.BatchNorm1d(4, dtype=torch.float64))
+    reference = copy.deepcopy(plain)
+    ids = torch.arange(5) + rank
+    model = tw.optimize(plain, {"version": 1, "tables": {"*": {"sharding": "row_wise"}}}, sample_inputs=(torch.arange(6),), mesh=mesh)
+    torch.testing.assert_close(model(ids), reference(ids), **CLOSE)
+    torch.testing.assert_close(dict(model.named_buffers())["1.running_mean"], reference[1].running_mean, **CLOSE)
+    return [r.reason for r in model.report.records if r.kind == "batch norms over ranks"]
+
+
 def groups_taken(rank: int, world: int, mesh) -> int:
     """How many process groups the second and third model make."""
     start(rank, mesh, case_of(world))

@@ -12,6 +12,7 @@ from sharding_safety import (
     killed,
     load,
     load_plain,
+    normalised,
     other_plans,
     save,
     states,
@@ -61,6 +62,10 @@ def test_ranks_with_other_plans_are_told(pools):
 def test_clipping_by_the_norm_is_over_all_ranks(pools, sharding, mode, norm_type):
     said = pools(2).run(clipped, case_of(2, sharding, mode, "sgd"), norm_type)
     assert all(("clip_grad_norm_(opt, max_norm)" if mode == "torch" else "Sparse") in s for s in said), said
+
+
+def test_a_batch_norm_is_its_ranks_own_and_the_report_says_so(pools):
+    assert all(len(said) == 1 and "its rank's own" in said[0] for said in pools(2).run(normalised))
 
 
 def test_models_of_one_mesh_share_its_process_groups(pools):
