@@ -19,6 +19,7 @@ _HOME = {
     "QuotientRemainder": "rewriter.compression",
     "MixedDim": "rewriter.compression",
     "ProductQuantization": "rewriter.compression",
+    "DynamicIds": "rewriter.dynamic_ids",
     "pipeline": "rewriter.prefetch",
     "Communication": "rewriter.placement",
     "Topology": "rewriter.planner.topology",
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     )
     from .rewriter.clipping import clip_grad_norm_
     from .rewriter.compression import Hashing, MixedDim, ProductQuantization, QuotientRemainder
+    from .rewriter.dynamic_ids import DynamicIds
     from .rewriter.equivalence import Equivalence
     from .rewriter.errors import (
         CaptureError,

@@ -11,7 +11,7 @@ import sys
 
 from setuptools import Extension, setup
 
-NATIVE = ("codecs", "dropout", "embedding", "interaction", "tiers")  # folders of kernels/ with C++ sources in native/
+NATIVE = ("codecs", "dropout", "dynamic_ids", "embedding", "interaction", "tiers")  # folders of kernels/ with C++ sources in native/
 
 
 def packages() -> list[str]:

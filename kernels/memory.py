@@ -10,10 +10,12 @@ thread of its own, at about a second per gigabyte.
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
 import os
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +47,15 @@ def use_huge_pages(tensors: Iterable[object]) -> int:
             _runner = threading.Thread(target=_run, name="tablewright huge pages", daemon=True)
             _runner.start()
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def promised(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros on the CPU whose pages are only promised: memory is taken by what is written, and reading takes none."""
+    count = math.prod(shape)
+    if not count:
+        return torch.zeros(*shape, dtype=dtype)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # named from Python 3.12 on
+    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize, flags=flags), dtype=dtype).view(*shape)
 
 
 def wait() -> None:

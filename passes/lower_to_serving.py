@@ -6,7 +6,8 @@ Runs after ``EvalForm``. Half precision tables are gathered as float32, which ho
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -22,12 +23,14 @@ from .rule import Context, Pass
 
 @dataclass
 class LowerToServing(Pass):
-    """Take the tables out. ``inline_below``: tables of fewer bytes stay inside."""
+    """Take the tables out. ``inline_below``: tables of fewer bytes stay inside, but for those named in ``numbered``, whose rows go by other
+    numbers where they are served: table -> (rows there, the row of its ``padding_idx``)."""
 
     name: ClassVar[str] = "lower_to_serving"
     kind: ClassVar[str] = "lookups"
     numerics: ClassVar[str] = "exact"
     inline_below: int = 0
+    numbered: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def run(self, context: Context) -> list[Record]:
         graph, root = context.graph, context.root
@@ -54,13 +57,13 @@ class LowerToServing(Pass):
             elif table.dtype == torch.float64:
                 reason = "its table is float64 and stays inside the graph; rows outside are float32 at most"
                 records.append(record(self.name, self.kind, SKIPPED, lookup.node, reason))
-            elif size < self.inline_below:
+            elif size < self.inline_below and names[id(table)] not in self.numbered:
                 reason = f"its table has {size} bytes; the plan keeps those below {self.inline_below} inside (serving.inline_below)"
                 records.append(record(self.name, self.kind, DISABLED, lookup.node, reason))
             elif not context.allowed():
                 records.append(record(self.name, self.kind, DISABLED, lookup.node, "beyond the number of rewrites that were asked for"))
             else:
-                made = _lowered(editor, lookup, names[id(table)], table)
+                made = _lowered(editor, lookup, names[id(table)], table, self.numbered.get(names[id(table)]))
                 records.append(record(self.name, self.kind, APPLIED, made, detail=f"rows of table '{names[id(table)]}'"))
                 editor.replace(lookup.result, made)  # type: ignore[arg-type]
         editor.remove_dead()
@@ -82,8 +85,11 @@ def _other_readers(graph: Graph, root: nn.Module, found: list[LookupNode]) -> di
     }  # fmt: skip
 
 
-def _lowered(editor: Editor, lookup: LookupNode, name: str, table: Tensor) -> Node:
+def _lowered(editor: Editor, lookup: LookupNode, name: str, table: Tensor, numbered: tuple[int, int] | None) -> Node:
     rows, dim = table.shape
+    if numbered is not None:
+        rows = numbered[0]
+        lookup = replace(lookup, wrap_negative=False, padding_idx=None if lookup.padding_idx is None else numbered[1])
     result: Node = lookup.result  # type: ignore[assignment]
     value = value_of(result)
     wide = value if value is None or table.dtype == torch.float32 else value.float()

@@ -1,9 +1,9 @@
-"""Lookups of tables that are larger than memory read a cache of their rows: ids become slots.
+"""Lookups of tables that are larger than memory, or whose ids are any numbers, read a table of slots: ids become slots.
 
 ``embedding_bags([item.weight], [ids])``  ->  ``embedding_bags([cache], [tier_slots(ids)])``
 
-The launch stays as it is: it reads and trains the cache, which is a table of ``slots + 1`` rows (``kernels/tiers``). A row that lookups
-leave out or do not train (``padding_idx``) has the last slot to itself.
+The launch stays as it is: it reads and trains the cache, which is a table of ``slots + 1`` rows (``kernels/tiers``), or of ``slots + 2``
+(``kernels/dynamic_ids``). What lookups leave out or do not train (``padding_idx``) has the row ``slots`` to itself.
 """
 from __future__ import annotations
 
@@ -21,20 +21,32 @@ from .rule import Context, Pass
 
 @dataclass(frozen=True)
 class Tier:
-    """A table in tiers, for the pass: its ``number`` in a graph, the ``slots`` of its cache, its one ``padding`` row."""
+    """A table whose ids become slots, for the pass: its ``number`` in a graph, its ``slots``, how many ``rows`` they and those beside them
+    are. ``dynamic``: any number is an id."""
 
     number: int
     slots: int
-    padding: int | None
+    rows: int
+    dynamic: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What it counts as in the report."""
+        return "dynamic ids" if self.dynamic else TierTables.kind
+
+    @property
+    def detail(self) -> str:
+        """What is said of it there."""
+        return f"rows for at most {self.slots:,} ids of any value" if self.dynamic else f"{self.slots:,} slots in memory; ids become slots"
 
 
 class CannotTier(ValueError):
-    """A table is to be in tiers, and something that is no fused lookup reads it, or its lookups do not agree."""
+    """The ids of a table are to become slots, and something that is no fused lookup reads it, or its lookups do not agree."""
 
 
 @dataclass
 class TierTables(Pass):
-    """Point the lookups of tables in tiers at their caches."""
+    """Point the lookups of tables in tiers at their caches, and of tables with dynamic ids at their rows."""
 
     name: ClassVar[str] = "tier_tables"
     kind: ClassVar[str] = "tiers"
@@ -63,13 +75,13 @@ class TierTables(Pass):
                 looked.add(tier.number)
                 padding = None if lookup.padding_idx is None else tier.slots
                 lookups[i] = replace(lookup, padding_idx=padding, wrap_negative=False)
-            tables = tuple(replace(t, rows=mine[i].slots + 1) if i in mine else t for i, t in enumerate(spec.tables))
+            tables = tuple(replace(t, rows=mine[i].rows) if i in mine else t for i, t in enumerate(spec.tables))
             text = replace(spec, tables=tables, lookups=tuple(lookups)).encode()
             editor.set_argument(node, 1, ids)
             editor.set_argument(node, 5, text)
             done.update((spec.tables[i].name, tier) for i, tier in mine.items())
         editor.remove_dead()
-        return [Record(self.kind, APPLIED, name, self.name, detail=f"{tier.slots:,} slots in memory; ids become slots") for name, tier in done.items()]
+        return [Record(tier.kind, APPLIED, name, self.name, detail=tier.detail) for name, tier in done.items()]
 
 
 def padding_of(graphs, name: str) -> int | None:
@@ -80,7 +92,7 @@ def padding_of(graphs, name: str) -> int | None:
         for spec in [decode(node.args[5])] for lookup in spec.lookups if spec.tables[lookup.table].name == name
     }  # fmt: skip
     if len(found) > 1:
-        raise CannotTier(f"table '{name}' is to be in tiers, but its lookups have different padding_idx ({sorted(map(str, found))}); one was needed")
+        raise CannotTier(f"table '{name}' has storage or ids in the plan, but its lookups have different padding_idx ({sorted(map(str, found))}); one was needed")
     return next(iter(found), None)
 
 
@@ -94,7 +106,8 @@ def _refuse_other_readers(context: Context, tiers: Mapping[str, Tier]) -> None:
         other = next((u for u in node.users if u.target is not OP), None)
         if other is not None:
             where = other.meta["origin"].where() if "origin" in other.meta else ""
+            word, what = ("ids", "have dynamic ids") if tiers[name].dynamic else ("storage", "be in tiers")
             raise CannotTier(
-                f"table '{name}' is to be in tiers, but {packet_name(other) or other.op} reads it as a whole ({where}). Only fused lookups "
-                "can read a cache: take storage out of the plan for it (the report says why a lookup is not fused)"
+                f"table '{name}' is to {what}, but {packet_name(other) or other.op} reads it as a whole ({where}). Only fused lookups "
+                f"can read its slots: take {word} out of the plan for it (the report says why a lookup is not fused)"
             )

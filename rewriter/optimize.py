@@ -5,8 +5,8 @@ import copy
 import functools
 import time
 import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from .capture.shell import TICKET
 from .capture.stored import refuse_other_reads, store_tables
 from .compressed_tables import CompressedTables, compressed, is_table
 from .data_ways import say
+from .dynamic_tables import AnyIds
 from .embedding_optimizer import decide
 from .equivalence import numeric_check
 from .errors import CaptureError, PlanError, TablewrightError
@@ -245,6 +246,7 @@ class Compiler:
         self.plan_optimizer: RowUpdates | None = None
         self.user_optimizer: weakref.ref | None = None
         self.row_wise_tables: list[str] = []
+        self.any_ids = AnyIds(shell, plan)
         self.stored: dict[str, tuple[int, int]] = {}  # tables in memory of their own: bytes in the plain model, and here
         self.compressed = CompressedTables()
 
@@ -278,15 +280,18 @@ class Compiler:
         with self.whole():
             return self._rewritten(self._capture(entry, args, kwargs, form=form, why=why), args, kwargs)
 
-    def whole(self) -> AbstractContextManager:
+    @contextmanager
+    def whole(self) -> Iterator[None]:
         """The shell with whole tables, as a capture needs them."""
         own = self.sharded or self.tiered
-        return nullcontext() if own is None else own.whole_tables(self.shell)
+        with nullcontext() if own is None else own.whole_tables(self.shell), self.any_ids:
+            yield
 
     def _capture(self, entry: str, args: Any, kwargs: Any, more: Any = None, form: str = "one graph", why: str = "") -> Captured:
         alive = {path: module for path, ref in self.originals.items() if (module := ref()) is not None}
         batches = args if args is None else [(args, kwargs), *(more or [])]
-        return capture(self.shell, batches, originals=alive, entry=entry, form=form, why=why)
+        with self.any_ids:
+            return capture(self.shell, batches, originals=alive, entry=entry, form=form, why=why)
 
     def _rewritten(self, captured: Captured, args: Any, kwargs: Any) -> Variant:
         self.shell.__dict__.setdefault(TICKET, torch.zeros((), dtype=torch.int64))
@@ -358,9 +363,14 @@ class Compiler:
         spread = next((name for name, t in resolved.items() if t.sharding is not None), None)
         if spread is not None and self.ranks is None:
             raise PlanError(f"the plan makes table '{spread}' {resolved[spread].sharding}, which needs several ranks: a mesh was not given (mesh=)")
+        own = next((name for name, t in resolved.items() if t.storage is not None or t.ids is not None), None)
+        if own is not None and self.ranks is not None:
+            raise PlanError(f"the plan gives table '{own}' storage or dynamic ids, which are for a model on one rank today: leave mesh= out")
         updates = decide(read, resolved, optimizer, self.plan)
         self.tables, self.choices, self.plan_optimizer = every, updates.choices, updates.plan_optimizer
-        if any(t.storage is not None for t in resolved.values()):
+        if own is not None:
+            if self.any_ids.names and self.verify == "numerics":
+                raise PlanError(f"verify='numerics' runs copies of the plain model, which has no rows for the ids of '{self.any_ids.names[0]}': leave it out")
             self.tiered = TieredTables(self.shell, resolved, self.choices, optimizer, self.plan_optimizer, self.empty)
 
     def recapture(self, model: OptimizedModel, args: tuple, kwargs: dict, failure: str, entry: str) -> Variant:

@@ -18,7 +18,7 @@ from ..kernels.embedding import in_backward
 from ..kernels.embedding.op import OP
 from ..kernels.embedding.optimizers import RowUpdates
 from ..passes.records import Record
-from . import data_ways, shard_map
+from . import data_ways, shard_map, snapshots
 from .capture import CAPTURING, attach, deep_copy, verify
 from .capture.data_guard import OtherData
 from .capture.entry import compile_entry
@@ -196,7 +196,8 @@ class OptimizedModel(nn.Module):
     @property
     def report(self) -> Report:
         """What was rewritten, what was not and why. Print it."""
-        return self._report
+        live = [] if self._tiered is None else self._tiered.counted()
+        return replace(self._report, notes=(*self._report.notes, *live)) if live else self._report
 
     @property
     def plan(self) -> Plan:
@@ -284,6 +285,8 @@ class OptimizedModel(nn.Module):
     def unoptimized(self) -> nn.Module:
         """An independent plain model (its own class) with today's weights, buffers and mode. Over several ranks every rank calls it."""
         _follow_buffers(self)
+        if self._tiered is not None and self._tiered.dynamic:
+            self._alone("unoptimized()")
         if self._sharded is not None or self._tiered is not None:
             whole = self.whole_state_dict()
             with self._compiler.whole():
@@ -297,12 +300,16 @@ class OptimizedModel(nn.Module):
         rank calls it; it takes the memory of all tables there. Of a model on one rank it is ``state_dict()``."""
         return dict(self.state_dict()) if self._sharded is None else whole_state_dict(self, rank)
 
-    def _alone(self, what: str) -> None:
+    def _alone(self, what: str, dynamic: bool = False) -> None:
+        """Raises :class:`PlanError` for a model over several ranks or in tiers, and, unless ``dynamic``, with dynamic ids."""
         if self._sharded is not None:
             raise PlanError(f"{what} is for a model on one rank, and this one runs over several: take opt.unoptimized() (on all ranks) first")
         if self._tiered is not None:
-            held = ", ".join(self._tiered.open)
-            raise PlanError(f"{what} is for a model in memory, and the plan keeps {held} in tiers: take opt.unoptimized() first, where that fits")
+            if held := ", ".join(self._tiered.files):
+                raise PlanError(f"{what} is for a model in memory, and the plan keeps {held} in tiers: take opt.unoptimized() first, where that fits")
+            if not dynamic:
+                raise PlanError(f"{what} needs a plain table of every row, and the plan gives {', '.join(self._tiered.dynamic)} dynamic ids: state_dict() has "
+                                "the ids and rows, as has opt.dynamic_ids[name].export()")  # fmt: skip
 
     def _apply(self, fn, recurse: bool = True):
         drop_placeholders(self)
@@ -330,24 +337,30 @@ class OptimizedModel(nn.Module):
     # --- tables larger than memory ---------------------------------------------------------------------------------------------
 
     def snapshot(self, folder: str | Path, *optimizers: Optimizer) -> Path:
-        """Make everything as it is now durable, all of it or nothing: the tables in tiers in their own folders, the other parameters, the
-        buffers and the state of ``optimizers`` in ``folder``. Training goes on from it, also after a crash, with ``storage.resume: folder`` in
-        the plan and :meth:`restore`. Returns the file that makes it complete. Raises ``RuntimeError`` where no table is in tiers."""
-        return self._tables_in_tiers("snapshot()").snapshot(folder, self, optimizers)
+        """Make everything as it is now durable, all of it or nothing: the tables in tiers in their own folders, the other parameters, tables
+        with dynamic ids, the buffers and the state of ``optimizers`` in ``folder``. Training goes on from it, also after a crash, with ``storage.resume: folder`` in
+        the plan and :meth:`restore`. Returns the file that makes it complete. Raises ``RuntimeError`` where no table is in tiers or has dynamic ids."""
+        return snapshots.snapshot(self._tables_in_tiers("snapshot()"), folder, self, optimizers)
 
     def restore(self, folder: str | Path, *optimizers: Optimizer) -> None:
         """Take parameters, buffers and the state of ``optimizers`` (in the order that :meth:`snapshot` was given) from a snapshot; the
         tables in tiers were opened at it by ``storage.resume``. Raises :class:`~..kernels.tiers.TierError` where they do not belong together."""
-        self._tables_in_tiers("restore()").restore(folder, self, optimizers)
+        snapshots.restore(self._tables_in_tiers("restore()"), folder, self, optimizers)
 
     @property
     def tiers(self) -> dict[str, Any]:
         """What happened in the cache of each table in tiers, by plain name: :class:`~..kernels.tiers.Counters`."""
-        return {} if self._tiered is None else {name: t.cache.counters() for name, t in self._tiered.open.items()}
+        return {} if self._tiered is None else {name: t.cache.counters() for name, t in self._tiered.files.items()}
+
+    @property
+    def dynamic_ids(self) -> dict[str, Any]:
+        """The tables with dynamic ids, by plain name: :class:`~..kernels.dynamic_ids.table.DynamicTable`, whose ``counters()`` say what happened,
+        and whose ``export()`` and ``load(ids, rows)`` take ids and rows out and in."""
+        return {} if self._tiered is None else self._tiered.dynamic
 
     def _tables_in_tiers(self, what: str) -> Any:
         if self._tiered is None:
-            raise RuntimeError(f"{what} is for tables in tiers, and the plan gives none storage: save state_dict() instead")
+            raise RuntimeError(f"{what} is for tables in tiers or with dynamic ids, and the plan gives none storage: save state_dict() instead")
         return self._tiered
 
     def _own_tables(self, tables: Any) -> None:

@@ -17,8 +17,8 @@ training: {accumulate: 1}     # of the loop, as is pipeline: {prefetch: 2, stale
 
 Over several ranks an entry of ``tables`` also says where: ``{sharding: row_wise, ranks: [0, 1], exchange: unique, communication:
 {forward: fp16, backward: bf16}}`` (``placement.py`` says what each word means). A table that is larger than memory has
-``{storage: {cache: 4GB, path: user.rows}}`` (``storage.py``); one that is to be smaller ``{compress: {hashing: {rows: 1000}}}``
-(``compression.py``).
+``{storage: {cache: 4GB, path: user.rows}}`` (``storage.py``), one that is to be smaller ``{compress: {hashing: {rows: 1000}}}``
+(``compression.py``), one whose ids are any 64-bit numbers ``{ids: {dynamic: true, capacity: 50_000_000}}`` (``dynamic_ids.py``).
 """
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ from ..passes.recompute_modules import RecomputeModules
 from ..passes.records import NUMERICS
 from ..passes.rule import Pass
 from .compression import Compression, compression_from, compression_to
+from .dynamic_ids import DynamicIds, ids_from
 from .errors import PlanError, nearest
 from .loop_plan import PipelinePlan, TrainingPlan, refuse_together, said, section
 from .placement import Communication, check_placement, check_together, communication_from
@@ -127,6 +128,7 @@ class TablePlan:
     split: str | None = None
     storage: Storage | None = None
     compress: Compression | None = None
+    ids: DynamicIds | None = None
 
     def __post_init__(self) -> None:
         _check_optimizer(self.embedding_optimizer, "tables.<glob>.embedding_optimizer")
@@ -134,6 +136,7 @@ class TablePlan:
         _expect(self.storage is None or isinstance(self.storage, Storage), "tables.<glob>.storage", self.storage, "a tw.Storage")
         ok = self.compress is None or isinstance(self.compress, Compression)
         _expect(ok, "tables.<glob>.compress", self.compress, "one of tw.Hashing, tw.QuotientRemainder, tw.MixedDim, tw.ProductQuantization")
+        _expect(self.ids is None or isinstance(self.ids, DynamicIds), "tables.<glob>.ids", self.ids, "a tw.DynamicIds")
         _expect(self.dtype is None or self.dtype in PRECISIONS, "tables.<glob>.dtype", self.dtype, " | ".join(PRECISIONS))
         ranks = check_placement(self.sharding, self.ranks, self.exchange, self.communication, self.split, "tables.<glob>")
         object.__setattr__(self, "ranks", ranks)
@@ -330,7 +333,9 @@ class Plan:
                 f.name: next((v for e in entries if (v := getattr(e, f.name)) is not None), None) for f in fields(TablePlan)
             }
             check_together(name, chosen["sharding"], chosen["ranks"])
-            placed = chosen["sharding"] or ("in tiers" if chosen["storage"] is not None else "")
+            placed = chosen["sharding"] or ("in tiers" if chosen["storage"] is not None else "with dynamic ids" if chosen["ids"] is not None else "")
+            if chosen["ids"] is not None and (other := next((k for k in ("sharding", "storage") if chosen[k] is not None), None)):
+                raise PlanError(f"tables: '{name}' has dynamic ids and {other}, which do not go together yet")
             if placed and (chosen["dtype"] or "fp32") != "fp32":
                 raise PlanError(f"tables: '{name}' is both {placed} and stored as {chosen['dtype']}, which do not go together yet")
             resolved[name] = TablePlan(**chosen)
@@ -444,6 +449,8 @@ def _table_from(raw: Any, where: str) -> TablePlan:
         values["storage"] = storage_from(values["storage"], f"{where}.storage")
     if values.get("compress") is not None:
         values["compress"] = compression_from(values["compress"], f"{where}.compress")
+    if values.get("ids") is not None:
+        values["ids"] = ids_from(values["ids"], f"{where}.ids")
     try:
         return TablePlan(**values)
     except PlanError as error:
@@ -456,7 +463,7 @@ def _table_to(value: TablePlan) -> dict[str, Any]:
         setting = getattr(value, f.name)
         if setting is not None:
             plain = _optimizer_to(setting) if isinstance(setting, EmbeddingOptimizer) else _plain(setting)
-            plain = setting.to_dict() if isinstance(setting, Storage) else plain
+            plain = setting.to_dict() if isinstance(setting, (Storage, DynamicIds)) else plain
             plain = compression_to(setting) if isinstance(setting, Compression) else plain
             out[f.name] = asdict(setting) if isinstance(setting, Communication) else plain
     return out

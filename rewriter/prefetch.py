@@ -132,7 +132,7 @@ class Pipeline:
 
     def _tables(self) -> list[TieredTable]:
         tiered = self.model._tiered
-        return [] if tiered is None else list(tiered.open.values())
+        return [] if tiered is None else list(tiered.files.values())
 
     def _work(self, given: queue.Queue, stop: threading.Event, grad: bool, loading: threading.Event) -> None:
         try:

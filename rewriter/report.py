@@ -23,6 +23,7 @@ _WORDS = {
     "repeats": "computed once",
     "id columns": "cut at once",
     "tiers": "tables kept in tiers",
+    "dynamic ids": "mapped to rows",
     "shards": "placed",
     "overlaps": "scheduled",
     "ops": "in low precision",

@@ -5,7 +5,6 @@ where the rank has none), under the table's plain name; the user's own model kee
 """
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -22,6 +21,7 @@ from ..kernels.collectives.gradients import GradientAverage
 from ..kernels.collectives.row_squares import RowSquares
 from ..kernels.collectives.spec import Shard, TableLayout
 from ..kernels.embedding.reference import Reads
+from ..kernels.memory import promised
 from ..passes.shard_tables import ANCHOR, Sharding
 from ..passes.table_gradients import Choice
 from . import shard_map
@@ -310,10 +310,7 @@ def stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Ten
     """A table of zeros. On CPU its pages are only promised: memory is taken by what is written, and reading takes none."""
     if device.type == "cuda" or not shape.numel():
         return torch.zeros(shape, dtype=dtype, device=device)
-    import mmap
-
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # named from Python 3.12 on
-    return torch.frombuffer(mmap.mmap(-1, shape.numel() * dtype.itemsize, flags=flags), dtype=dtype).view(shape)
+    return promised(shape, dtype)
 
 
 def prepare(shell: nn.Module) -> None:

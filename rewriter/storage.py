@@ -38,7 +38,7 @@ class Storage:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cache", _bytes(self.cache))
-        object.__setattr__(self, "init", _init(self.init))
+        object.__setattr__(self, "init", init_from(self.init, "storage.init"))
         if not isinstance(self.path, str) or not self.path:
             raise PlanError(f"storage.path is {self.path!r}; it must be the path of a folder for the table's rows")
         if self.policy not in POLICIES:
@@ -91,7 +91,8 @@ def _bytes(value: Any) -> int:
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
-def _init(value: Any) -> tuple[str, tuple[float, ...]]:
+def init_from(value: Any, where: str) -> tuple[str, tuple[float, ...]]:
+    """How rows start, from plain values. Raises :class:`PlanError`."""
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], tuple):
         value = {value[0]: list(value[1])}
     if isinstance(value, Mapping) and len(value) == 1:
@@ -99,4 +100,4 @@ def _init(value: Any) -> tuple[str, tuple[float, ...]]:
         numbers = numbers if isinstance(numbers, (list, tuple)) else [numbers]
         if kind in _NUMBERS and len(numbers) == _NUMBERS[kind] and all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers):
             return kind, tuple(float(n) for n in numbers)
-    raise PlanError(f"storage.init is {value!r}; it must be {{normal: [mean, deviation]}}, {{uniform: [low, high]}} or {{constant: value}}")
+    raise PlanError(f"{where} is {value!r}; it must be {{normal: [mean, deviation]}}, {{uniform: [low, high]}} or {{constant: value}}")

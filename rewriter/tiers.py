@@ -1,12 +1,12 @@
-"""Tables larger than memory: caches in place of the tables, their checkpoints, and snapshots that are complete or absent.
+"""Tables larger than memory, and with dynamic ids: what takes their place, their checkpoints, and snapshots that are complete or absent.
 
 A table with ``storage`` in the plan keeps its rows and their optimizer state in a folder (``kernels/tiers``). Under its plain name the
 optimized model has the cache, a parameter of ``slots + 1`` rows; ``state_dict()`` still means the whole table. The user's own model keeps
-its table, untouched; one on the meta device holds none, and rows then start from ``storage.init``.
+its table, untouched; one on the meta device holds none, and rows then start from ``storage.init``. A table with dynamic ids
+(``dynamic_tables.py``) goes the same way: its parameter has ``capacity + 2`` rows, and its state dict the ids that have one.
 """
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -19,17 +19,21 @@ from torch import Tensor, nn
 from torch.fx import Graph
 from torch.optim import Optimizer
 
+from ..kernels.dynamic_ids.table import DynamicTable
 from ..kernels.embedding.optimizers import RowUpdates
 from ..kernels.embedding.spec import GroupSpec
 from ..kernels.tiers import Part, RowCache, TierError, available
 from ..kernels.tiers.cache import WAYS
-from ..kernels.tiers.table import TieredTable
+from ..kernels.tiers.table import SlotTable, TieredTable
 from ..passes.table_gradients import Choice
-from ..passes.tier_tables import Tier, padding_of
+from ..passes.tier_tables import CannotTier, Tier, padding_of
+from . import dynamic_tables
 from .capture import Captured
+from .dynamic_ids import DynamicIds
 from .errors import PlanError
 from .plan import Plan, TablePlan
 from .sharding import stand_in, whole_tables
+from .snapshots import from_manifest, generation_of
 from .storage import Storage
 
 _CHUNK = 1 << 26  # bytes of rows that are moved at once
@@ -38,14 +42,13 @@ _STATE = {  # by optimizer: the names of what it keeps for each row, and whether
     "SGD": (), "Adagrad": (("sum", False),), "Adam": (("exp_avg", False), ("exp_avg_sq", False)), "AdamW": (("exp_avg", False), ("exp_avg_sq", False)),
     "SparseAdam": (("exp_avg", False), ("exp_avg_sq", False)),
 }  # fmt: skip
-MANIFEST = "snapshot.json"
 
 
 @contextmanager
 def stand_ins(shell: nn.Module, plan: Plan, optimizer: Optimizer | None, over_ranks: bool = False) -> Iterator[set[int]]:
     """Tables on the meta device as tables of zeros that take no memory, in ``shell`` and in ``optimizer``, where the plan puts any table in
-    tiers, or ``over_ranks``: a capture runs the model. Yields the ids of the stand-ins; on an error everything is as it was."""
-    if not over_ranks and all(t.storage is None for t in plan.tables.values()):
+    tiers, or gives one dynamic ids, or ``over_ranks``: a capture runs the model. Yields the ids of the stand-ins; on an error everything is as it was."""
+    if not over_ranks and all(t.storage is None and t.ids is None for t in plan.tables.values()):
         yield set()
         return
     made: dict[int, nn.Parameter] = {}
@@ -70,35 +73,37 @@ def stand_ins(shell: nn.Module, plan: Plan, optimizer: Optimizer | None, over_ra
 
 
 class TieredTables:
-    """The tables of one model that the plan puts in tiers: opened when their lookups are known, put in place when all is rewritten."""
+    """The tables of one model that the plan puts in tiers or gives dynamic ids: opened when their lookups are known, put in place when all is rewritten."""
 
     def __init__(self, shell: nn.Module, resolved: Mapping[str, TablePlan], choices: Mapping[str, Choice], optimizer: Optimizer | None,
                  plan_optimizer: RowUpdates | None, empty: set[int]) -> None:  # fmt: skip
         self.shell, self.user, self.planned = shell, optimizer, plan_optimizer
         self.empty = empty  # ids of stand-ins: tables that hold no rows yet
-        self.wanted: dict[str, Storage] = {n: t.storage for n, t in resolved.items() if t.storage is not None}
-        self.open: dict[str, TieredTable] = {}
+        self.wanted: dict[str, Storage | DynamicIds] = {n: w for n, t in resolved.items() if (w := t.storage or t.ids) is not None}
+        self.open: dict[str, SlotTable] = {}
         self.whole: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}  # what the caches stand for
         self._names: dict[str, list[str]] = {}  # all names of each, where it is tied
         self._keep_rows_out = False  # of the optimizer's state dicts: a snapshot has them
+        self._loaded_ids: dict[str, Tensor] = {}  # of the optimizer state that is being loaded
         self._states: dict[str, tuple[tuple[str, bool], ...]] = {}
         for name in self.wanted:
             self._states[name] = self._check(name, resolved[name], choices.get(name))
 
     def _check(self, name: str, plan: TablePlan, choice: Choice | None) -> tuple[tuple[str, bool], ...]:
         table = dict(self.shell.named_parameters(remove_duplicate=False)).get(name)
+        what = "be in tiers" if plan.ids is None else "have dynamic ids"
         if available():
-            raise PlanError(f"table '{name}' is to be in tiers, which need the C++ library: {available()}")
+            raise PlanError(f"table '{name}' is to {what}, which need the C++ library: {available()}")
         if table is None or choice is None:
-            raise PlanError(f"table '{name}' is to be in tiers, but it is no parameter that a fused lookup reads")
+            raise PlanError(f"table '{name}' is to {what}, but it is no parameter that a fused lookup reads")
         if plan.sharding is not None:
             raise PlanError(f"table '{name}' has storage and sharding: {plan.sharding}; tables in tiers are on one rank today")
         if table.dtype != torch.float32 or table.device.type != "cpu":
-            raise PlanError(f"table '{name}' is {table.dtype} on {table.device}; tiers hold float32 tables of the CPU (or nn.Embedding and nn.EmbeddingBag on meta)")
+            raise PlanError(f"table '{name}' is to {what}, and is {table.dtype} on {table.device}; there they are float32 tables of the CPU (or nn.Embedding and nn.EmbeddingBag on meta)")
         if choice.grad == "none" or not table.requires_grad:
             return ()
         if choice.grad not in ("sparse", "in_backward"):
-            raise PlanError(f"table '{name}' is to be in tiers, and nobody updates it row by row: {choice.reason}")
+            raise PlanError(f"table '{name}' is to {what}, and nobody updates it row by row: {choice.reason}")
         if plan.embedding_optimizer is not None:
             return _STATE[plan.embedding_optimizer.key]
         return _STATE[getattr(type(self.user), "_base", type(self.user)).__name__]
@@ -106,42 +111,59 @@ class TieredTables:
     @property
     def tiers(self) -> dict[str, Tier]:
         """What the pass needs to know."""
-        return {n: Tier(t.number, t.cache.slots, t.padding) for n, t in self.open.items()}
+        return {n: Tier(t.number, t.home, len(t.memory[0]), isinstance(t, DynamicTable)) for n, t in self.open.items()}
+
+    @property
+    def files(self) -> dict[str, TieredTable]:
+        """Those in tiers."""
+        return {n: t for n, t in self.open.items() if isinstance(t, TieredTable)}
+
+    @property
+    def dynamic(self) -> dict[str, DynamicTable]:
+        """Those with dynamic ids."""
+        return {n: t for n, t in self.open.items() if isinstance(t, DynamicTable)}
 
     def refuse_program(self, captured: Captured) -> None:
         """Raises :class:`PlanError`: the model is no one graph."""
         name = next(iter(self.wanted))
-        raise PlanError(f"the plan puts table '{name}' in tiers, which needs {captured.entry}() as one graph; but {captured.notes[0]}")
+        what = "puts table '{}' in tiers" if isinstance(self.wanted[name], Storage) else "gives table '{}' dynamic ids"
+        raise PlanError(f"the plan {what.format(name)}, which needs {captured.entry}() as one graph; but {captured.notes[0]}")
 
     # --- opening -----------------------------------------------------------------------------------------------------------------
 
     def prepare(self, graph: Graph) -> None:
         """Open the stores, once: their padding rows are known from ``graph``, whose lookups are fused."""
-        for name, storage in self.wanted.items():
-            if name in self.open:
+        for name, wanted in self.wanted.items():
+            try:
                 padding = padding_of([graph], name)
-                if padding not in (None, self.open[name].padding):
-                    raise PlanError(f"table '{name}' is in tiers with padding_idx {self.open[name].padding}, and a lookup has {padding}")
-                continue
-            self.open[name] = self._opened(name, storage, padding_of([graph], name))
+            except CannotTier as error:
+                raise PlanError(str(error)) from None
+            if name not in self.open:
+                self.open[name] = self._opened(name, wanted, padding) if isinstance(wanted, Storage) else dynamic_tables.opened(
+                    name, wanted, self.shell, self._state_parts(name), padding)  # fmt: skip
+            elif padding != self.open[name].padding and (padding is not None or name in self.dynamic):
+                raise PlanError(f"table '{name}' has storage or ids in the plan and padding_idx {self.open[name].padding}, and a lookup has {padding}")
+
+    def _state_parts(self, name: str) -> list[Part]:
+        table = self.shell.get_parameter(name)
+        return [Part(1 if single else table.shape[1], "constant", self._first(name, table, key)) for key, single in self._states[name]]
 
     def _opened(self, name: str, storage: Storage, padding: int | None) -> TieredTable:
         table = self.shell.get_parameter(name)
         rows, dim = table.shape
         states = self._states[name]
-        parts = [Part(dim, storage.init[0], *(*storage.init[1], 0.0)[:2])]
-        parts += [Part(1 if single else dim, "constant", self._first(name, table, key)) for key, single in states]
+        parts = [Part(dim, storage.init[0], *(*storage.init[1], 0.0)[:2]), *self._state_parts(name)]
         slots = int(storage.cache) // sum(4 * p.width for p in parts) // WAYS * WAYS
         slots = min(slots, (rows + WAYS - 1) // WAYS * WAYS * 2)
         if slots < WAYS:
             raise PlanError(f"table '{name}': storage.cache is {storage.cache} bytes; {WAYS} rows with their optimizer state take {WAYS * sum(4 * p.width for p in parts)}")
         memory = [torch.zeros(slots + 1, p.width) for p in parts]
         folder = Path(storage.path)
-        held = (folder / "COMMIT").exists() or _generation(folder)
+        held = (folder / "COMMIT").exists() or generation_of(folder)
         if held and not storage.resume:
             raise PlanError(f"table '{name}': {folder} holds a snapshot of an earlier run. Go on from it with storage.resume (the folder that "
                             "opt.snapshot() was given), or give another path")  # fmt: skip
-        generation = _manifest(Path(storage.resume), name, folder) if storage.resume else -1
+        generation = from_manifest(Path(storage.resume), name, folder) if storage.resume else -1
         try:
             cache = RowCache(folder, rows, parts, slots, seed=storage.seed, policy=storage.policy, memory=[m[:slots] for m in memory], generation=generation)
         except TierError as error:
@@ -193,6 +215,7 @@ class TieredTables:
             optimizer.register_step_pre_hook(lambda o, *_: self._check_step(o))
             optimizer.register_step_post_hook(lambda o, *_: self.updated(self._stepped(o)))
             optimizer.register_state_dict_post_hook(self._save_states)
+            optimizer.register_load_state_dict_pre_hook(self._take_ids)
             optimizer.register_load_state_dict_post_hook(self._load_states)
         if self.planned is not None:
             self.planned.before_update, self.planned.after_update = self._check_update, self._updated_inside
@@ -260,7 +283,7 @@ class TieredTables:
 
     def whole_table(self, name: str, part: int = 0) -> Tensor:
         """A copy of a table, all rows, or of a state of its optimizer. Raises :class:`TierError` where it does not fit the memory that is free."""
-        tiered, rows = self.open[name], self.whole[name][0][0]
+        tiered, rows = self.files[name], self.whole[name][0][0]
         dim = tiered.memory[part].shape[1]
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if rows * dim * 4 > free * 0.8:
@@ -281,10 +304,11 @@ class TieredTables:
             raise RuntimeError(f"size mismatch for {name}: a table of {tuple(values.shape)} was given, and the model's has {wanted}")
         step = max(1, _CHUNK // (4 * values.shape[1]))
         for first in range(0, len(values), step):
-            self.open[name].write(first, values[first : first + step].detach().to(torch.float32), part)
+            self.files[name].write(first, values[first : first + step].detach().to(torch.float32), part)
 
     def _save_states(self, optimizer: Optimizer, saved: dict[str, Any]) -> None:
-        """In an optimizer's ``state_dict()`` a table has the state of all its rows (none in a snapshot, which keeps them in the folders)."""
+        """In an optimizer's ``state_dict()`` a table has the state of all its rows (none in a snapshot, which keeps them in the folders); one
+        with dynamic ids that of the ids that have a row, beside them."""
         places = {id(p): i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
         for name in self._owned(optimizer):
             place = places[id(self.shell.get_parameter(name))]
@@ -293,9 +317,21 @@ class TieredTables:
             made = saved["state"][place] = dict(saved["state"][place])
             for part, (key, single) in enumerate(self._states[name], 1):
                 made.pop(key, None)
-                if not self._keep_rows_out:
+                if name in self.dynamic:
+                    made["ids"], whole = self.dynamic[name].export(part)
+                    made[key] = whole.view(-1) if single else whole
+                elif not self._keep_rows_out:
                     whole = self.whole_table(name, part)
                     made[key] = whole.view(-1) if single else whole
+
+    def _take_ids(self, optimizer: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+        """Ids come out of what is loaded before torch makes it floats."""
+        names = {id(self.shell.get_parameter(n)): n for n in self._owned(optimizer) if n in self.dynamic}
+        places = zip((p for g in given["param_groups"] for p in g["params"]), (p for g in optimizer.param_groups for p in g["params"]))
+        found = {place: names[id(p)] for place, p in places if id(p) in names and "ids" in given["state"].get(place, {})}
+        self._loaded_ids = {name: given["state"][place]["ids"] for place, name in found.items()}
+        state = {place: {k: v for k, v in held.items() if k != "ids"} if place in found else held for place, held in given["state"].items()}
+        return {**given, "state": state}
 
     def _load_states(self, optimizer: Optimizer) -> None:
         """What was loaded goes to the rows, and the optimizer holds the cache again. Raises ``RuntimeError`` where it is no state of the table."""
@@ -306,62 +342,26 @@ class TieredTables:
             self._point(optimizer, cache, name)
             for part, (key, single) in enumerate(self._states[name], 1):
                 value = loaded.get(key)
-                if isinstance(value, Tensor):
+                ids = self._loaded_ids.get(name)
+                if isinstance(value, Tensor) and (name not in self.dynamic or ids is not None):
                     try:
-                        self.load_table(name, value.view(-1, 1) if single else value, part)
+                        self._load_part(name, part, value.view(-1, 1) if single else value, ids)
                     except RuntimeError as error:
                         wrong.append(f"{key}: {error}")
-                elif not self._keep_rows_out:
-                    wrong.append(f"it holds no '{key}' of {name}")
+                elif name in self.dynamic or not self._keep_rows_out:
+                    wrong.append(f"it holds no '{'ids' if isinstance(value, Tensor) else key}' of {name}")
         if wrong:
-            raise RuntimeError("the optimizer's state does not fit the tables in tiers, whose state stays as it was: " + "; ".join(wrong))
+            raise RuntimeError("the optimizer's state does not fit the tables that the plan keeps elsewhere, whose state stays as it was: " + "; ".join(wrong))
 
-    def snapshot(self, folder: str | Path, model: nn.Module, optimizers: Iterable[Optimizer]) -> Path:
-        """See :meth:`~.optimized_model.OptimizedModel.snapshot`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        numbers = {name: tiered.cache.prepare() for name, tiered in self.open.items()}
-        number = max((int(p.stem.partition("-")[2]) for p in folder.glob("dense-*.pt")), default=0) + 1
-        dense = folder / f"dense-{number}.pt"
-        tables = {id(model.get_parameter(n)) for n in self.open}
-        named = {n: p.detach() for n, p in [*model.named_parameters(), *model.named_buffers()] if id(p) not in tables}
-        with self._without_rows():
-            torch.save({"model": named, "optimizers": [o.state_dict() for o in optimizers]}, dense)
-        _durable(dense)
-        said = {"dense": dense.name, "tables": {n: {"path": os.path.abspath(self.wanted[n].path), "generation": g} for n, g in numbers.items()}}
-        made = folder / (MANIFEST + ".new")
-        made.write_text(json.dumps(said, indent=2))
-        _durable(made)
-        os.replace(made, folder / MANIFEST)  # from here on it is complete
-        _durable(folder)
-        for tiered in self.open.values():
-            tiered.cache.finish()
-        for old in folder.glob("dense-*.pt"):
-            if old != dense:
-                old.unlink()
-        return folder / MANIFEST
-
-    def restore(self, folder: str | Path, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
-        """See :meth:`~.optimized_model.OptimizedModel.restore`."""
-        folder, optimizers = Path(folder), list(optimizers)
-        said = _read_manifest(folder)
-        for name, tiered in self.open.items():
-            wanted, at = said["tables"].get(name, {}).get("generation"), tiered.cache.counters().generation
-            if wanted != at:
-                raise TierError(f"table '{name}' is at snapshot {at}, and {folder} holds {wanted}: open it with storage.resume: {folder}")
-        kept = torch.load(folder / said["dense"], weights_only=True)
-        if len(kept["optimizers"]) != len(optimizers):
-            raise TierError(f"{folder} holds the state of {len(kept['optimizers'])} optimizers; {len(optimizers)} were given")
-        named = dict([*model.named_parameters(), *model.named_buffers()])
-        with torch.no_grad():
-            for name, value in kept["model"].items():
-                named[name].copy_(value)
-        for optimizer, state in zip(optimizers, kept["optimizers"]):
-            with self._without_rows():
-                optimizer.load_state_dict(state)
+    def _load_part(self, name: str, part: int, values: Tensor, ids: Tensor | None) -> None:
+        if ids is None:
+            self.load_table(name, values, part)
+        else:
+            self.dynamic[name].load_part(part, ids, values)
 
     @contextmanager
-    def _without_rows(self) -> Iterator[None]:
+    def without_rows(self) -> Iterator[None]:
+        """While optimizers' state dicts are made for a snapshot, or read from one: the state of tables in tiers is in their folders."""
         self._keep_rows_out = True
         try:
             yield
@@ -371,11 +371,21 @@ class TieredTables:
     def notes(self) -> list[str]:
         """For the report."""
         made = []
-        for name, tiered in self.open.items():
-            storage, rows = self.wanted[name], self.whole[name][0][0]
+        for name, tiered in self.files.items():
+            storage, rows = self.storage_of(name), self.whole[name][0][0]
             size = sum(m.numel() * 4 for m in tiered.memory)
             made.append(f"{name}: {rows:,} rows in {storage.path}, {tiered.cache.slots:,} of them in a cache of {size / 1e9:.2f} GB ({storage.policy})")
         return made
+
+    def counted(self) -> list[str]:
+        """For the report, as it is read: how the lookups of tables with dynamic ids went."""
+        return [dynamic_tables.note(t, w) for n, t in self.dynamic.items() if isinstance(w := self.wanted[n], DynamicIds)]
+
+    def storage_of(self, name: str) -> Storage:
+        """What the plan says of one in tiers."""
+        storage = self.wanted[name]
+        assert isinstance(storage, Storage)
+        return storage
 
 
 def hook_checkpoints(model: nn.Module, tables: TieredTables) -> None:
@@ -384,48 +394,19 @@ def hook_checkpoints(model: nn.Module, tables: TieredTables) -> None:
     def save(module, state, prefix, _):
         for names in tables.aliases():
             if found := [prefix + n for n in names if prefix + n in state]:
-                state.update(dict.fromkeys(found, tables.whole_table(names[0])))
+                if names[0] in tables.dynamic:
+                    dynamic_tables.save(tables.dynamic[names[0]], state, found)
+                else:
+                    state.update(dict.fromkeys(found, tables.whole_table(names[0])))
 
     def load(module, state, prefix, *_):
         for names in tables.aliases():
             if found := [prefix + n for n in names if prefix + n in state]:
-                tables.load_table(names[0], state[found[-1]])  # as the last of tied names wins in torch
+                if names[0] in tables.dynamic:
+                    dynamic_tables.load(tables.dynamic[names[0]], state, found)
+                else:
+                    tables.load_table(names[0], state[found[-1]])  # as the last of tied names wins in torch
                 state.update(dict.fromkeys(found, module.get_parameter(names[0]).detach()))
 
     model._register_state_dict_hook(save)
     model._register_load_state_dict_pre_hook(load, with_module=True)
-
-
-def _generation(folder: Path) -> int:
-    """The number of the snapshot that a folder holds; 0 for none."""
-    try:
-        with open(folder / "rows.dat", "rb") as file:
-            return int.from_bytes(file.read(40)[32:40], "little")
-    except FileNotFoundError:
-        return 0
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise TierError(f"{folder} holds no snapshot of a model: {error}") from None
-
-
-def _manifest(folder: Path, name: str, path: Path) -> int:
-    try:
-        said = _read_manifest(folder)["tables"]
-    except TierError as error:
-        raise PlanError(f"table '{name}': storage.resume: {error}") from None
-    if name not in said or said[name]["path"] != os.path.abspath(path):
-        held = ", ".join(f"{n} in {t['path']}" for n, t in said.items())
-        raise PlanError(f"table '{name}': the snapshot in {folder} is of {held or 'no table'}; wanted {name} in {os.path.abspath(path)}")
-    return said[name]["generation"]
-
-
-def _durable(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..errors import IdOutOfRange, InputError, UnknownTable
+from .known_ids import KnownIds
 from .tables import Table, decode
 
 
@@ -60,19 +61,21 @@ class RemoteStore(Protocol):
 
 class Lookups:
     """All lookups of a model, on one store. ``described`` and ``joins``: as the manifest has them; ``defaults``: float32 ``[dim]`` for
-    tables whose missing ids stand for zeros or the mean row. ``missing`` counts those ids by table. Thread-safe."""
+    tables whose missing ids stand for zeros or the mean row; ``known``: the ids of tables whose ids are not their rows. ``missing`` counts
+    the ids that are no row, by table. Thread-safe."""
 
     def __init__(
         self, described: Sequence[Mapping[str, Any]], joins: Sequence[Mapping[str, Any]], tables: Mapping[str, Table],
-        defaults: Mapping[str, np.ndarray], store: Store,
+        defaults: Mapping[str, np.ndarray], store: Store, known: Mapping[str, KnownIds] | None = None,
     ) -> None:  # fmt: skip
+        self._known = dict(known or {})
         for each in described:
             if each["table"] not in tables:
                 raise UnknownTable(f"a lookup reads table '{each['table']}', which the manifest does not have: {', '.join(tables)}")
         self._all = [(each, tables[each["table"]]) for each in described]
         self._joins, self._defaults, self._store = joins, dict(defaults), store
         self._joined = {k for join in joins for k in join["lookups"]}
-        self._columns = _column_checks(self._all)
+        self._columns = _column_checks(self._all, self._known)
         self._blocks = [block for join in joins if (block := self._block(join)) is not None]
         self._lock = threading.Lock()
         self.missing: Counter[str] = Counter()
@@ -82,6 +85,8 @@ class Lookups:
         columns = [_single_column(each) for each in members]
         source = members[0]["ids"].get("input")
         start = columns[0]
+        if any(each["table"] in self._known for each in members):
+            return None
         if start is None or columns != list(range(start, start + len(columns))) or any(each["ids"]["input"] != source for each in members):
             return None
         found = self._store.block([each["table"] for each in members]) if hasattr(self._store, "block") else None  # type: ignore[attr-defined]
@@ -122,7 +127,9 @@ class Lookups:
             ids = _read(env, source)
             shapes.append(ids.shape)
             flat, wrong = ids if ids.ndim == 1 else ids.reshape(-1), None
-            if "pre" in source or len(source) == 1 or source["input"] not in known_good:
+            if table.name in self._known:
+                flat = self._numbered(flat, table.name)
+            elif "pre" in source or len(source) == 1 or source["input"] not in known_good:
                 flat, wrong = self._checked(flat, each, table)
             requests.append((table.name, flat))
             absent.append(wrong)
@@ -140,6 +147,14 @@ class Lookups:
             else:
                 found[k] = _pooled(rows, ids, shape, each, env)
         return found
+
+    def _numbered(self, ids: np.ndarray, table: str) -> np.ndarray:
+        """The rows of a table whose ids are not its rows."""
+        rows, unknown = self._known[table].rows(ids.astype(np.int64, copy=False))
+        if unknown:
+            with self._lock:
+                self.missing[table] += unknown
+        return rows
 
     def _checked(self, ids: np.ndarray, each: Mapping[str, Any], table: Table) -> tuple[np.ndarray, np.ndarray | None]:
         """Valid ids, and a mask of those that are to become the table's default row (``None``: none)."""
@@ -174,15 +189,16 @@ def _single_column(each: Mapping[str, Any]) -> int | None:
     return columns[0] if plain and columns[1] - columns[0] == 1 else None
 
 
-def _column_checks(every: Sequence[tuple[Mapping[str, Any], Table]]) -> list[tuple[str, Any, np.ndarray, int]]:
+def _column_checks(every: Sequence[tuple[Mapping[str, Any], Table]], any_id: Container[str]) -> list[tuple[str, Any, np.ndarray, int]]:
     """Inputs that are read column by column: (input, its columns, rows of each column's table, columns that it must have), to check all of
-    them at once."""
+    them at once. ``any_id``: tables that have no wrong ids."""
     limits: dict[str, dict[int, int]] = {}
     for each, table in every:
         source = each["ids"]
+        limit = 2**64 - 1 if table.name in any_id else table.rows  # the id -1 then only takes the slower way
         for column in [source["column"]] if "column" in source else range(*source.get("columns", (0, 0))):
             known = limits.setdefault(source["input"], {})
-            known[column] = min(known.get(column, table.rows), table.rows)
+            known[column] = min(known.get(column, limit), limit)
     found = []
     for name, known in limits.items():
         columns: Any = sorted(known)

@@ -1,6 +1,6 @@
-"""``tablewright::tier_slots(ids, table, first) -> slots``: bring the rows of ``ids`` into a tiered table's cache and say where they are.
+"""``tablewright::tier_slots(ids, table, first) -> slots``: bring the rows of ``ids`` into a table's memory and say where they are.
 
-``ids``: int32 or int64, any shape. ``table``: :attr:`~.table.TieredTable.number`. ``first``: whether it is its graph's first
+``ids``: int32 or int64, any shape. ``table``: :attr:`~.table.SlotTable.number` of one in tiers or with dynamic ids. ``first``: whether it is its graph's first
 lookup of the table, so that what the calls before it looked up without gradients may leave. ``slots``: int64, of the shape of ``ids``. What it does to
 the cache is no part of the graph's values, so it is called once for each node, in the order of the graph.
 """

@@ -1,4 +1,4 @@
-"""One table in tiers as the graph and the optimizer see it: slots of a cache for ids, held as long as their update is due."""
+"""A table as the graph and the optimizer see it where ids become slots: held as long as their update is due."""
 from __future__ import annotations
 
 import itertools
@@ -7,6 +7,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -14,38 +15,44 @@ from torch import Tensor
 from .cache import RowCache, TierError
 
 _numbers = itertools.count(1)
-_tables: weakref.WeakValueDictionary[int, TieredTable] = weakref.WeakValueDictionary()
+_tables: weakref.WeakValueDictionary[int, SlotTable] = weakref.WeakValueDictionary()
 
 
-class TieredTable:
-    """``cache``: whose ``parts[0]`` holds the weights. ``memory``: those tensors with one row more, at ``home``, where the row ``padding``
-    lives for good (lookups name it by number, and it has no gradient). ``name``: the plain parameter's, for messages.
+class Cache(Protocol):
+    """What gives slots to ids."""
 
-    ``number`` names it in a graph for as long as it lives.
+    slots: int
+
+    def release(self, ticket: int) -> None: ...
+
+
+class SlotTable:
+    """A table whose ids become slots of ``memory``: tensors ``[slots + 1 or more, width]``, the weights first and then what the optimizer
+    keeps for each row. From ``home`` on lie rows that are no slots; ``home`` itself is what lookups leave out (they name it by number, and
+    it has no gradient). ``name``: the plain parameter's, for messages. ``number`` names it in a graph for as long as it lives.
     """
 
-    def __init__(self, name: str, cache: RowCache, memory: list[Tensor], padding: int | None) -> None:
-        self.name, self.cache, self.memory, self.padding = name, cache, memory, padding
+    what: ClassVar[str]  # such tables, for messages
+    padding: int | None  # the id that is at home
+
+    def __init__(self, name: str, cache: Cache, memory: list[Tensor]) -> None:
+        self.name, self.memory = name, memory
+        self._slots = cache
         self.home = cache.slots
         self.trains = True
         self.weight: Callable[[], Tensor] = lambda: memory[0]  # what lookups read now
         self._lock = threading.Lock()
         self._due: list[tuple[int, Tensor]] = []  # (ticket, slots) of rows that an update is still to come for
-        self._marks = torch.zeros(self.home + 1, dtype=torch.bool)  # to compare slots with; all False
+        self._marks = torch.zeros(len(memory[0]), dtype=torch.bool)  # to compare slots with; all False
         self._looked: dict[int, list[int]] = {}  # by thread: tickets of lookups without gradients
         self.waited = 0.0  # seconds that lookups took to have their rows
         self._ahead: deque[tuple[int, Tensor, Tensor, int, bool]] = deque()  # (batch, ids, slots, ticket, train) of what was prefetched
         self.number = next(_numbers)
         _tables[self.number] = self
-        if padding is not None:
-            for part, tensor in enumerate(memory):
-                tensor[self.home] = cache.read(torch.tensor([padding]), part)[0]
 
     def slots(self, ids: Tensor, first: bool = True) -> Tensor:
         """The slots (int64, of the shape of ``ids``) where the rows of ``ids`` are until their update: until :meth:`updated` where
-        gradients are on, else until the thread's next lookup that is its graph's ``first``. Negative ids count from the end, as in ``weight[ids]``.
-
-        Raises ``IndexError`` for an id outside the table and :class:`TierError` where the rows under way do not fit the cache.
+        gradients are on, else until the thread's next lookup that is its graph's ``first``. Raises what :meth:`_fetch` raises.
         """
         self._check_weight()
         train = self.trains and torch.is_grad_enabled()
@@ -77,7 +84,7 @@ class TieredTable:
         """Let go of what was prefetched for batches before ``batch`` (``None``: for all) and not looked up."""
         with self._lock:
             while self._ahead and (batch is None or self._ahead[0][0] < batch):
-                self.cache.release(self._ahead.popleft()[3])
+                self._slots.release(self._ahead.popleft()[3])
 
     def _release_looked(self) -> None:
         mine = threading.current_thread().ident or 0
@@ -86,14 +93,14 @@ class TieredTable:
             gone -= {t.ident for t in threading.enumerate()}
         for thread in (mine, *gone):
             for ticket in self._looked.pop(thread, ()):
-                self.cache.release(ticket)
+                self._slots.release(ticket)
 
     def _check_weight(self) -> None:
         weight = self.weight()
         if weight.shape == self.memory[0].shape and weight.data_ptr() != self.memory[0].data_ptr():  # a capture has a stand-in of all rows
             raise TierError(
                 f"table '{self.name}': its cache was replaced by a tensor of {weight.dtype} on {weight.device} (.to(), .half(), .double(), "
-                ".data = ...?), which its rows do not come to: tables in tiers stay float32 on the CPU; optimize a model anew"
+                f".data = ...?), which its rows do not come to: {self.what} stay float32 on the CPU; optimize a model anew"
             )
         if weight.requires_grad and not self.trains:
             raise TierError(f"table '{self.name}' was frozen when optimize() ran, so that its rows are not written back: optimize it with requires_grad, then freeze it")
@@ -105,18 +112,45 @@ class TieredTable:
                 return  # they are a lookup's own
             for _, due in self._due:
                 self._marks.index_fill_(0, due.flatten(), True)
-            self._marks[self.home] = True
+            self._marks[self.home :] = True
             held = bool(self._marks.index_select(0, slots.flatten()).all())
             for _, due in self._due:
                 self._marks.index_fill_(0, due.flatten(), False)
-            self._marks[self.home] = False
+            self._marks[self.home :] = False
         if not held:
             raise TierError(
-                f"table '{self.name}': the update is for rows that were looked up before the last one, and may have left the cache since. "
+                f"table '{self.name}': the update is for rows that were looked up before the last one, and may have left since. "
                 "Nothing was updated. Call zero_grad() after each step(), and no backward of a forward from before it"
             )
 
     def _fetch(self, ids: Tensor, train: bool) -> tuple[Tensor, int]:
+        """The slots of ``ids`` (int64, any shape), with their rows in ``memory``, and the ticket that holds them. ``train``: gradients are on."""
+        raise TypeError(f"{type(self).__name__} must define _fetch()")
+
+    def updated(self) -> None:
+        """The optimizer stepped: what was looked up may leave."""
+        with self._lock:
+            for ticket, _ in self._due:
+                self._slots.release(ticket)
+            self._due.clear()
+
+
+class TieredTable(SlotTable):
+    """``cache``: whose ``parts[0]`` holds the weights. ``memory``: those tensors with one row more, at ``home``, where the row ``padding``
+    lives for good. Negative ids count from the end, as in ``weight[ids]``.
+    """
+
+    what = "tables in tiers"
+
+    def __init__(self, name: str, cache: RowCache, memory: list[Tensor], padding: int | None) -> None:
+        super().__init__(name, cache, memory)
+        self.cache, self.padding = cache, padding
+        if padding is not None:
+            for part, tensor in enumerate(memory):
+                tensor[self.home] = cache.read(torch.tensor([padding]), part)[0]
+
+    def _fetch(self, ids: Tensor, train: bool) -> tuple[Tensor, int]:
+        """Raises ``IndexError`` for an id outside the table and :class:`TierError` where the rows under way do not fit the cache."""
         rows = self.cache.rows
         if ids.numel():
             low, high = (int(v) for v in torch.aminmax(ids))
@@ -136,13 +170,6 @@ class TieredTable:
             found = torch.full_like(ids, self.home).masked_scatter_(wanted, found)
         return found, ticket
 
-    def updated(self) -> None:
-        """The optimizer stepped: what was looked up may leave."""
-        with self._lock:
-            for ticket, _ in self._due:
-                self.cache.release(ticket)
-            self._due.clear()
-
     def read(self, first: int, last: int, part: int = 0) -> Tensor:
         """Rows ``first`` to ``last`` (exclusive) as they are now, ``[n, width]``."""
         rows = torch.arange(first, last)
@@ -158,9 +185,9 @@ class TieredTable:
             self.memory[part][self.home] = values[self.padding - first]
 
 
-def table_of(number: int) -> TieredTable:
+def table_of(number: int) -> SlotTable:
     """The table that a graph names. Raises :class:`TierError` where its model is gone."""
     found = _tables.get(number)
     if found is None:
-        raise TierError("a lookup names a table in tiers whose model is gone: keep the model that optimize() returned alive")
+        raise TierError("a lookup names a table whose model is gone: keep the model that optimize() returned alive")
     return found

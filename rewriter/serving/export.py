@@ -30,7 +30,7 @@ from . import manifest as manifests
 from .manifest import Manifest
 from .onnx_joins import join_rows
 from .onnx_split import Parts, split
-from .predictor import DEFAULTS, PARITY, Version, apart
+from .predictor import DEFAULTS, IDS, PARITY, Version, apart
 from .rows_writer import write_bytes, write_changes, write_tables
 from .serving_graph import ServingGraph, left_inside, serving_graph, to_onnx
 
@@ -49,7 +49,8 @@ def export_serving(
     answers are recorded for parity. ``shards``: files a table. ``row_dtype``: "float32", "float16", "bfloat16" or "int8_rowwise", or a
     mapping from globs on table names, the first match winning. ``missing``: what stands for an id that is no row: "error" (default),
     "zeros", "mean" or "row:<id>", or a mapping likewise. ``shared``: globs on input names that a request may give once for its whole
-    batch (one user, many candidates). Tables below the plan's ``serving.inline_below`` bytes stay inside the graphs.
+    batch (one user, many candidates). Tables below the plan's ``serving.inline_below`` bytes stay inside the graphs. Of a table with
+    dynamic ids the ids that have a row go along; all others read the plan's default and are counted, whatever ``missing`` says.
 
     Raises :class:`~tablewright.ExportError` (or CaptureError) saying what cannot be served; what was served before then still is."""
     return _export(model, sample_inputs, directory, sample_kwargs, shards, row_dtype, missing, shared, plan, version, activate, None)
@@ -130,6 +131,10 @@ def _write(root: Path, home: Path, name: str, graph: ServingGraph, proto: onnx.M
         written[key] = Table(table.name, table.rows, table.dim, table.row_dtype, table.missing, **extra)
         if table.missing in ("zeros", "mean"):
             defaults[key] = np.zeros(table.dim, np.float32) if table.missing == "zeros" else _mean(rows)
+    left_out = {name: padding for name, (_, padding) in graph.ids.items()}
+    if left_out:
+        np.savez(root / IDS, **{name: ids.numpy() for name, (ids, _) in graph.ids.items()})  # type: ignore[arg-type]
+        put(IDS, (root / IDS).read_bytes())
     if defaults:
         np.savez(root / DEFAULTS, **defaults)
         put(DEFAULTS, (root / DEFAULTS).read_bytes())
@@ -143,6 +148,7 @@ def _write(root: Path, home: Path, name: str, graph: ServingGraph, proto: onnx.M
         "lookups": parts.lookups, "joins": joins, "left_inside": left_inside(graph.records),
         "shared": None if not parts.shared_inputs else {
             "inputs": parts.shared_inputs, "lookups": parts.shared_lookups, "cut": parts.cut},
+        **({"dynamic_ids": left_out} if left_out else {}),
         "tables": {key: table.to_dict() for key, table in written.items()}, "files": files,
     }  # fmt: skip
     made = Manifest(root, raw, written)

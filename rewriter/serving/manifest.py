@@ -7,6 +7,7 @@
     <model>/<version>/pre.onnx      only where ids are computed in the graph: from inputs to ids
     <model>/<version>/shared.onnx   only with shared inputs: what is computed once for a request with one user
     <model>/<version>/tables/...    raw rows (``kernels/gather/tables.py``)
+    <model>/<version>/ids.npz       only with dynamic ids: which id each row of such a table has, ascending
     <model>/<version>/parity.npz    recorded inputs and outputs of the training model
 
 A version never changes once it has its name. Imports no torch.

@@ -20,6 +20,7 @@ except ImportError as error:
     raise ImportError("serving needs ONNX Runtime: pip install 'tablewright[serving]'") from error
 
 from ...kernels.errors import ServingError, VersionSkew
+from ...kernels.gather.known_ids import KnownIds
 from ...kernels.gather.request import Lookups, Store
 from . import manifest as manifests
 from .manifest import Manifest
@@ -27,6 +28,7 @@ from .request_inputs import BATCH, Inputs
 from .stores import open_store, set_deadline
 
 DEFAULTS = "defaults.npz"
+IDS = "ids.npz"  # of tables with dynamic ids
 PARITY = "parity.npz"
 
 
@@ -39,7 +41,9 @@ class Version:
         shared = raw["shared"]
         self.inputs = Inputs(raw["inputs"], shared["inputs"] if shared else ())
         defaults = dict(np.load(manifest.root / DEFAULTS)) if DEFAULTS in raw["files"] else {}
-        self.lookups = Lookups(raw["lookups"], raw["joins"], manifest.tables, defaults, store)
+        ids = dict(np.load(manifest.root / IDS)) if IDS in raw["files"] else {}
+        known = {name: KnownIds(each, raw["dynamic_ids"][name]) for name, each in ids.items()}
+        self.lookups = Lookups(raw["lookups"], raw["joins"], manifest.tables, defaults, store, known)
         self._outputs = raw["outputs"]
         self._result = raw["result"]
         self._dense = _Session(manifest.root / "dense.onnx", threads)

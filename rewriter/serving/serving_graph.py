@@ -6,7 +6,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,15 +15,18 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from ...kernels.dynamic_ids.table import DynamicTable
 from ...kernels.gather.op import BAG, GATHER
 from ...passes.eval_form import EvalForm
 from ...passes.fold_batch_norm import FoldBatchNorm
-from ...passes.graph import aten, base_of, fetch, is_pure
+from ...passes.graph import aten, base_of, fetch, is_pure, stored_tensor
 from ...passes.lower_to_serving import LowerToServing, table_names
 from ...passes.records import APPLIED, Record
 from ...passes.rule import Context
 from ..capture import capture, clone_shell
+from ..capture.check import modes_kept
 from ..capture.export_frontend import quiet
+from ..dynamic_tables import AnyIds
 from ..errors import ExportError, explain
 from ..optimized_model import OptimizedModel
 from ..plan import Plan
@@ -38,8 +41,9 @@ Batch = tuple[tuple, dict]
 @dataclass
 class ServingGraph:
     """A captured model without its tables. ``labels``: names of the outputs; ``leaves``: per sample batch the tensors by input name;
-    ``answers``: per sample batch what the plain model gives in evaluation mode, in the order of ``labels``. ``to_onnx`` fills ``inputs``
-    and ``outputs``, as the manifest has them."""
+    ``answers``: per sample batch what the plain model gives in evaluation mode, in the order of ``labels``. ``ids``: of tables with
+    dynamic ids the ids (int64, ascending) of the rows, the last two of which are of what is left out (which id that is, or ``None``) and of
+    ids that have none. ``to_onnx`` fills ``inputs`` and ``outputs``, as the manifest has them."""
 
     module: fx.GraphModule
     labels: list[str]
@@ -49,6 +53,7 @@ class ServingGraph:
     leaves: list[dict[str, Tensor]]
     answers: list[list[Tensor]]
     records: list[Record]
+    ids: dict[str, tuple[Tensor, int | None]] = field(default_factory=dict)
     inputs: list[dict[str, Any]] = field(default_factory=list)
     outputs: list[dict[str, Any]] = field(default_factory=list)
 
@@ -59,7 +64,7 @@ def serving_graph(model: nn.Module, samples: Samples, plan: Plan | None) -> Serv
     if samples.args is None:
         raise ExportError("export_serving needs sample_inputs: one batch, as for optimize()")
     if isinstance(model, OptimizedModel):
-        model._alone("an export for serving")
+        model._alone("an export for serving", dynamic=True)
         model._follow_plain_model()
         plan = plan or model.plan
         source: nn.Module = model._shell
@@ -67,24 +72,40 @@ def serving_graph(model: nn.Module, samples: Samples, plan: Plan | None) -> Serv
         source = model
     shell = clone_shell(source).eval()
     batches = [(samples.args, samples.kwargs or {}), *samples.more]
+    tables = model._tiered if isinstance(model, OptimizedModel) else None
+    if tables is None:
+        return _graph_of(shell, batches, plan or Plan(), shell, {})
+    with tables.whole_tables(shell), AnyIds(shell, model.plan):  # type: ignore[union-attr]
+        return _graph_of(shell, batches, plan or Plan(), model, tables.dynamic)
+
+
+def _graph_of(shell: nn.Module, batches: list[Batch], plan: Plan, answering: nn.Module, dynamic: Mapping[str, DynamicTable]) -> ServingGraph:
+    """``answering``: what is asked for the answers, in evaluation mode. ``dynamic``: the tables with dynamic ids, by parameter name."""
+    names = table_names(shell)
+    served = {names[id(shell.get_parameter(n))]: (*t.served(), t.padding) for n, t in dynamic.items()}
     captured = capture(shell, batches)
     if captured.program is not None:
         raise ExportError(f"the model cannot be exported, as it does not run as one graph: {'; '.join(captured.notes)}")
     context = Context(captured.graph, shell)
-    passes = (EvalForm(), FoldBatchNorm(), LowerToServing((plan or Plan()).serving.inline_below))
-    records = [r for each in passes for r in each.run(context)]
+    lower = LowerToServing(plan.serving.inline_below, {n: (len(rows), len(ids)) for n, (ids, rows, _) in served.items()})
+    records = [r for each in (EvalForm(), FoldBatchNorm(), lower) for r in each.run(context)]
     _refuse_state(context.graph)
-    names = table_names(shell)
     stored = {names[id(t)]: t for t in [*shell.buffers(), *shell.parameters()] if id(t) in names}
+    inside = {names.get(id(t)) for n in context.graph.nodes if (t := stored_tensor(n, shell)) is not None}
+    if stays := next((n for n in served if n in inside), None):
+        why = "; ".join(left_inside(records))
+        raise ExportError(f"table '{stays}' has dynamic ids and cannot stay inside the graph: {why}")
+    stored.update({n: rows for n, (_, rows, _) in served.items()})
     tables = {node.args[_table_argument(node)]: None for node in context.graph.nodes if node.target in (GATHER, BAG)}
     fixed, placeholders = _fix_numbers(captured)
     kinds, labels = _outputs(captured, batches[0], shell)
     _trim_outputs(context.graph, kinds)
     module = _module(context.graph, shell)
     leaves = [_leaves(captured, placeholders, batch) for batch in batches]
-    answers = [_plain_answers(shell, batch, kinds) for batch in batches]
+    answers = [_answers(answering, batch, kinds) for batch in batches]
     result = "tensor" if captured.out_spec.is_leaf() else "tuple" if captured.out_spec.type in (tuple, list) and len(kinds) == len(labels) else "dict"
-    return ServingGraph(module, labels, result, fixed, {n: stored[n].detach() for n in tables}, leaves, answers, records)
+    known = {n: (ids, left_out) for n, (ids, _, left_out) in served.items() if n in tables}
+    return ServingGraph(module, labels, result, fixed, {n: stored[n].detach() for n in tables}, leaves, answers, records, known)
 
 
 def _table_argument(node: fx.Node) -> int:
@@ -181,11 +202,13 @@ def _copied(batch: Batch) -> Batch:
     return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, batch)
 
 
-def _plain_answers(shell: nn.Module, batch: Batch, kinds: list[bool]) -> list[Tensor]:
-    """What the plain model's own ``forward`` gives in evaluation mode."""
+def _answers(model: nn.Module, batch: Batch, kinds: list[bool]) -> list[Tensor]:
+    """What ``model`` gives in evaluation mode."""
     args, kwargs = _copied(batch)
-    with torch.no_grad():
-        leaves = pytree.tree_leaves(shell(*args, **kwargs))
+    with torch.no_grad(), modes_kept(model):
+        leaves = pytree.tree_leaves(model.eval()(*args, **kwargs))
+    if isinstance(model, OptimizedModel):
+        model._shell.training = model.training
     return [leaf.detach().cpu() for leaf, keep in zip(leaves, kinds) if keep]
 
 
