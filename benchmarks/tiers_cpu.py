@@ -3,7 +3,8 @@
 The big table has ``--rows`` rows of ``--dim`` float32 with AdaGrad state beside them, in a sparse file under ``--folder``, behind a cache of
 ``--cache`` GB; ids are Zipf-distributed (exponent 1.05) over all rows, spread by a hash. The table in memory has as many rows as fit in
 ``--cache`` GB and gets the same ids modulo its rows: the same number of distinct rows a batch, all of them hits. Both train with AdaGrad in
-the backward; their batches are interleaved after a warm-up that fills the cache. Prints a table for benchmarks/results/.
+the backward, in turn after a warm-up that fills the cache (about 3,000 batches; from then on every miss writes a row back). Prints a table for
+benchmarks/results/.
 """
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy
 import tablewright as tw
 import torch
+from tablewright.kernels import memory
 from torch import nn
 
 
@@ -67,7 +69,8 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--exponent", type=float, default=1.05)
     parser.add_argument("--warm", type=int, default=1500, help="batches before anything is timed")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=60, help="of each kind, in each round")
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--folder", type=Path, default=Path("/tmp/tiers_benchmark"))
     parser.add_argument("--out", type=Path)
@@ -90,38 +93,44 @@ def main() -> None:
         if k % 250 == 0:
             print(f"warm {k}: {tiered.tiers['item.weight'].hit_rate:.3f} hits, {resident():.2f} GB resident", file=sys.stderr, flush=True)
     most = resident()
-    warm = tiered.tiers["item.weight"]
-    times: dict[str, list[float]] = {"tiers, no prefetch": [], "tiers, prefetch": []}
-    for ids, wanted in batches(args.steps):
-        begun = time.perf_counter()
-        step(tiered, dense, ids, wanted)
-        times["tiers, no prefetch"].append(time.perf_counter() - begun)
-    line = tw.pipeline(batches(args.steps), tiered, inputs=lambda b: b[:1])
-    begun = time.perf_counter()
-    for ids, wanted in line:
-        step(tiered, dense, ids, wanted)
-        now = time.perf_counter()
-        times["tiers, prefetch"].append(now - begun)
-        begun = now
-    most = max(most, resident())
-    after = tiered.tiers["item.weight"]
     whole, other = optimized(small, args.dim, args.hidden, first % small)
-    times["in memory"] = []
-    for k, (ids, wanted) in enumerate(batches(args.steps + 20)):
-        ids = ids % small
+    for ids, wanted in batches(20):
+        step(whole, other, ids % small, wanted)
+    memory.wait()  # both tables are on huge pages from here on
+    beside = resident() - most
+    warm = tiered.tiers["item.weight"]
+    times: dict[str, list[float]] = {"tiers, no prefetch": [], "tiers, prefetch": [], "in memory": []}
+    reports = []
+    for _ in range(args.rounds):
+        for ids, wanted in batches(args.steps):
+            begun = time.perf_counter()
+            step(tiered, dense, ids, wanted)
+            times["tiers, no prefetch"].append(time.perf_counter() - begun)
+        line = tw.pipeline(batches(args.steps), tiered, inputs=lambda b: b[:1])
         begun = time.perf_counter()
-        step(whole, other, ids, wanted)
-        if k >= 20:
+        for ids, wanted in line:
+            step(tiered, dense, ids, wanted)
+            now = time.perf_counter()
+            times["tiers, prefetch"].append(now - begun)
+            begun = now
+        reports.append(line.report)
+        for ids, wanted in batches(args.steps):
+            ids = ids % small
+            begun = time.perf_counter()
+            step(whole, other, ids, wanted)
             times["in memory"].append(time.perf_counter() - begun)
+    most = max(most, resident() - beside)
+    after = tiered.tiers["item.weight"]
+    steps = 2 * args.rounds * args.steps
     median = {name: statistics.median(t) for name, t in times.items()}
     rate = (after.hits - warm.hits) / max(1, after.hits - warm.hits + after.misses - warm.misses)
     lines = [
         f"{args.rows:,} rows x {args.dim} float32 + AdaGrad state = {args.rows * args.dim * 8 / 1e9:.0f} GB, cache {args.cache} GB, Zipf {args.exponent}, batch {args.batch} x {args.pooling}, {args.threads} threads",
         "", "| | median ms/step | ids/s | of in memory |", "|---|---|---|---|",
         *(f"| {n} | {t * 1e3:.2f} | {args.batch * args.pooling / t / 1e6:.2f} M | {median['in memory'] / t:.2f} |" for n, t in median.items()),
-        "", f"hit rate of distinct rows {rate:.3f} (warm-up {warm.hit_rate:.3f}); misses a step {(after.misses - warm.misses) / (2 * args.steps):.0f}, of them read from the file {(after.read - warm.read) / (2 * args.steps):.0f}, made from the seed {(after.made - warm.made) / (2 * args.steps):.0f}; written back {(after.written - warm.written) / (2 * args.steps):.0f}",
+        "", f"hit rate of distinct rows {rate:.3f} (warm-up {warm.hit_rate:.3f}); misses a step {(after.misses - warm.misses) / steps:.0f}, of them read from the file {(after.read - warm.read) / steps:.0f}, made from the seed {(after.made - warm.made) / steps:.0f}; written back {(after.written - warm.written) / steps:.0f}",
         f"resident memory {started:.2f} GB at first, at most {most:.2f} GB; file {sum(f.stat().st_blocks * 512 for f in (args.folder / 'item').iterdir()) / 1e9:.1f} GB on disk",
-        f"prefetch: {line.report}",
+        *(f"prefetch, round {i}: {report}" for i, report in enumerate(reports, 1)),
     ]  # fmt: skip
     print("\n".join(lines))
     if args.out:
