@@ -102,11 +102,11 @@ def main() -> None:
     times: dict[str, list[float]] = {"tiers, no prefetch": [], "tiers, prefetch": [], "in memory": []}
     reports = []
     for _ in range(args.rounds):
-        for ids, wanted in batches(args.steps):
+        for ids, wanted in list(batches(args.steps)):
             begun = time.perf_counter()
             step(tiered, dense, ids, wanted)
             times["tiers, no prefetch"].append(time.perf_counter() - begun)
-        line = tw.pipeline(batches(args.steps), tiered, inputs=lambda b: b[:1])
+        line = tw.pipeline(list(batches(args.steps)), tiered, inputs=lambda b: b[:1])
         begun = time.perf_counter()
         for ids, wanted in line:
             step(tiered, dense, ids, wanted)
@@ -114,7 +114,7 @@ def main() -> None:
             times["tiers, prefetch"].append(now - begun)
             begun = now
         reports.append(line.report)
-        for ids, wanted in batches(args.steps):
+        for ids, wanted in list(batches(args.steps)):
             ids = ids % small
             begun = time.perf_counter()
             step(whole, other, ids, wanted)

@@ -20,7 +20,7 @@ namespace {
 const int64_t PAGE = 4096;
 const uintptr_t HUGE = 2 << 20;
 const size_t AHEAD = 12;  // rows whose memory is asked for before it is read
-const char MAGIC[8] = {'T', 'W', 'R', 'O', 'W', 'S', '0', '1'};
+const char MAGIC[8] = {'T', 'W', 'R', 'O', 'W', 'S', '0', '2'};
 
 struct Header {
     char magic[8];
@@ -80,30 +80,45 @@ uint64_t mix(uint64_t x) {  // the finalizer of SplitMix64 (Steele, Lea, Flood 2
 
 }  // namespace
 
-// CRC-32 (IEEE 802.3), eight bytes at a time: table k has the remainders of a byte with k zeros behind it (slicing, Kounavis and Berry 2005).
-uint32_t checksum(const void* data, size_t bytes, uint32_t from) {
-    struct Tables {
-        uint32_t of[8][256];
-        Tables() {
-            for (uint32_t i = 0; i < 256; i++) {
-                uint32_t c = i;
-                for (int k = 0; k < 8; k++) c = c & 1 ? 0xedb88320u ^ (c >> 1) : c >> 1;
-                of[0][i] = c;
-            }
-            for (int k = 1; k < 8; k++)
-                for (uint32_t i = 0; i < 256; i++) of[k][i] = of[0][of[k - 1][i] & 255] ^ (of[k - 1][i] >> 8);
-        }
-    };
-    static const Tables tables;
-    uint32_t c = ~from;
-    const unsigned char* p = static_cast<const unsigned char*>(data);
+namespace {
+
+#if defined(__x86_64__)
+__attribute__((target("sse4.2"))) uint32_t crc_by_instruction(uint32_t c, const unsigned char* p, size_t bytes) {
+    uint64_t wide = c;
     for (; bytes >= 8; bytes -= 8, p += 8) {
-        uint32_t low = c ^ (uint32_t(p[0]) | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16 | uint32_t(p[3]) << 24);
-        c = tables.of[7][low & 255] ^ tables.of[6][(low >> 8) & 255] ^ tables.of[5][(low >> 16) & 255] ^ tables.of[4][low >> 24] ^
-            tables.of[3][p[4]] ^ tables.of[2][p[5]] ^ tables.of[1][p[6]] ^ tables.of[0][p[7]];
+        uint64_t word;
+        memcpy(&word, p, 8);
+        wide = __builtin_ia32_crc32di(wide, word);
     }
-    for (; bytes > 0; bytes--, p++) c = tables.of[0][(c ^ *p) & 255] ^ (c >> 8);
-    return ~c;
+    c = uint32_t(wide);
+    for (; bytes > 0; bytes--, p++) c = __builtin_ia32_crc32qi(c, *p);
+    return c;
+}
+#endif
+
+uint32_t crc_by_table(uint32_t c, const unsigned char* p, size_t bytes) {
+    static const std::vector<uint32_t> table = [] {
+        std::vector<uint32_t> made(256);
+        for (uint32_t i = 0; i < 256; i++) {
+            uint32_t r = i;
+            for (int k = 0; k < 8; k++) r = r & 1 ? 0x82f63b78u ^ (r >> 1) : r >> 1;
+            made[i] = r;
+        }
+        return made;
+    }();
+    for (size_t i = 0; i < bytes; i++) c = table[(c ^ p[i]) & 255] ^ (c >> 8);
+    return c;
+}
+
+}  // namespace
+
+uint32_t checksum(const void* data, size_t bytes, uint32_t from) {  // CRC-32C (Castagnoli)
+    const unsigned char* p = static_cast<const unsigned char*>(data);
+#if defined(__x86_64__)
+    static const bool instruction = (__builtin_cpu_init(), __builtin_cpu_supports("sse4.2"));
+    if (instruction) return ~crc_by_instruction(~from, p, bytes);
+#endif
+    return ~crc_by_table(~from, p, bytes);
 }
 
 namespace {
@@ -307,14 +322,14 @@ bool Store::read_now(Where where, char* record) const {
 }
 
 void Store::write(const std::vector<int64_t>& rows, const std::function<void(size_t, char*)>& record) {
-    std::vector<char> bytes(rows.size() * size_t(entry_));
+    bytes_.resize(std::max(bytes_.size(), rows.size() * size_t(entry_)));
     for (size_t i = 0; i < rows.size(); i++) {
-        char* at = bytes.data() + i * size_t(entry_);
+        char* at = bytes_.data() + i * size_t(entry_);
         record(i, at + sizeof(Entry));
         Entry e{rows[i], checksum(at + sizeof(Entry), size_t(record_), uint32_t(rows[i])), 1};
         memcpy(at, &e, sizeof e);
     }
-    append(rows, bytes.data());
+    append(rows, bytes_.data());
     tidy();
 }
 

@@ -123,6 +123,7 @@ class Store {
     int64_t journal_end_ = 0, given_back_ = 0, stored_ = 0;
     std::vector<int64_t> live_;  // by segment of the journal: records that no later one replaces
     bool prepared_ = false;      // a COMMIT names the journal as it is: nothing of it is given back
+    std::vector<char> bytes_;    // what is about to be written
     File file_, log_, lock_;
 };
 
