@@ -64,8 +64,9 @@ class RowSquares:
         assert mine is not None
         return sorted((s for s in layout.shards if s.row == mine.row), key=lambda s: s.column)
 
-    def update(self, work: Sequence[tuple[str, Tensor, Tensor, Tensor, TableUpdate]]) -> None:
-        """One step of tables given as (name, block, rows int64 ascending, gradient ``[rows, columns]``, rule)."""
+    def update(self, work: Sequence[tuple[str, Tensor, Tensor, Tensor, TableUpdate]], spent: bool = False) -> None:
+        """One step of tables given as (name, block, rows int64 ascending, gradient ``[rows, columns]``, rule). ``spent``: nobody reads
+        the gradients afterwards, so they may be overwritten."""
         from ..embedding.op import implementation
 
         wide = [values.to(accumulation_dtype(block.dtype)) for _, block, _, values, _ in work]
@@ -77,8 +78,7 @@ class RowSquares:
             sums = state.index_select(0, rows) + (total / self.layouts[name].dim).to(state.dtype)
             state.index_copy_(0, rows, sums)
             root = (sums.to(gradient.dtype).sqrt() + rule.eps)[:, None]
-            # What was widened is a copy that nobody else reads.
-            scaled = gradient / root if gradient is values else gradient.div_(root)
+            scaled = gradient.div_(root) if spent or gradient is not values else gradient / root  # what was widened is a copy
             if block.dtype == scaled.dtype:
                 blocks.append(block)
                 touched.append(rows)

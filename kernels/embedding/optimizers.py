@@ -377,9 +377,9 @@ class RowUpdates(Optimizer):
         """Whether a row's state needs columns that other ranks hold."""
         return self.row_squares is not None and name in self.row_squares and group["kind"] == "rowwise_adagrad"
 
-    def _step_cut(self, work: list[tuple]) -> None:
+    def _step_cut(self, work: list[tuple], spent: bool = False) -> None:
         if work:
-            self.row_squares.update(work)
+            self.row_squares.update(work, spent)
             torch.autograd.graph.increment_version([self._by_name[name][0] for name, *_ in work])
 
     @torch.no_grad()
@@ -430,7 +430,7 @@ class RowUpdates(Optimizer):
         if any(cut):
             pairs = run.sparse_gradients(spec, slot_grads, tables, indices, offsets, sample_weights, cut)
             names = [t.name for t in spec.tables]
-            self._step_cut([(n, t, *pair, u) for n, t, pair, u in zip(names, tables, pairs, updates) if pair is not None])
+            self._step_cut([(n, t, *pair, u) for n, t, pair, u in zip(names, tables, pairs, updates) if pair is not None], spent=True)
             updates = [None if is_cut else u for u, is_cut in zip(updates, cut)]
         if not all(cut):
             run.update(spec, slot_grads, tables, indices, offsets, sample_weights, updates)
