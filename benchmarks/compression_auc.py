@@ -119,6 +119,7 @@ def measure(data: Movies | Clicks, seeds: int, say: Callable[[str], None]) -> No
         opt = trained(data, model, None, seed)
         whole.append(Learner("", opt, []).auc(data.held_out))
         sizes[WHOLE] = table_bytes(opt, data.globs)
+        print(f"{data.name}, seed {seed}, {WHOLE}: AUC {whole[-1]:.4f}", file=sys.stderr, flush=True)
         for name, form in data.forms.items():
             began = time.perf_counter()
             if "product_quantization" in form:

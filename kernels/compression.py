@@ -8,7 +8,7 @@ product quantization  row ``i`` is, part by part, the centroid that its byte of 
 ====================  ================================================================================================================
 
 The row of ``padding`` is left out of every fit and stands as it is in a row of its own behind the others, so that no other id shares it.
-All arithmetic is in float64; results have the table's dtype.
+Sums are in float64; results have the table's dtype.
 """
 from __future__ import annotations
 
@@ -72,12 +72,14 @@ def fit_quantized(weight: Tensor, parts: int, padding: int | None) -> tuple[Tens
     codebooks = weight.new_zeros(parts * (CENTROIDS + 1), width)
     codes = torch.zeros(rows, parts, dtype=torch.uint8, device=weight.device)
     for part in range(parts):
-        columns = weight[:, part * width : (part + 1) * width]
-        centroids = _k_means(columns[sample].double()).to(weight.dtype)
-        first = part * (CENTROIDS + 1)
-        codebooks[first : first + len(centroids)] = centroids
-        for chunk in ids.split(_CHUNK):
-            codes[chunk, part] = _nearest(columns[chunk].double(), centroids.double())[1].to(torch.uint8)
+        columns, first = weight[:, part * width : (part + 1) * width], part * (CENTROIDS + 1)
+        if len(ids) <= CENTROIDS:
+            codebooks[first : first + len(ids)] = columns[ids]
+            codes[ids, part] = torch.arange(len(ids), device=ids.device).to(torch.uint8)
+        else:
+            codebooks[first : first + CENTROIDS] = centroids = _k_means(columns[sample].double()).to(weight.dtype)
+            for chunk in ids.split(_CHUNK):
+                codes[chunk, part] = _nearest(columns[chunk], centroids)[1].to(torch.uint8)
         if padding is not None:
             codebooks[first + CENTROIDS] = columns[padding]
     return codebooks, codes
@@ -125,8 +127,7 @@ def _divided(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _k_means(points: Tensor) -> Tensor:
-    if len(points) <= CENTROIDS:
-        return points
+    """256 centroids of more points than that."""
     centroids = points[:CENTROIDS].clone()  # the points come in a random order
     for _ in range(_ROUNDS):
         distance, nearest = _nearest(points, centroids)
@@ -138,6 +139,8 @@ def _k_means(points: Tensor) -> Tensor:
 
 
 def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """The squared distance to the nearest centroid of each point, and its number."""
-    found = (points.square().sum(1)[:, None] - 2 * points @ centroids.t() + centroids.square().sum(1)).min(1)
-    return found.values, found.indices
+    """The squared distance to the nearest centroid of each point, and its number; in float32, around the centroids' mean."""
+    middle = centroids.mean(0)
+    points, centroids = (points - middle).float(), (centroids - middle).float()
+    found = torch.addmm(centroids.square().sum(1) / 2, points, centroids.t(), alpha=-1).min(1)
+    return points.square().sum(1) + 2 * found.values, found.indices

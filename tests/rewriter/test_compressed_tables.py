@@ -356,6 +356,8 @@ def test_tables_that_cannot_be_compressed_are_named(glob, how, words):
 
 
 def test_combinations_that_cannot_be():
+    with pytest.raises(PlanError, match="it is the whole model"):
+        tw.optimize(nn.Embedding(50, 4), planned("hashing"), sample_inputs=(torch.tensor([1, 2]),))
     both = {"compress": FORMS["hashing"], "dtype": "bf16", "trainable": False}
     for more, words in ((both, "compress and dtype: bf16"), ({"compress": FORMS["hashing"], "sharding": "row_wise"}, "compress and sharding: row_wise"),
                         ({"compress": FORMS["hashing"], "storage": {"cache": "1MB", "path": "rows"}}, "compress and storage: ")):  # fmt: skip
