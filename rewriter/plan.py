@@ -34,6 +34,7 @@ import yaml
 from torch import nn
 
 from .. import passes as registry
+from ..passes.fuse_mlp import FuseMlp
 from ..passes.mixed_precision import PRECISIONS, MixedPrecision
 from ..passes.recompute_modules import RecomputeModules
 from ..passes.records import NUMERICS
@@ -361,6 +362,8 @@ class Plan:
                 made.append(cls(precision=self.precision))
             elif cls is RecomputeModules and self.training.checkpoint:
                 made.append(cls(modules=self.training.checkpoint))
+            elif cls is FuseMlp and self.training.in_backward == "all" and cls.name not in self.passes:
+                made.append(Disabled(cls, "in_backward: all frees gradients one by one, and a fused perceptron makes all of its own at once; passes.fuse_mlp: true takes it"))
             elif NUMERICS.index(cls.numerics) > NUMERICS.index(self.numerics):
                 made.append(Disabled(cls, f"it is {cls.numerics}, and the plan allows {self.numerics} at most"))
             else:

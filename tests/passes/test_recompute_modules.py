@@ -6,7 +6,7 @@ import copy
 import pytest
 import tablewright as tw
 import torch
-from small_models import Dot, dot_batch
+from small_models import Dot, dot_batch, untimed
 from torch import nn
 
 LOOP = {
@@ -15,7 +15,6 @@ LOOP = {
     "all in the backward": {"training": {"in_backward": "all"}},
     "accumulated": {"training": {"accumulate": 2}},
 }
-PLAIN = {"fuse_mlp": False, "dense_chains": False, "fast_dropout": False}  # none that is chosen by time
 
 
 class Towers(nn.Module):
@@ -38,14 +37,14 @@ def batch(rows=6, seed=0):
     return torch.randint(0, 50, (rows,), generator=g), torch.randint(0, 40, (rows, 3), generator=g)
 
 
-def made(model, inputs, modules, plan=None, passes=PLAIN):
+def made(model, inputs, modules, plan=None, passes=None):
     plan = dict(plan or {})
     plan["training"] = {**plan.get("training", {}), "checkpoint": modules}
     inside = "embedding_optimizer" in plan
     torch.manual_seed(0)
     model = copy.deepcopy(model)
     params = [p for n, p in model.named_parameters() if not inside or not n.startswith(("item", "user", "tags"))]
-    return tw.optimize(model, {"version": 1, "passes": passes, **plan}, optimizer=torch.optim.Adagrad(params, lr=0.1), sample_inputs=inputs())
+    return tw.optimize(model, {"version": 1, "passes": {**untimed(), **(passes or {})}, **plan}, optimizer=torch.optim.Adagrad(params, lr=0.1), sample_inputs=inputs())
 
 
 def saved_bytes(opt, inputs):

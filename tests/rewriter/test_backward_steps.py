@@ -7,11 +7,11 @@ import pickle
 import pytest
 import tablewright as tw
 import torch
-from small_models import Dot, Tied, dot_batch, tied_batch, weights_of
+from small_models import Dot, Tied, dot_batch, tied_batch, untimed, weights_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-ALL = {"version": 1, "training": {"in_backward": "all"}}
+ALL = {"version": 1, "training": {"in_backward": "all"}, "passes": untimed()}
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
@@ -343,5 +343,8 @@ def test_what_the_plan_may_say():
         tw.Plan(training={"in_backward": True})
     plan = tw.Plan(training={"in_backward": "all", "checkpoint": ["over*"]}, numerics="approximate", pipeline={"staleness": 3})
     assert tw.Plan.from_dict(plan.to_dict()) == plan and "in_backward: all" in str(plan)
+    off = {p.cls.name: p.reason for p in tw.Plan(training={"in_backward": "all"}).make_passes() if hasattr(p, "cls")}
+    assert "frees gradients one by one" in off["fuse_mlp"]
+    assert "fuse_mlp" in {p.name for p in tw.Plan(training={"in_backward": "all"}, passes={"fuse_mlp": True}).make_passes() if hasattr(p, "name")}
     opt = tw.optimize(Dot(), ALL, sample_inputs=dot_batch())
     assert all("no optimizer was given" in r.reason for r in opt.report.skipped("in_backward")) and opt.report.skipped("in_backward")
