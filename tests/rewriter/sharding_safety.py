@@ -170,6 +170,19 @@ def normalised(rank: int, world: int, mesh) -> list[str]:
     return [r.reason for r in model.report.records if r.kind == "batch norms over ranks"]
 
 
+def refused(rank: int, world: int, mesh) -> list[float]:
+    """A backward whose update is refused, then a good one: a number of the averaged dense gradients."""
+    model, _, _ = start(rank, mesh, case_of(world, "row_wise", "in_backward"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    try:
+        scaler.scale(loss_of(model(*batch_of(6, seed=rank)))).backward()
+    except tw.InBackwardError:
+        del scaler
+    model.zero_grad()
+    loss_of(model(*batch_of(6, seed=10 + rank))).backward()
+    return [float(p.grad.sum()) for p in model.dense_parameters()]
+
+
 def groups_taken(rank: int, world: int, mesh) -> int:
     """How many process groups the second and third model make."""
     start(rank, mesh, case_of(world))

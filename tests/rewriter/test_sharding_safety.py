@@ -14,6 +14,7 @@ from sharding_safety import (
     load_plain,
     normalised,
     other_plans,
+    refused,
     save,
     states,
     wrong_ids,
@@ -66,6 +67,11 @@ def test_clipping_by_the_norm_is_over_all_ranks(pools, sharding, mode, norm_type
 
 def test_a_batch_norm_is_its_ranks_own_and_the_report_says_so(pools):
     assert all(len(said) == 1 and "its rank's own" in said[0] for said in pools(2).run(normalised))
+
+
+def test_gradients_are_averaged_after_a_backward_that_was_refused(pools):
+    mine, theirs = pools(2).run(refused)
+    assert mine == theirs
 
 
 def test_models_of_one_mesh_share_its_process_groups(pools):
