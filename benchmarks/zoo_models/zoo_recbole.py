@@ -107,10 +107,13 @@ def make(name: str, rows: int) -> nn.Module:
 
 
 def _module(folder: str, cls: str):
+    anomalies = torch.is_anomaly_enabled()
     try:
         return importlib.import_module(f"recbole.model.{folder}.{cls.lower()}")
     except ModuleNotFoundError:
         return None
+    finally:  # one file of RecBole's turns the check of every gradient for NaN on, for the whole process
+        torch.autograd.set_detect_anomaly(anomalies)
 
 
 def inputs(name: str, rows: int, size: int, seed: int):
