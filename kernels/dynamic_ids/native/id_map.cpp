@@ -113,19 +113,23 @@ class IdMap {
         std::vector<int64_t> missing;  // places in ids
         for (int64_t i = 0; i < n; i++) {
             if (i + AHEAD < n) places_.prefetch(ids[i + AHEAD]);
-            if (leaves && ids[i] == leave_out) {
-                slots[i] = capacity_;
-                continue;
-            }
             int64_t slot = places_.find(ids[i]);
-            if (slot < 0) {
+            if (leaves && ids[i] == leave_out) {
+                slot = capacity_;
+            } else if (slot < 0) {
                 missing.push_back(i);
-                slots[i] = capacity_ + 1;
-                continue;
+                slot = capacity_ + 1;
+            } else {
+                prefetch(slot);
             }
             slots[i] = slot;
-            if (stamps_[size_t(slot)] != clock_) {
-                stamps_[size_t(slot)] = clock_;
+        }
+        for (int64_t i = 0; i < n; i++) {
+            int64_t slot = slots[i];
+            if (slot >= capacity_) continue;
+            if (i + AHEAD < n && slots[i + AHEAD] < capacity_) prefetch(slots[i + AHEAD]);
+            if (at(slot).stamp != clock_) {
+                at(slot).stamp = clock_;
                 held.push_back(int32_t(slot));
             }
         }
@@ -168,10 +172,10 @@ class IdMap {
     int64_t list(int64_t* ids, int64_t* slots, int64_t* uses) {
         std::lock_guard<std::mutex> guard(lock_);
         int64_t n = 0;
-        for (int32_t slot = head_; slot >= 0 && ids != nullptr; slot = next_[size_t(slot)], n++) {
-            ids[n] = ids_[size_t(slot)];
+        for (int32_t slot = head_; slot >= 0 && ids != nullptr; slot = at(slot).next, n++) {
+            ids[n] = at(slot).id;
             slots[n] = slot;
-            uses[n] = uses_[size_t(slot)];
+            uses[n] = at(slot).uses;
         }
         return used_;
     }
@@ -208,21 +212,30 @@ class IdMap {
         places_ = std::move(places);
         seen_ = std::move(seen);
         before_ = std::move(before);
-        std::fill(pins_.begin(), pins_.end(), 0);
+        for (Slot& slot : slots_) slot.pins = 0;
         grow(n);
         pinned_ = used_ = 0;
         head_ = last_ = -1;
         tails_.clear();
         for (int64_t i = 0; i < n; i++) {
-            ids_[size_t(i)] = ids[i];
-            stamps_[size_t(i)] = 0;
-            uses_[size_t(i)] = uint32_t(std::min<int64_t>(uses[i], UINT32_MAX));
+            at(i).id = ids[i];
+            at(i).stamp = 0;
+            at(i).uses = uint32_t(std::min<int64_t>(uses[i], UINT32_MAX));
             insert(int32_t(i), last_);
         }
         used_ = n;
     }
 
   private:
+    struct Slot {  // half a cache line
+        int64_t id;
+        uint64_t stamp;  // the last call that looked it up
+        int32_t prev, next;
+        uint32_t uses, pins;
+    };
+    Slot& at(int64_t slot) { return slots_[size_t(slot)]; }
+    void prefetch(int64_t slot) const { __builtin_prefetch(&slots_[size_t(slot)]); }
+
     struct Counts {
         int64_t lookups = 0, defaults = 0;
     };
@@ -253,7 +266,15 @@ class IdMap {
         places_.reserve(growth);
         seen_.reserve(seen_.size() + int64_t(found.size()));
         held.reserve(held.size() + size_t(wanted));
-        for (int32_t slot : held) touch(slot);
+        for (size_t k = 0; k < held.size(); k++) {
+            if (k + AHEAD < held.size()) prefetch(held[k + AHEAD]);
+            if (k + AHEAD / 2 < held.size() && policy_ != AGE) {  // a slot's neighbours, which it leaves
+                const Slot& soon = at(held[k + AHEAD / 2]);
+                if (soon.prev >= 0) prefetch(soon.prev);
+                if (soon.next >= 0) prefetch(soon.next);
+            }
+            touch(held[k]);
+        }
         int32_t cursor = head_;  // each victim once: what is passed over is held
         for (const auto& each : found) {
             int64_t count = seen(each.first) + each.second;
@@ -264,9 +285,9 @@ class IdMap {
             }
             seen_.erase(each.first);
             int32_t slot = used_ < capacity_ ? int32_t(used_++) : victim(cursor);
-            ids_[size_t(slot)] = each.first;
-            uses_[size_t(slot)] = 1;
-            stamps_[size_t(slot)] = clock_;
+            at(slot).id = each.first;
+            at(slot).uses = 1;
+            at(slot).stamp = clock_;
             insert(slot, policy_ == LFU ? tail(1) : last_);
             pin(slot);
             held.push_back(slot);
@@ -293,28 +314,23 @@ class IdMap {
 
     // The next slot from `cursor` on that nobody holds, taken from its id.
     int32_t victim(int32_t& cursor) {
-        while (pins_[size_t(cursor)]) cursor = next_[size_t(cursor)];
+        while (at(cursor).pins) cursor = at(cursor).next;
         int32_t slot = cursor;
-        cursor = next_[size_t(slot)];
+        cursor = at(slot).next;
         unlink(slot);
-        places_.erase(ids_[size_t(slot)]);
+        places_.erase(at(slot).id);
         evicted_++;
         return slot;
     }
 
     void grow(int64_t slots) {
-        if (size_t(slots) <= ids_.size()) return;
-        size_t wanted = std::min(size_t(capacity_), std::max(size_t(slots), ids_.size() * 2));
-        ids_.resize(wanted);
-        prev_.resize(wanted);
-        next_.resize(wanted);
-        uses_.resize(wanted);
-        stamps_.resize(wanted);
-        pins_.resize(wanted);
+        if (size_t(slots) <= slots_.size()) return;
+        size_t wanted = std::min(size_t(capacity_), std::max(size_t(slots), slots_.size() * 2));
+        slots_.resize(wanted);
     }
 
-    void pin(int32_t slot) { pinned_ += pins_[size_t(slot)]++ == 0; }
-    void unpin(int32_t slot) { pinned_ -= --pins_[size_t(slot)] == 0; }
+    void pin(int32_t slot) { pinned_ += at(slot).pins++ == 0; }
+    void unpin(int32_t slot) { pinned_ -= --at(slot).pins == 0; }
     void unpin() {
         std::lock_guard<std::mutex> guard(tickets_lock_);
         for (int32_t slot : free_) unpin(slot);
@@ -329,14 +345,14 @@ class IdMap {
     }
 
     void touch(int32_t slot) {
-        uint32_t old = uses_[size_t(slot)], now = old + (old < UINT32_MAX);
+        uint32_t old = at(slot).uses, now = old + (old < UINT32_MAX);
         if (policy_ == AGE) {
-            uses_[size_t(slot)] = now;
+            at(slot).uses = now;
             return;
         }
-        int32_t before = prev_[size_t(slot)];
+        int32_t before = at(slot).prev;
         unlink(slot);
-        uses_[size_t(slot)] = now;
+        at(slot).uses = now;
         int32_t after = last_;
         if (policy_ == LFU) {
             after = tail(now);
@@ -347,23 +363,23 @@ class IdMap {
     }
 
     void insert(int32_t slot, int32_t after) {
-        prev_[size_t(slot)] = after;
-        int32_t following = after < 0 ? head_ : next_[size_t(after)];
-        next_[size_t(slot)] = following;
-        (after < 0 ? head_ : next_[size_t(after)]) = slot;
-        (following < 0 ? last_ : prev_[size_t(following)]) = slot;
-        if (policy_ == LFU) tails_[uses_[size_t(slot)]] = slot;
+        at(slot).prev = after;
+        int32_t following = after < 0 ? head_ : at(after).next;
+        at(slot).next = following;
+        (after < 0 ? head_ : at(after).next) = slot;
+        (following < 0 ? last_ : at(following).prev) = slot;
+        if (policy_ == LFU) tails_[at(slot).uses] = slot;
     }
 
     void unlink(int32_t slot) {
-        int32_t before = prev_[size_t(slot)], following = next_[size_t(slot)];
-        (before < 0 ? head_ : next_[size_t(before)]) = following;
-        (following < 0 ? last_ : prev_[size_t(following)]) = before;
+        int32_t before = at(slot).prev, following = at(slot).next;
+        (before < 0 ? head_ : at(before).next) = following;
+        (following < 0 ? last_ : at(following).prev) = before;
         if (policy_ != LFU) return;
-        uint32_t uses = uses_[size_t(slot)];
+        uint32_t uses = at(slot).uses;
         auto run = tails_.find(uses);
         if (run->second != slot) return;
-        if (before >= 0 && uses_[size_t(before)] == uses) run->second = before;
+        if (before >= 0 && at(before).uses == uses) run->second = before;
         else tails_.erase(run);
     }
 
@@ -371,10 +387,7 @@ class IdMap {
     const Policy policy_;
     Flat places_;         // id -> slot
     Flat seen_, before_;  // id -> how often it was looked up without a row; before_: the older ones, which go first
-    std::vector<int64_t> ids_;
-    std::vector<int32_t> prev_, next_;
-    std::vector<uint32_t> uses_, pins_;
-    std::vector<uint64_t> stamps_;  // the last call that looked it up
+    std::vector<Slot> slots_;
     std::unordered_map<uint32_t, int32_t> tails_;
     int32_t head_ = -1, last_ = -1;
     int64_t used_ = 0, pinned_ = 0, tickets_ = 0, admitted_ = 0, evicted_ = 0, forgotten_ = 0;
