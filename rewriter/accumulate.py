@@ -99,9 +99,11 @@ def _class(parent: type[Optimizer]) -> type[Optimizer]:
 
 def step_by_rounds(model: Any, optimizer: Optimizer | None, length: int) -> Optimizer | None:
     """``optimizer`` as one that steps at every ``length``-th call, sharing everything with the original; the model's own embedding optimizer
-    does the same. Raises :class:`PlanError` for LBFGS, whose step runs backwards of its own."""
+    does the same. Raises :class:`PlanError` for LBFGS, whose step runs backwards of its own, and over several ranks."""
     if isinstance(optimizer, LBFGS):
         raise PlanError(f"training.accumulate is {length}, and LBFGS runs several backwards in each step: take it out of the plan")
+    if model._sharded is not None:
+        raise PlanError(f"training.accumulate is {length} and the model runs over several ranks (mesh=), which is not supported yet: step at every {length}th batch in the loop")
     rounds = Rounds(length, model._guard)
     model.__dict__["_guard"] = model.__dict__["_rounds"] = rounds
     planned = model.embedding_optimizer

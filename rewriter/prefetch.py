@@ -217,4 +217,9 @@ def pipeline(loader: Iterable[Any], model: OptimizedModel, *, inputs: Callable[[
     prefetch = model.plan.pipeline.prefetch if prefetch is None else prefetch
     if type(prefetch) is not int or prefetch < 1:
         raise PlanError(f"prefetch is {prefetch!r}; it must be a number of batches, 1 or more")
+    if model.plan.pipeline.staleness and model._sharded is not None:
+        raise PlanError(
+            f"pipeline.staleness is {model.plan.pipeline.staleness} and the model runs over several ranks, whose exchanges have one order on all of them: "
+            "lookups cannot run ahead in a thread there. Say staleness: 0"
+        )
     return Pipeline(loader, model, inputs, prefetch)

@@ -5,6 +5,7 @@ import pytest
 import tablewright as tw
 import torch
 from small_models import Dot, dot_batch, untimed, weights_of
+from tablewright.rewriter.accumulate import step_by_rounds
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -92,6 +93,10 @@ def test_what_cannot_wait_is_refused():
     with pytest.raises(tw.PlanError, match="LBFGS runs several backwards"):
         made(lambda m: torch.optim.LBFGS(m.parameters()), training={"accumulate": 2})
     opt, optimizer = made(lambda m: torch.optim.SGD(m.parameters(), lr=0.1), training={"accumulate": 2})
+    opt.__dict__["_sharded"] = object()
+    with pytest.raises(tw.PlanError, match="over several ranks"):
+        step_by_rounds(opt, optimizer, 2)
+    opt.__dict__["_sharded"] = None
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(loss(opt, 0)).backward()
     with pytest.raises(tw.InBackwardError, match="enabled GradScaler.*unscaled before"):

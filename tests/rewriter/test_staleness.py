@@ -220,4 +220,8 @@ def test_the_plan_has_to_allow_it():
         tw.Plan(pipeline={"staleness": 1})
     with pytest.raises(PlanError, match="0 or more"):
         tw.Plan(numerics="approximate", pipeline={"staleness": -1})
+    opt, _ = made(1)
+    opt.__dict__["_sharded"] = object()
+    with pytest.raises(PlanError, match="runs over several ranks.*Say staleness: 0"):
+        tw.pipeline([], opt)
     assert tw.Plan(pipeline={"prefetch": 4}).to_dict()["pipeline"] == {"prefetch": 4}
