@@ -198,7 +198,7 @@ class Cache {
     int64_t set_of(int64_t id, uint64_t which) const { return int64_t((unsigned __int128)(mix(uint64_t(id) + which * 0x9e3779b97f4a7c15ull)) * uint64_t(sets_) >> 64); }
 
     int64_t find(int64_t id) const {
-        for (uint64_t which = 0; which < 2; which++) {
+        for (uint64_t which = 0; which < (spilled_ ? 2 : 1); which++) {
             int64_t first = set_of(id, which) * WAYS;
             for (int64_t way = 0; way < WAYS; way++)
                 if (tags_[size_t(first + way)] == id) return first + way;
@@ -245,6 +245,7 @@ class Cache {
         int64_t best = -1;
         for (uint64_t which = 0; which < 2; which++) {
             int64_t first = set_of(id, which) * WAYS;
+            spilled_ |= which == 1;
             for (int64_t way = 0; way < WAYS; way++) {
                 int64_t slot = first + way;
                 if (slots_[size_t(slot)].pins) continue;
@@ -373,6 +374,7 @@ class Cache {
     std::mutex tickets_lock_;
     std::mutex lock_;
     uint64_t clock_ = 0;
+    bool spilled_ = false;  // a row was ever put into its second set
     int64_t tickets_ = 0, hits_ = 0, misses_ = 0, made_ = 0, read_ = 0, written_ = 0, present_ = 0;
     int64_t counted_[10] = {};  // under tickets_lock_, as is held_
 };
