@@ -68,7 +68,7 @@ def _shards(
     if sharding == "column_wise":
         if len(ranks) > dim:
             raise PlanError(f"table '{name}' has {dim} columns, too few to be column_wise on {len(ranks)} ranks")
-        return tuple(Shard(rank, 0, rows, column, columns) for rank, (column, columns) in zip(ranks, _even(dim, len(ranks))))
+        return tuple(Shard(rank, 0, rows, column, columns) for rank, (column, columns) in zip(ranks, evenly(dim, len(ranks))))
     if sharding in ("row_wise", "table_row_wise"):
         nodes = {r // per_node for r in ranks}
         if sharding == "table_row_wise" and len(nodes) > 1:
@@ -84,12 +84,12 @@ def _shards(
         )
     return tuple(
         Shard(rank, row, count, column, columns)
-        for node, (column, columns) in zip(by_node.values(), _even(dim, len(by_node)))
+        for node, (column, columns) in zip(by_node.values(), evenly(dim, len(by_node)))
         for rank, (row, count) in zip(node, _ranges(rows, len(node), cut)) if count
     )  # fmt: skip
 
 
-def _even(size: int, parts: int) -> list[tuple[int, int]]:
+def evenly(size: int, parts: int) -> list[tuple[int, int]]:
     """(start, count) of each part; the first ones take what is left over."""
     base, more = divmod(size, parts)
     return [(i * base + min(i, more), base + (i < more)) for i in range(parts)]
@@ -97,7 +97,7 @@ def _even(size: int, parts: int) -> list[tuple[int, int]]:
 
 def _ranges(rows: int, parts: int, cut: Sequence[int] | None) -> list[tuple[int, int]]:
     if cut is None:
-        return _even(rows, parts)
+        return evenly(rows, parts)
     bounds = [0, *cut, rows]
     return [(first, end - first) for first, end in zip(bounds, bounds[1:])]
 

@@ -50,7 +50,7 @@ class Pool:
 
     def __init__(self, world: int, timeout: float = TIMEOUT) -> None:
         context = multiprocessing.get_context("spawn")
-        self.world, port = world, free_port()
+        self.world, self.timeout, port = world, timeout, free_port()
         pipes = [context.Pipe() for _ in range(world)]
         self.pipes = [mine for mine, _ in pipes]
         self.processes = [
@@ -79,7 +79,7 @@ class Pool:
 
     def run(self, function: Callable, *args: Any) -> list[Any]:
         """What each rank returned. Raises AssertionError with the first rank's traceback."""
-        outcomes = self.outcomes(function, *args)
+        outcomes = self.outcomes(function, *args, wait=2 * self.timeout)
         failed = [(rank, value) for rank, (ok, value) in enumerate(outcomes) if not ok]
         # the rank that failed by itself first, before those that only lost it
         failed.sort(key=lambda item: item[1][0] == "PeerError")
@@ -106,15 +106,16 @@ class Pool:
 class Pools:
     """A pool for each world size, made when it is first asked for, and made again where a case broke it."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float = TIMEOUT) -> None:
         self.held: dict[int, Pool] = {}
+        self.timeout = timeout
 
     def __call__(self, world: int) -> Pool:
         pool = self.held.get(world)
         if pool is None or not pool.alive:
             if pool is not None:
                 pool.close()
-            pool = self.held[world] = Pool(world)
+            pool = self.held[world] = Pool(world, self.timeout)
         return pool
 
     def close(self) -> None:

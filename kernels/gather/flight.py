@@ -26,9 +26,10 @@ except ImportError as error:
 
 ERROR = "tablewright-error:"  # then the error's class, a colon and the message
 _NAMED = {name: each for name, each in vars(errors).items() if isinstance(each, type) and issubclass(each, ServingError)}
-# a server that comes back is found again within half a second
+# a server that comes back is found again within half a second; an answer of some MB comes at once, while another node's is read
 _CHANNEL = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.min_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500),
-            ("grpc.use_local_subchannel_pool", 1)]  # fmt: skip
+            ("grpc.use_local_subchannel_pool", 1), ("grpc.http2.lookahead_bytes", 1 << 22), ("grpc.http2.max_frame_size", 1 << 22),
+            ("grpc.http2.bdp_probe", 0)]  # fmt: skip
 
 
 def ticket(digest: str, requests: Requests) -> bytes:

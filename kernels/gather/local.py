@@ -41,19 +41,16 @@ class LocalStore:
     def lookup_many(self, requests: Requests, out: list[np.ndarray] | None = None) -> list[np.ndarray]:
         """See the class; the rows are written to ``out``, if given. Raises :class:`UnknownTable`."""
         try:
-            found = [self._lookup(name, ids) for name, ids in requests]
+            return [self._lookup(name, ids, None if out is None else out[k]) for k, (name, ids) in enumerate(requests)]
         except KeyError as error:
             raise UnknownTable(f"this version has no table {error}; its tables: {', '.join(self._tables)}") from None
-        for rows, place in zip(found, out or ()):
-            place[:] = rows
-        return found if out is None else out
 
-    def _lookup(self, name: str, ids: np.ndarray) -> np.ndarray:
+    def _lookup(self, name: str, ids: np.ndarray, out: np.ndarray | None) -> np.ndarray:
         shards = self._shards[name]
         if len(shards) == 1 and shards[0] is not None:
-            found = shards[0].take(ids, 0)
+            found = shards[0].take(ids, 0, out, "raise" if out is None else "clip")  # "raise" would copy what goes to ``out`` twice
         else:
-            found = self._from_shards(name, ids)
+            found = self._from_shards(name, ids, out)
         changes = self._changes.get(name)
         if changes is not None:
             at = np.minimum(np.searchsorted(changes[0], ids), len(changes[0]) - 1)
@@ -62,9 +59,9 @@ class LocalStore:
                 found[changed] = changes[1].take(at[changed], 0)
         return found
 
-    def _from_shards(self, name: str, ids: np.ndarray) -> np.ndarray:
+    def _from_shards(self, name: str, ids: np.ndarray, out: np.ndarray | None) -> np.ndarray:
         table, firsts = self._tables[name], self._firsts[name]
-        found = np.empty((len(ids), table.width), table.stored)
+        found = np.empty((len(ids), table.width), table.stored) if out is None else out
         where = np.searchsorted(firsts, ids, side="right") - 1
         for number, rows in enumerate(self._shards[name]):
             mine = np.flatnonzero(where == number)

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,8 +32,10 @@ from .manifest import Manifest
 from .onnx_joins import join_rows
 from .onnx_split import Parts, split
 from .predictor import DEFAULTS, IDS, PARITY, Version, apart
-from .rows_writer import write_bytes, write_changes, write_tables
+from .rank_work import RankWork, write_changes, write_tables
+from .rows_writer import write_bytes
 from .serving_graph import ServingGraph, left_inside, serving_graph, to_onnx
+from .together import Together
 
 TOLERANCE = 1e-6  # of outputs, as a part of the largest where that is above 1
 _MISSING = ("error", "zeros", "mean")
@@ -52,7 +55,12 @@ def export_serving(
     batch (one user, many candidates). Tables below the plan's ``serving.inline_below`` bytes stay inside the graphs. Of a table with
     dynamic ids the ids that have a row go along; all others read the plan's default and are counted, whatever ``missing`` says.
 
-    Raises :class:`~tablewright.ExportError` (or CaptureError) saying what cannot be served; what was served before then still is."""
+    Of a model over several ranks every rank calls it, and each writes its own rows: no table is ever whole in one process. What the first
+    rank passes counts; ``directory`` must be on a file system that all share, and holds what an export of the whole model would. Where a
+    rank fails, all raise its error and nothing is published. Tables in tiers are read from their store, a few MB at a time.
+
+    Raises :class:`~tablewright.ExportError` (or CaptureError) saying what cannot be served; what was served before then still is. A rank
+    that is gone is a :class:`~tablewright.PeerError`, within the timeout of the process group."""
     return _export(model, sample_inputs, directory, sample_kwargs, shards, row_dtype, missing, shared, plan, version, activate, None)
 
 
@@ -64,25 +72,50 @@ def export_delta(
     that is a delta of), in its row formats. The base stays needed: its shards are read where nothing changed.
 
     Raises :class:`~tablewright.ExportError` where the model's tables are not those of the base."""
-    found = manifests.read(Path(directory) / base if base else directory)
-    if found.raw["base"] is not None and base is not None:
-        raise ExportError(f"base version '{base}' is a delta itself; name the full version '{found.raw['base']['version']}'")
+    return _export(model, sample_inputs, directory, sample_kwargs, 1, {}, {}, (), plan, version, activate, base or "")
+
+
+def _export(model: nn.Module, *arguments: Any) -> Path:
+    """The first rank leads; on others its arguments count."""
+    work = RankWork(model)
+    together = work.together()
+    if not together.leads:
+        return together.follow()
+    try:
+        path = _led(work, together, model, *arguments)
+    except BaseException as error:
+        together.end(error=error)
+        raise
+    together.end(path)
+    return path
+
+
+def _base(directory: str | os.PathLike, version: str) -> Manifest:
+    """The full version that a delta is made from."""
+    found = manifests.read(Path(directory) / version if version else directory)
+    if found.raw["base"] is not None and version:
+        raise ExportError(f"base version '{version}' is a delta itself; name the full version '{found.raw['base']['version']}'")
     while found.raw["base"] is not None:
         found = manifests.read(found.base)  # type: ignore[arg-type]
-    shared = found.raw["shared"]["inputs"] if found.raw["shared"] else ()
-    return _export(model, sample_inputs, directory, sample_kwargs, 1, {}, {}, shared, plan, version, activate, found)
+    return found
 
 
-def _export(model, sample_inputs, directory, sample_kwargs, shards, row_dtype, missing, shared, plan, version, activate, base) -> Path:
+def _led(
+    work: RankWork, together: Together, model, sample_inputs, directory, sample_kwargs, shards, row_dtype, missing, shared, plan, version, activate, based
+) -> Path:
+    base = None if based is None else _base(directory, based)
+    if base is not None and base.raw["shared"]:
+        shared = base.raw["shared"]["inputs"]
     if type(shards) is not int or shards < 1:
         raise ExportError(f"shards is {shards!r}; it must be a whole number above 0")
-    home = Path(directory)
+    home = Path(directory).absolute()
     name = version or f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(2)}"
     if not name or name in (".", "..", manifests.CURRENT) or "/" in name or name.startswith(".") or name.endswith(".tmp"):
         raise ExportError(f"version is {name!r}; it must be a file name that does not start with '.' or end with '.tmp'")
     if (home / name).exists():
         raise ExportError(f"{home / name} exists already; a version never changes. Leave version= out, or choose another name")
-    graph = serving_graph(model, Samples.read(sample_inputs, sample_kwargs), plan)
+    graph = serving_graph(model, Samples.read(sample_inputs, sample_kwargs), plan, together)
+    work.given = {graph.names[key]: graph.tables[key] for key in graph.ids}
     tables = _tables(graph.tables, row_dtype, missing) if base is None else _tables_of(base, graph.tables)
     wanted = _matching(shared, list(graph.leaves[0]), "shared", "input")
     proto = to_onnx(graph)
@@ -92,11 +125,12 @@ def _export(model, sample_inputs, directory, sample_kwargs, shards, row_dtype, m
         raise ExportError(f"the inputs {', '.join(wanted)} cannot be shared: {error}") from None
     home.mkdir(parents=True, exist_ok=True)
     _remove_unfinished(home)
-    temporary = home / f".{name}.{os.getpid()}.tmp"
+    temporary = home / f".{name}.{_host()}.{os.getpid()}.tmp"
     temporary.mkdir()
     try:
-        _write(temporary, home, name, graph, proto, parts, tables, shards, base)
+        _write(temporary, home, name, graph, proto, parts, tables, shards, base, together)
         manifests.sync(temporary)
+        together.ask("ready")
         os.rename(temporary, home / name)
         manifests.sync(home)
     except BaseException:
@@ -108,29 +142,23 @@ def _export(model, sample_inputs, directory, sample_kwargs, shards, row_dtype, m
 
 
 def _write(root: Path, home: Path, name: str, graph: ServingGraph, proto: onnx.ModelProto, parts: Parts,
-           tables: dict[str, Table], shards: int, base: Manifest | None) -> None:  # fmt: skip
+           tables: dict[str, Table], shards: int, base: Manifest | None, together: Together) -> None:  # fmt: skip
     files: dict[str, Any] = {}
     joins = [] if parts.shared_inputs else join_rows(parts.dense, parts.lookups)
 
     def put(file: str, content: bytes) -> None:
-        _, size, sha256 = write_bytes(root / file, [content], root)
+        _, size, sha256 = write_bytes(root / file, content, root)
         files[file] = {"bytes": size, "sha256": sha256}
 
     for file, part in (("model", proto), ("dense", parts.dense), ("pre", parts.pre), ("shared", parts.shared), ("rest", parts.rest)):
         if part is not None:
             put(f"{file}.onnx", part.SerializeToString())
-    written, defaults = {}, {}
-    before = None if base is None else LocalStore(base.tables, base.root)
-    placed = write_tables(tables, graph.tables, shards, root) if base is None else {}
-    for number, (key, table) in enumerate(tables.items()):
-        rows = graph.tables[key]
-        if before is None:
-            extra: dict[str, Any] = {"shards": placed[key]}
-        else:
-            extra = {"shards": table.shards, "changes": write_changes(table, number, rows, before, root)}
-        written[key] = Table(table.name, table.rows, table.dim, table.row_dtype, table.missing, **extra)
-        if table.missing in ("zeros", "mean"):
-            defaults[key] = np.zeros(table.dim, np.float32) if table.missing == "zeros" else _mean(rows)
+    if base is None:
+        written, sums = write_tables(together, root, tables, graph.names, shards)
+    else:
+        written, sums = write_changes(together, root, tables, graph.names, base)
+    defaults = {key: np.zeros(t.dim, np.float32) for key, t in written.items() if t.missing in ("zeros", "mean")}
+    defaults.update((key, (total / written[key].rows).astype(np.float32)) for key, total in sums.items())
     left_out = {name: padding for name, (_, padding) in graph.ids.items()}
     if left_out:
         np.savez(root / IDS, **{name: ids.numpy() for name, (ids, _) in graph.ids.items()})  # type: ignore[arg-type]
@@ -140,7 +168,7 @@ def _write(root: Path, home: Path, name: str, graph: ServingGraph, proto: onnx.M
         put(DEFAULTS, (root / DEFAULTS).read_bytes())
     previous = home / manifests.CURRENT
     raw: dict[str, Any] = {
-        "format": manifests.FORMAT, "model": home.absolute().name, "version": name,
+        "format": manifests.FORMAT, "model": home.name, "version": name,
         "previous": previous.read_text().strip() if previous.is_file() else None,
         "producer": {"package": "tablewright", "torch": torch.__version__, "onnx": onnx.__version__},
         "base": None if base is None else {"version": base.version, "digest": base.digest},
@@ -161,7 +189,7 @@ def _write(root: Path, home: Path, name: str, graph: ServingGraph, proto: onnx.M
         version.store.close()
     put(PARITY, (root / PARITY).read_bytes())
     raw["digest"] = manifests.digest_of(raw)
-    write_bytes(root / manifests.NAME, [json.dumps(raw, indent=1).encode()], root)
+    write_bytes(root / manifests.NAME, json.dumps(raw, indent=1).encode(), root)
     manifests.Manifest(root, raw, written).verify("size")
 
 
@@ -249,13 +277,13 @@ def _matching(globs: Sequence[str], names: list[str], what: str, kind: str) -> l
     return [name for name in names if any(fnmatch.fnmatchcase(name, glob) for glob in globs)]
 
 
-def _mean(rows: Tensor) -> np.ndarray:
-    return rows.detach().double().mean(0).float().cpu().numpy() if len(rows) else np.zeros(rows.shape[1], np.float32)
+def _host() -> str:
+    return socket.gethostname().replace(".", "-")
 
 
 def _remove_unfinished(home: Path) -> None:
-    """What exports of processes that are gone have left."""
-    for left in home.glob(".*.tmp"):
+    """What exports of this machine's processes that are gone have left."""
+    for left in home.glob(f".*.{_host()}.*.tmp"):
         pid = left.name.split(".")[-2]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():
             shutil.rmtree(left, ignore_errors=True)

@@ -22,7 +22,8 @@ from ..optimized_model import OptimizedModel
 from ..samples import Samples
 from .export import TOLERANCE
 from .predictor import PARITY, apart, load_serving
-from .rows_writer import chunks, encoded
+from .rows_writer import encoded
+from .table_sources import step_of
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def check_parity(
 def _rows(table: Table, rows: Tensor, store: Store) -> tuple[int, float, Tensor]:
     """How many rows are wrong, the largest error, and all rows as they are served."""
     wrong, worst, served = 0, 0.0, torch.empty(table.rows, table.dim)
-    step = min(chunks(table), 65536)
+    step = min(step_of(table.dim), 65536)
     for start in range(0, table.rows, step):
         ids = np.arange(start, min(start + step, table.rows), dtype=np.int64)
         got = np.ascontiguousarray(store.lookup_many([(table.name, ids)])[0]).view(np.uint8).reshape(len(ids), -1)

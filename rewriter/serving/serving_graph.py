@@ -33,14 +33,18 @@ from ..plan import Plan
 from ..samples import Samples
 from .onnx_ops import OPSET, translations
 from .onnx_split import rename_values
+from .rank_work import row_reader
 from .request_inputs import BATCH
+from .sample_rows import RowsOnDemand
+from .together import Together
 
 Batch = tuple[tuple, dict]
 
 
 @dataclass
 class ServingGraph:
-    """A captured model without its tables. ``labels``: names of the outputs; ``leaves``: per sample batch the tensors by input name;
+    """A captured model without its tables. ``tables``: their tensors (shapes only of those that are elsewhere), ``names``: their parameters'
+    names, both by what the graph calls them. ``labels``: names of the outputs; ``leaves``: per sample batch the tensors by input name;
     ``answers``: per sample batch what the plain model gives in evaluation mode, in the order of ``labels``. ``ids``: of tables with
     dynamic ids the ids (int64, ascending) of the rows, the last two of which are of what is left out (which id that is, or ``None``) and of
     ids that have none. ``to_onnx`` fills ``inputs`` and ``outputs``, as the manifest has them."""
@@ -50,6 +54,7 @@ class ServingGraph:
     result: str
     fixed: dict[str, Any]
     tables: dict[str, Tensor]
+    names: dict[str, str]
     leaves: list[dict[str, Tensor]]
     answers: list[list[Tensor]]
     records: list[Record]
@@ -58,36 +63,41 @@ class ServingGraph:
     outputs: list[dict[str, Any]] = field(default_factory=list)
 
 
-def serving_graph(model: nn.Module, samples: Samples, plan: Plan | None) -> ServingGraph:
-    """Raises :class:`ExportError` (or CaptureError) saying what in the model cannot be served, and where; PlanError for a model over
-    several ranks or in tiers, whose ``unoptimized()`` can be exported."""
+def serving_graph(model: nn.Module, samples: Samples, plan: Plan | None, together: Together) -> ServingGraph:
+    """Raises :class:`ExportError` (or CaptureError) saying what in the model cannot be served, and where.
+
+    Tables that are spread over ranks or in tiers are stand-ins here: only rows that the sample reads come, by way of ``together``, and
+    all rows of a table that stays inside the graph."""
     if samples.args is None:
         raise ExportError("export_serving needs sample_inputs: one batch, as for optimize()")
     if isinstance(model, OptimizedModel):
-        model._alone("an export for serving", dynamic=True)
         model._follow_plain_model()
         plan = plan or model.plan
-        source: nn.Module = model._shell
-    else:
-        source = model
-    shell = clone_shell(source).eval()
+    own = (model._sharded or model._tiered) if isinstance(model, OptimizedModel) else None
+    shell = clone_shell(model._shell if isinstance(model, OptimizedModel) else model).eval()
     batches = [(samples.args, samples.kwargs or {}), *samples.more]
-    tables = model._tiered if isinstance(model, OptimizedModel) else None
-    if tables is None:
-        return _graph_of(shell, batches, plan or Plan(), shell, {})
-    with tables.whole_tables(shell), AnyIds(shell, model.plan):  # type: ignore[union-attr]
-        return _graph_of(shell, batches, plan or Plan(), model, tables.dynamic)
+    if own is None:
+        return _graph_of(shell, batches, plan or Plan(), shell, {}, {}, together)
+    dynamic = model._tiered.dynamic if model._tiered is not None else {}  # type: ignore[union-attr]
+    with own.whole_tables(shell), AnyIds(shell, model.plan):  # type: ignore[arg-type]
+        stand_ins = {name: shell.get_parameter(name) for name in own.whole if name not in dynamic}
+        return _graph_of(shell, batches, plan or Plan(), model if dynamic else shell, dynamic, stand_ins, together)
 
 
-def _graph_of(shell: nn.Module, batches: list[Batch], plan: Plan, answering: nn.Module, dynamic: Mapping[str, DynamicTable]) -> ServingGraph:
-    """``answering``: what is asked for the answers, in evaluation mode. ``dynamic``: the tables with dynamic ids, by parameter name."""
+def _graph_of(
+    shell: nn.Module, batches: list[Batch], plan: Plan, answering: nn.Module, dynamic: Mapping[str, DynamicTable], stand_ins: Mapping[str, Tensor],
+    together: Together,
+) -> ServingGraph:  # fmt: skip
+    """``answering``: what is asked for the answers, in evaluation mode. ``dynamic``: the tables with dynamic ids, ``stand_ins``: those that
+    are elsewhere, both by parameter name."""
+    rows = RowsOnDemand(stand_ins, row_reader(together, lambda n: stand_ins[n].shape[1], lambda n: stand_ins[n].dtype))
     names = table_names(shell)
     served = {names[id(shell.get_parameter(n))]: (*t.served(), t.padding) for n, t in dynamic.items()}
     captured = capture(shell, batches)
     if captured.program is not None:
         raise ExportError(f"the model cannot be exported, as it does not run as one graph: {'; '.join(captured.notes)}")
     context = Context(captured.graph, shell)
-    lower = LowerToServing(plan.serving.inline_below, {n: (len(rows), len(ids)) for n, (ids, rows, _) in served.items()})
+    lower = LowerToServing(plan.serving.inline_below, {n: (len(each), len(ids)) for n, (ids, each, _) in served.items()})
     records = [r for each in (EvalForm(), FoldBatchNorm(), lower) for r in each.run(context)]
     _refuse_state(context.graph)
     stored = {names[id(t)]: t for t in [*shell.buffers(), *shell.parameters()] if id(t) in names}
@@ -95,17 +105,24 @@ def _graph_of(shell: nn.Module, batches: list[Batch], plan: Plan, answering: nn.
     if stays := next((n for n in served if n in inside), None):
         why = "; ".join(left_inside(records))
         raise ExportError(f"table '{stays}' has dynamic ids and cannot stay inside the graph: {why}")
-    stored.update({n: rows for n, (_, rows, _) in served.items()})
+    for name in (n for n, t in stand_ins.items() if names[id(t)] in inside):
+        rows.fill(name)
+    full = {id(t): n for n, t in [*reversed([*shell.named_parameters(), *shell.named_buffers()]), *stand_ins.items()]}
+    called = {n: full[id(t)] for n, t in stored.items()}
+    stored.update({n: each for n, (_, each, _) in served.items()})
     tables = {node.args[_table_argument(node)]: None for node in context.graph.nodes if node.target in (GATHER, BAG)}
     fixed, placeholders = _fix_numbers(captured)
     kinds, labels = _outputs(captured, batches[0], shell)
     _trim_outputs(context.graph, kinds)
     module = _module(context.graph, shell)
     leaves = [_leaves(captured, placeholders, batch) for batch in batches]
-    answers = [_answers(answering, batch, kinds) for batch in batches]
+    with rows:
+        answers = [_answers(answering, batch, kinds) for batch in batches]
     result = "tensor" if captured.out_spec.is_leaf() else "tuple" if captured.out_spec.type in (tuple, list) and len(kinds) == len(labels) else "dict"
     known = {n: (ids, left_out) for n, (ids, _, left_out) in served.items() if n in tables}
-    return ServingGraph(module, labels, result, fixed, {n: stored[n].detach() for n in tables}, leaves, answers, records, known)
+    return ServingGraph(
+        module, labels, result, fixed, {n: stored[n].detach() for n in tables}, {n: called[n] for n in tables}, leaves, answers, records, known
+    )  # fmt: skip
 
 
 def _table_argument(node: fx.Node) -> int:

@@ -319,14 +319,6 @@ def test_models_that_cannot_be_served_are_refused(model, said, tmp_path):
         tw.export_serving(model, (torch.arange(4),), tmp_path / "m")
 
 
-def test_a_model_over_several_ranks_is_refused(tmp_path):
-    model = _Model(lambda m, ids: m.a(ids), a=nn.Embedding(9, 2))
-    opt = tw.optimize(model, sample_inputs=(torch.arange(4),))
-    opt.__dict__["_sharded"] = object()  # each rank has a block of the tables only
-    with pytest.raises(tw.PlanError, match=r"take opt.unoptimized\(\) \(on all ranks\) first"):
-        tw.export_serving(opt, (torch.arange(4),), tmp_path / "m")
-
-
 def test_a_batch_of_one_is_refused(tmp_path):
     with pytest.raises(tw.ExportError, match="batch of two or more"):
         tw.export_serving(_Model(lambda m, ids: m.a(ids), a=nn.Embedding(9, 2)), (torch.arange(1),), tmp_path / "m")

@@ -1,6 +1,7 @@
 """What bad requests, damaged files, hung and dead nodes, and half-published versions get: an error by name, in time, and then recovery."""
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -136,8 +137,9 @@ def test_a_damaged_shard_is_found_at_load(how, said, tmp_path):
             tw.load_serving(home, verify="size")
 
 
-def test_a_damaged_shard_on_a_server_is_named_to_the_client(tmp_path):
-    home, shard = _damaged(tmp_path, "a flipped bit")
+@pytest.mark.parametrize("how", ["a flipped bit", "a short file"])
+def test_a_damaged_shard_on_a_server_is_named_to_the_client(how, tmp_path):
+    home, shard = _damaged(tmp_path, how)
     with shard_servers(home, 1) as nodes, pytest.raises(tw.CorruptShard, match=shard.name):
         tw.load_serving(exported()[1], address(nodes))
 
@@ -149,6 +151,16 @@ def test_a_damaged_graph_is_found_at_load(tmp_path):
     raw[len(raw) // 2] ^= 1
     graph.write_bytes(raw)
     with pytest.raises(tw.CorruptShard, match="dense.onnx"):
+        tw.load_serving(home)
+
+
+def test_a_lookup_of_a_table_that_the_manifest_lacks_is_found_at_load(tmp_path):
+    home = shutil.copytree(exported()[1], tmp_path / "m")
+    path = home / manifests.current(home) / manifests.NAME
+    raw = json.loads(path.read_text())
+    raw["lookups"][0]["table"] = "usr"
+    path.write_text(json.dumps({**raw, "digest": manifests.digest_of(raw)}))
+    with pytest.raises(tw.UnknownTable, match="'usr', which the manifest does not have: user, "):
         tw.load_serving(home)
 
 
@@ -183,7 +195,7 @@ def _timed(p, inputs):
     return caught, time.monotonic() - started
 
 
-def test_a_node_that_hangs_or_dies_is_named_in_time_and_found_again():
+def test_a_node_that_hangs_or_dies_or_loses_its_files_is_named_in_time_and_found_again(tmp_path):
     model, home = exported(3)
     inputs = every_lookup_inputs(6)
     wanted = plain(model, inputs)["score"]
@@ -198,8 +210,12 @@ def test_a_node_that_hangs_or_dies_is_named_in_time_and_found_again():
         node.kill()
         caught, seconds = _timed(p, arrays(inputs))
         assert caught.type is tw.StoreUnavailable and f"127.0.0.1:{node.port}" in str(caught.value) and seconds < 0.4 + SLACK
-        nodes[1][0] = shard_server(home, 1, 2, node.port)
+        nodes[1][0] = empty = shard_server(tmp_path, 1, 2, node.port)  # restarted, and its files are gone
         node.end()
+        eventually(lambda: _timed(p, arrays(inputs))[0].type is tw.VersionSkew)
+        empty.kill()
+        nodes[1][0] = shard_server(home, 1, 2, node.port)
+        empty.end()
         eventually(lambda: _answers(p, inputs, wanted))
         p.close()
 
