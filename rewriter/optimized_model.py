@@ -300,16 +300,15 @@ class OptimizedModel(nn.Module):
         rank calls it; it takes the memory of all tables there. Of a model on one rank it is ``state_dict()``."""
         return dict(self.state_dict()) if self._sharded is None else whole_state_dict(self, rank)
 
-    def _alone(self, what: str, dynamic: bool = False) -> None:
-        """Raises :class:`PlanError` for a model over several ranks or in tiers, and, unless ``dynamic``, with dynamic ids."""
+    def _alone(self, what: str) -> None:
+        """Raises :class:`PlanError` for a model over several ranks, in tiers or with dynamic ids."""
         if self._sharded is not None:
             raise PlanError(f"{what} is for a model on one rank, and this one runs over several: take opt.unoptimized() (on all ranks) first")
         if self._tiered is not None:
             if held := ", ".join(self._tiered.files):
                 raise PlanError(f"{what} is for a model in memory, and the plan keeps {held} in tiers: take opt.unoptimized() first, where that fits")
-            if not dynamic:
-                raise PlanError(f"{what} needs a plain table of every row, and the plan gives {', '.join(self._tiered.dynamic)} dynamic ids: state_dict() has "
-                                "the ids and rows, as has opt.dynamic_ids[name].export()")  # fmt: skip
+            raise PlanError(f"{what} needs a plain table of every row, and the plan gives {', '.join(self._tiered.dynamic)} dynamic ids: state_dict() has "
+                            "the ids and rows, as has opt.dynamic_ids[name].export()")  # fmt: skip
 
     def _apply(self, fn, recurse: bool = True):
         drop_placeholders(self)
