@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch._dynamo.source import ConstantSource
 from torch._subclasses import meta_utils
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, explain
@@ -135,17 +135,24 @@ def _within(bounds: slice, size) -> None:
 @contextmanager
 def _mended():
     """Export leaves parameters (a class of their own) without values, and compares what fake and real ops give, by which it takes
-    the offsets of the sample's views for constants. It warns of every value that it looks at."""
+    the offsets of the sample's views for constants. It warns of every value that it looks at. Before 2.13 it takes a truth value for a
+    number, and the assertion of it for one that can never hold, which it then leaves out."""
     log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = log.level
     log.setLevel(logging.ERROR)
     check = "_maybe_infer_fake_kernel_from_pytree_out"
-    before = getattr(FakeTensorMode, check), meta_utils._safe_copy
+    before = getattr(FakeTensorMode, check), meta_utils._safe_copy, ShapeEnv.set_real_tensor_prop_unbacked_vals
     setattr(FakeTensorMode, check, lambda self, func, fake_in, real_in, fake_out, real_out: fake_out)
     meta_utils._safe_copy = lambda to, data: to.copy_(data) if isinstance(data, torch.Tensor) else None
+
+    def keep(env: ShapeEnv, what, value) -> None:
+        before[2](env, what, value if what.is_symbol else bool(value))
+
+    ShapeEnv.set_real_tensor_prop_unbacked_vals = keep
     try:
         yield
     finally:
+        ShapeEnv.set_real_tensor_prop_unbacked_vals = before[2]
         setattr(FakeTensorMode, check, before[0])
         meta_utils._safe_copy = before[1]
         log.setLevel(level)
@@ -160,6 +167,15 @@ def values_known(shell: nn.Module):
                                    f"{size / 2**30:.1f} GiB", fix="capture the model with smaller tables, or write it without looking at data"))
     with torch._functorch.config.patch(fake_tensor_propagate_real_tensors=True), _mended():
         yield
+
+
+def check_asserted(graph: fx.Graph) -> None:
+    """Raises CaptureError where Python asked for a truth value and nothing in ``graph`` asserts what it was told."""
+    for node in graph.nodes:
+        if node.target is aten.item.default and not node.users and isinstance(node.meta.get("val"), torch.SymBool):
+            raise CaptureError(explain(
+                "the way that the sample takes through forward() cannot be held on to", why=f"torch.export asserts nothing of {node.args[0]}, "
+                "which Python asked for", fix="take the decision outside forward(), or write it with torch.where or a mask"))
 
 
 def name_sizes(node: fx.Node, sizes: dict) -> None:

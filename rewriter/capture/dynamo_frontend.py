@@ -26,6 +26,7 @@ from .recording import ReadLog, is_users, raised_at, recording
 
 # what dynamo may put into one graph; a recompilation reads them again, so they hold for every call
 _CONFIG = {"allow_rnn": True, "specialize_float": True}
+_PIECES = {**_CONFIG, "suppress_errors": True}  # what dynamo fails at runs as it is, like what it cannot capture
 _WHOLE = {**_CONFIG, "capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
 # graphs per function: modes, gradients on and off, batches of 0, 1 and more, dtypes
 _OWN_CACHE = {key: value for key, value in {"recompile_limit": 64, "isolate_recompiles": True}.items()
@@ -76,6 +77,7 @@ class Dynamo:
         self._rewrite, self._warned, self._compiled = rewrite, False, 0
         self._every: list[Piece] = []
         self._called: list[Piece] = []
+        self._failure: Exception | None = None  # of a rewrite: not dynamo's to suppress
         self._compile()
 
     @property
@@ -87,7 +89,11 @@ class Dynamo:
             getattr(self.shell, self.entry), backend=self._backend, fullgraph=self.whole, dynamic=True, **_OWN_CACHE)
 
     def _backend(self, module: fx.GraphModule, examples: list) -> Callable[..., Any]:
-        piece = Piece(self.shell, module, self._rewrite, self._called)
+        try:
+            piece = Piece(self.shell, module, self._rewrite, self._called)
+        except Exception as error:
+            self._failure = error
+            raise
         self._every.append(piece)
         this = torch._guards.CompileContext.current_compile_id()
         self._compiled = max(self._compiled, 0 if this is None else this.frame_compile_id or 0)
@@ -105,8 +111,12 @@ class Dynamo:
                 if self.only_whole:
                     raise NotWhole(_said(error)) from error
                 self.in_pieces(_said(error))
-        with _configured(_CONFIG):
-            return self._run(*args, **kwargs)
+        self._failure = None
+        with _configured(_PIECES):
+            result = self._run(*args, **kwargs)
+        if self._failure is not None:
+            raise self._failure
+        return result
 
     def _plainly(self, args: tuple, kwargs: dict) -> Any:
         if not self._warned:

@@ -18,7 +18,7 @@ from torch.export import _trace
 from ...passes.origin import KEY, Origin
 from ..errors import CaptureError, explain
 from .cleanup import make_functional, remove_dead, simplify
-from .data_followed import AS_ATEN, FollowsData, name_sizes, values_known
+from .data_followed import AS_ATEN, FollowsData, check_asserted, name_sizes, values_known
 from .data_guard import mark
 from .fx_frontend import register_outputs, sample_inputs
 from .fx_tracer import CONSTANT
@@ -139,6 +139,8 @@ def _run_once(shell, entry, inputs, constants, tensors, flip: bool, calls: Trace
                 module.__dict__["training"] = modes[path]
     if log.error is not None:
         raise log.error
+    if isinstance(calls, FollowsData):
+        check_asserted(program.graph)
     return program, wrapper, log
 
 

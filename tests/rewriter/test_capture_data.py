@@ -7,6 +7,7 @@ import tablewright as tw
 import torch
 from tablewright.rewriter.capture import data_guard
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 ROWS, DIM, LENGTH = 30, 4, 5
@@ -151,6 +152,12 @@ def test_a_branch_is_asked_for_at_every_call_and_leaves_no_trace():
     opt, _ = agree(Branches(), [low, high], lookups=(2, 2), sample=1)
     first = opt._variants[0]
     assert data_guard.asserted(first.graph) and data_guard.MARK in str(data_guard.asserted(first.graph)[0].args)
+
+
+def test_a_branch_that_export_does_not_assert_is_not_followed(monkeypatch):
+    monkeypatch.setattr(ShapeEnv, "guard_or_defer_runtime_assert", lambda self, *args, **kwargs: True)  # as torch 2.11 had it
+    low, high = torch.randint(1, 20, (4, 3)), torch.randint(21, 30, (6, 3))
+    agree(Branches(), [low, high], door="dynamo, in pieces")
 
 
 def test_without_the_assertion_the_graph_would_be_stale(monkeypatch):
