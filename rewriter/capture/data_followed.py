@@ -172,7 +172,8 @@ def values_known(shell: nn.Module):
 def check_asserted(graph: fx.Graph) -> None:
     """Raises CaptureError where Python asked for a truth value and nothing in ``graph`` asserts what it was told."""
     for node in graph.nodes:
-        if node.target is aten.item.default and not node.users and isinstance(node.meta.get("val"), torch.SymBool):
+        asked = node.meta.get("val") if node.target is aten.item.default else None
+        if isinstance(asked, torch.SymBool) and not any(asked.node.shape_env.deferred_runtime_asserts.get(u) for u in asked.node._expr.free_symbols):
             raise CaptureError(explain(
                 "the way that the sample takes through forward() cannot be held on to", why=f"torch.export asserts nothing of {node.args[0]}, "
                 "which Python asked for", fix="take the decision outside forward(), or write it with torch.where or a mask"))
