@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from .errors import PlanError, nearest
+from .plan_words import part_from
 
 COMBINE = ("multiply", "add")
 
@@ -30,7 +31,7 @@ class Compression:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, where = getattr(self, f.name), f"compress.{self.key}.{f.name}"
+            value, where = getattr(self, f.name), f"{self.key}.{f.name}"
             if f.name == "combine":
                 if value not in COMBINE:
                     raise PlanError(f"{where} is {value!r}{nearest(str(value), COMBINE)}; it must be {' | '.join(COMBINE)}")
@@ -84,16 +85,7 @@ def compression_from(raw: Any, where: str) -> Compression:
     ((key, options),) = raw.items()
     if key not in _KINDS:
         raise PlanError(f"{where} has no key '{key}'{nearest(str(key), _KINDS)}. Known: {', '.join(_KINDS)}")
-    known = [f.name for f in fields(_KINDS[key])]
-    for option in options:
-        if option not in known:
-            raise PlanError(f"{where}.{key} has no key '{option}'{nearest(str(option), known)}. Known: {', '.join(known)}")
-    if known[0] not in options:
-        raise PlanError(f"{where}.{key} says no {known[0]}; it must")
-    try:
-        return _KINDS[key](**options)
-    except PlanError as error:
-        raise PlanError(f"{where.removesuffix('compress')}{error}") from None
+    return part_from(_KINDS[key], options, f"{where}.{key}", f"{{{fields(_KINDS[key])[0].name}: 1000}}")
 
 
 def compression_to(value: Compression) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from ``(seed, id)`` by ``init`` (as ``storage.init``), also where the id had one
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from ..kernels.dynamic_ids.id_map import LARGEST, POLICIES
 from .errors import PlanError, nearest
+from .plan_words import part_from
 from .storage import init_from
 
 
@@ -62,18 +62,4 @@ class DynamicIds:
 
 def ids_from(raw: Any, where: str) -> DynamicIds:
     """From plain values. Raises :class:`PlanError` naming the key and its nearest match."""
-    if isinstance(raw, DynamicIds):
-        return raw
-    if not isinstance(raw, Mapping):
-        raise PlanError(f"{where} is {raw!r}; it must be a mapping such as {{dynamic: true, capacity: 50_000_000}}")
-    known = [f.name for f in fields(DynamicIds)]
-    for key in raw:
-        if key not in known:
-            raise PlanError(f"{where} has no key '{key}'{nearest(str(key), known)}. Known: {', '.join(known)}")
-    missing = [key for key in ("dynamic", "capacity") if key not in raw]
-    if missing:
-        raise PlanError(f"{where} says no {missing[0]}; it must, as in {{dynamic: true, capacity: 50_000_000}}")
-    try:
-        return DynamicIds(**raw)
-    except PlanError as error:
-        raise PlanError(f"{where.removesuffix('ids')}{error}") from None
+    return part_from(DynamicIds, raw, where, "{dynamic: true, capacity: 50_000_000}", needed=("dynamic", "capacity"))

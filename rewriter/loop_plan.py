@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, TypeVar
+from typing import Any
 
-from .errors import PlanError, nearest
+from .errors import PlanError
 
 IN_BACKWARD = ("tables", "all")
 
@@ -55,24 +55,8 @@ class PipelinePlan:
         _number("pipeline.staleness", self.staleness, 0, "a number of batches, 0 or more")
 
 
-_Section = TypeVar("_Section", TrainingPlan, PipelinePlan)
-
-
-def section(cls: type[_Section], raw: Any, where: str) -> _Section:
-    """From plain values. Raises :class:`PlanError` naming the key and its nearest match."""
-    if isinstance(raw, cls):
-        return raw
-    if not isinstance(raw, Mapping):
-        raise PlanError(f"{where} is {raw!r}; it must be a mapping such as {{{fields(cls)[1].name}: 4}}")
-    known = [f.name for f in fields(cls)]
-    for key in raw:
-        if key not in known:
-            raise PlanError(f"{where} has no key '{key}'{nearest(str(key), known)}. Known: {', '.join(known)}")
-    return cls(**raw)
-
-
 def said(value: TrainingPlan | PipelinePlan) -> dict[str, Any]:
-    """Plain values that :func:`section` reads back; what is as it would be anyway is left out."""
+    """Plain values that a plan reads back; what is as it would be anyway is left out."""
     held = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default and f.default is not MISSING}
     return {key: list(each) if isinstance(each, tuple) else each for key, each in held.items()}
 

@@ -15,11 +15,11 @@ grid_shard        ranks of several nodes, node by      ranges of columns over th
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from .errors import PlanError, nearest
+from .plan_words import part_from
 
 SHARDINGS = ("data_parallel", "table_wise", "row_wise", "column_wise", "table_row_wise", "grid_shard")
 EXCHANGES = ("auto", "pooled", "unique")
@@ -42,18 +42,7 @@ class Communication:
 
 def communication_from(raw: Any, where: str) -> Communication:
     """From plain values, ``{forward: fp16}``. Raises :class:`PlanError`."""
-    if isinstance(raw, Communication):
-        return raw
-    if not isinstance(raw, Mapping):
-        raise PlanError(f"{where} is {raw!r}; it must be a mapping such as {{forward: fp16, backward: bf16}}")
-    known = [f.name for f in fields(Communication)]
-    for key in raw:
-        if key not in known:
-            raise PlanError(f"{where} has no key '{key}'{nearest(str(key), known)}. Known: {', '.join(known)}")
-    try:
-        return Communication(**raw)
-    except PlanError as error:
-        raise PlanError(f"{where.removesuffix('communication')}{error}") from None
+    return part_from(Communication, raw, where, "{forward: fp16, backward: bf16}")
 
 
 def check_placement(

@@ -42,8 +42,9 @@ from ..passes.rule import Pass
 from .compression import Compression, compression_from, compression_to
 from .dynamic_ids import DynamicIds, ids_from
 from .errors import PlanError, nearest
-from .loop_plan import PipelinePlan, TrainingPlan, refuse_together, said, section
+from .loop_plan import PipelinePlan, TrainingPlan, refuse_together, said
 from .placement import Communication, check_placement, check_together, communication_from
+from .plan_words import part_from
 from .storage import Storage, storage_from
 
 
@@ -211,8 +212,8 @@ class Plan:
             chosen[name] = setting
         object.__setattr__(self, "passes", MappingProxyType(chosen))
         self._check_precision()
-        object.__setattr__(self, "training", section(TrainingPlan, self.training, "training"))
-        object.__setattr__(self, "pipeline", section(PipelinePlan, self.pipeline, "pipeline"))
+        object.__setattr__(self, "training", part_from(TrainingPlan, self.training, "training", "{accumulate: 4}"))
+        object.__setattr__(self, "pipeline", part_from(PipelinePlan, self.pipeline, "pipeline", "{staleness: 1}"))
         refuse_together(self.training, self.pipeline, self.numerics, self.tables, self.embedding_optimizer)
 
     def _check_precision(self) -> None:

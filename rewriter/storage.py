@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .errors import PlanError, nearest
+from .errors import PlanError
+from .plan_words import part_from
 
 POLICIES = ("lru", "lfu")
 _NUMBERS = {"normal": 2, "uniform": 2, "constant": 1}
@@ -65,21 +66,7 @@ class Storage:
 
 def storage_from(raw: Any, where: str) -> Storage:
     """From plain values. Raises :class:`PlanError` naming the key and its nearest match."""
-    if isinstance(raw, Storage):
-        return raw
-    if not isinstance(raw, Mapping):
-        raise PlanError(f"{where} is {raw!r}; it must be a mapping such as {{cache: 4GB, path: user.rows}}")
-    known = [f.name for f in fields(Storage)]
-    for key in raw:
-        if key not in known:
-            raise PlanError(f"{where} has no key '{key}'{nearest(str(key), known)}. Known: {', '.join(known)}")
-    missing = [key for key in ("cache", "path") if key not in raw]
-    if missing:
-        raise PlanError(f"{where} says no {missing[0]}; it must, as in {{cache: 4GB, path: user.rows}}")
-    try:
-        return Storage(**raw)
-    except PlanError as error:
-        raise PlanError(f"{where.removesuffix('storage')}{error}") from None
+    return part_from(Storage, raw, where, "{cache: 4GB, path: user.rows}")
 
 
 def _bytes(value: Any) -> int:
