@@ -28,6 +28,7 @@ from .records import APPLIED, SKIPPED, Record
 from .rule import Context, Pass
 
 _MARK = "recompute"  # in a node's meta: the module that it is recomputed with
+_PART = "recompute_part"  # and the number of the part, while its module is folded
 _STAY = (LOOKUPS, LOOKUP_DOTS, SLOTS, given.given_bags)
 _COUNTING = ("batch_norm", "instance_norm")  # they update running statistics, which their schemas do not say
 
@@ -84,7 +85,10 @@ def folded(graph: Graph, prepare: Callable[[Graph], None]) -> Graph:
     of each part, before it is made to run."""
     for path in dict.fromkeys(n.meta[_MARK] for n in graph.nodes if _MARK in n.meta):
         for number, part in enumerate(_parts(graph, path)):
-            graph = _fold(graph, part, f"recomputed_{path.replace('.', '_')}_{number}", prepare)
+            for node in part:
+                node.meta[_PART] = path, number  # what a fold puts in may take the names of nodes to come
+        for number in range(len({n.meta[_PART] for n in graph.nodes if n.meta.get(_MARK) == path})):
+            graph = _fold(graph, (path, number), f"recomputed_{path.replace('.', '_')}_{number}", prepare)
     return graph
 
 
@@ -107,18 +111,18 @@ def _may_run_twice(node: Node) -> bool:
     return is_pure(node) or (_random(node) and not node.target._schema.is_mutable)  # type: ignore[union-attr]
 
 
-def _parts(graph: Graph, path: str) -> list[list[str]]:
-    """Names of the marked calls of a module, by parts: no way leads out of a part and back in, and nothing that may not move lies between
+def _parts(graph: Graph, path: str) -> list[list[Node]]:
+    """The marked calls of a module, by parts: no way leads out of a part and back in, and nothing that may not move lies between
     the calls of one."""
     levels: dict[Node, int] = {}  # of members; of others, the least level that a member after them has
-    parts: dict[int, list[str]] = {}
+    parts: dict[int, list[Node]] = {}
     floor = 0
     for node in graph.nodes:
         member = node.meta.get(_MARK) == path
         before = [(levels[n], n.meta.get(_MARK) == path) for n in node.all_input_nodes]
         if member:
             levels[node] = max([floor, *(level for level, _ in before)])
-            parts.setdefault(levels[node], []).append(node.name)
+            parts.setdefault(levels[node], []).append(node)
         else:
             levels[node] = max([0, *(level + inside for level, inside in before)])
             if node.op == "call_function" and not is_pure(node):
@@ -126,9 +130,8 @@ def _parts(graph: Graph, path: str) -> list[list[str]]:
     return list(parts.values())
 
 
-def _fold(graph: Graph, part: list[str], name: str, prepare: Callable[[Graph], None]) -> Graph:
-    names = set(part)
-    members = [n for n in graph.nodes if n.name in names]
+def _fold(graph: Graph, part: tuple[str, int], name: str, prepare: Callable[[Graph], None]) -> Graph:
+    members = [n for n in graph.nodes if n.meta.get(_PART) == part]
     inside = set(members)
     given_in = list(dict.fromkeys(i for n in members for i in n.all_input_nodes if i not in inside))
     results = [n for n in members if any(u not in inside for u in n.users)]
@@ -148,11 +151,10 @@ def _fold(graph: Graph, part: list[str], name: str, prepare: Callable[[Graph], N
         if node in inside:
             if node is last:
                 whole = made.call_function(call, tuple(new[n] for n in given_in))
-                whole.meta = dict(members[0].meta)
-                whole.meta.pop(_MARK, None)
+                whole.meta = {k: v for k, v in members[0].meta.items() if k not in (_MARK, _PART)}
                 for place, result in enumerate(results):
                     new[result] = made.call_function(operator.getitem, (whole, place))
-                    new[result].meta = {k: v for k, v in result.meta.items() if k != _MARK}
+                    new[result].meta = {k: v for k, v in result.meta.items() if k not in (_MARK, _PART)}
                 for each in late:
                     new[each] = made.node_copy(each, new.__getitem__)
         elif any(i in needs and i not in new for i in node.all_input_nodes):

@@ -104,9 +104,13 @@ def step_by_rounds(model: Any, optimizer: Optimizer | None, length: int) -> Opti
         raise PlanError(f"training.accumulate is {length}, and LBFGS runs several backwards in each step: take it out of the plan")
     if model._sharded is not None:
         raise PlanError(f"training.accumulate is {length} and the model runs over several ranks (mesh=), which is not supported yet: step at every {length}th batch in the loop")
+    planned = model.embedding_optimizer
+    held = {id(p) for each in (optimizer, planned) if each is not None for group in each.param_groups for p in group["params"]}
+    loose = next((n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held and getattr(model._compiler.choices.get(n), "grad", "") != "none"), None)
+    if loose is not None:
+        raise PlanError(f"training.accumulate is {length}, and no optimizer that optimize() was given holds '{loose}', whose steps could not wait: pass it as optimizer=, freeze it, or step at every {length}th batch in the loop")
     rounds = Rounds(length, model._guard)
     model.__dict__["_guard"] = model.__dict__["_rounds"] = rounds
-    planned = model.embedding_optimizer
     if planned is not None:  # made by optimize(): nobody else holds it
         planned.__class__ = _class(type(planned))
         planned._rounds = rounds

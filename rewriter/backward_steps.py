@@ -81,6 +81,7 @@ class BackwardSteps:
     def __init__(self, model: Any, optimizer: Any, tables: InBackwardGuard | None) -> None:
         self._model, self._optimizer, self._tables = weakref.ref(model), weakref.ref(optimizer), tables
         self._scalers = Scalers()
+        self.waits: list[Callable[[], None]] = []  # until nothing reads tables ahead (staleness.py)
         self._task: int | None = None
         self._hooks: list[Any] = []
         self._groups: dict[int, dict] = {}  # of the running backward: parameter -> its param group
@@ -108,8 +109,10 @@ class BackwardSteps:
         task, optimizer, model = torch._C._current_graph_task_id(), self._optimizer(), self._model()
         if task == self._task or optimizer is None or model is None:
             return
-        self._unhook()
-        self._refuse(optimizer)
+        self.refuse_half()
+        self._refuse(optimizer, {id(p) for p in model.parameters()})
+        for wait in self.waits:
+            wait()
         self._task = task
         mine, by_row = {id(p) for p in model.parameters()}, optimizer.__dict__.get("_row_wise_tables", {})
         self._options = _options(optimizer)
@@ -125,13 +128,13 @@ class BackwardSteps:
                     self._hooks.append(param.register_post_accumulate_grad_hook(self._arrived))
         torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
-    def _refuse(self, optimizer: Optimizer) -> None:
+    def _refuse(self, optimizer: Optimizer, mine: set[int]) -> None:
         if self.stepped:
             raise InBackwardError(
                 "a backward starts before step() was called for the last one: gradients are being accumulated, and the parameters have been "
                 f"stepped with those of the last one already. Call step() after each backward, or {_WAY_OUT}. Nothing was changed by this backward"
             )
-        held = [p for g in optimizer.param_groups for p in g["params"] if isinstance(p.grad, SteppedInBackward) and not p.grad.cleared]
+        held = [p for g in optimizer.param_groups for p in g["params"] if id(p) in mine and isinstance(p.grad, SteppedInBackward) and not p.grad.cleared]
         if held:
             raise InBackwardError(
                 "a backward starts and zero_grad() was not called since the last one: gradients are being accumulated, and those of the last one "
@@ -180,6 +183,18 @@ class BackwardSteps:
                 f"parameters have been stepped with less than their gradients. Use use_reentrant=False, or {_WAY_OUT}"
             )
 
+    def refuse_half(self) -> None:
+        """Raises :class:`InBackwardError`, once, where the last backward failed half way."""
+        if self._task is None:
+            return
+        self._unhook()
+        count, self.stepped = len(self.stepped), {}
+        if count:
+            raise InBackwardError(
+                f"the last backward failed after {count} parameters had been stepped with its gradients; others have not been. Load a checkpoint, or go "
+                f"on with zero_grad(). For loops that catch what a backward raises, {_WAY_OUT}"
+            )
+
     def _unhook(self) -> None:
         for hook in self._hooks:
             hook.remove()
@@ -224,6 +239,8 @@ class _Stepping:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for each in self._arrivals:
+            each.refuse_half()
         done = [p for each in self._arrivals for p in each.before_step(self)]  # type: ignore[arg-type]
         held = [p.grad for p in done]
         for param in done:
@@ -237,6 +254,8 @@ class _Stepping:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch. Raises :class:`InBackwardError` between a backward and its ``step()``."""
+        for each in self._arrivals:
+            each.refuse_half()
         if any(each.stepped for each in self._arrivals):
             raise InBackwardError(f"zero_grad() was called between backward() and step(), and the gradients are used up already. To skip steps, {_WAY_OUT}")
         for group in self.param_groups:
@@ -271,9 +290,9 @@ def step_in_backward(model: Any, optimizer: Optimizer) -> Optimizer:
     reason = why_not_one_by_one(optimizer)
     if not reason and model._sharded is not None:
         reason = "the model runs over several ranks, whose gradients are averaged before a step"
-    tiered = next((n for n in model.tiers if any(p is model.get_parameter(n) for g in optimizer.param_groups for p in g["params"])), None)
+    tiered = next((n for n in (*model.tiers, *model.dynamic_ids) if any(p is model.get_parameter(n) for g in optimizer.param_groups for p in g["params"])), None)
     if not reason and tiered is not None:
-        reason = f"table '{tiered}' is in tiers and {type(optimizer).__name__} updates it (give it an embedding_optimizer with in_backward: true)"
+        reason = f"table '{tiered}' is in tiers or has dynamic ids, and {type(optimizer).__name__} updates it (give it an embedding_optimizer with in_backward: true)"
     if reason:
         raise PlanError(f"training is in_backward: all, but {reason}. {_WAY_OUT.capitalize()}")
     parent = type(optimizer)._parent if isinstance(optimizer, _Stepping) else type(optimizer)  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..kernels.collectives.errors import lost_peer
+from .backward_steps import SteppedInBackward
 from .errors import InBackwardError, PlanError
 from .in_backward_guard import UpdatedInBackward
 
@@ -58,6 +59,9 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0, e
     rank does not call it."""
     if not norm_type > 0:
         raise ValueError(f"norm_type is {norm_type}; it must be positive, or inf")
+    inner = next((n for n, m in model.named_modules() if n and m.__dict__.get("_sharded") is not None), None)
+    if inner is not None:
+        raise PlanError(f"'{inner}' is spread over ranks, and clip_grad_norm_ was called on a module around it, where blocks of tables cannot be told from tables: pass what optimize() returned")
     tables = model.__dict__.get("_sharded")
     cut = set(tables.sharded()) if tables is not None else set()
     held: list[Tensor] = []
@@ -66,6 +70,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0, e
         if param.grad is None:
             continue
         if isinstance(param.grad, UpdatedInBackward):
+            if isinstance(param.grad, SteppedInBackward):
+                raise InBackwardError(f"'{name}': {SteppedInBackward.refusal('clip_grad_norm_')}")
             raise InBackwardError(
                 f"'{name}' is updated inside the backward, so its gradient is used up before it could be clipped. "
                 "Set in_backward: false in the plan's embedding_optimizer, or clip opt.dense_parameters() only"

@@ -122,6 +122,8 @@ def _check(name: str, table: nn.Parameter, modules: list[nn.Module], how: Compre
         raise refuse("the model runs over several ranks (mesh=), which is not supported yet")
     if table.is_meta or table.dtype not in (torch.float32, torch.float64):
         raise refuse(f"it is {table.dtype} on {table.device}; rows in float32 or float64 are needed, to be fitted")
+    if not bool(torch.isfinite(table).all()):
+        raise refuse("it holds numbers that are not finite, which would spread to other rows")
     if name == "weight":
         raise refuse("it is the whole model; a model that holds it as a submodule is needed")
     for module in modules:

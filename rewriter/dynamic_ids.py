@@ -12,7 +12,6 @@ from ``(seed, id)`` by ``init`` (as ``storage.init``), also where the id had one
 """
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,6 +19,8 @@ from ..kernels.dynamic_ids.id_map import LARGEST, POLICIES
 from .errors import PlanError, nearest
 from .plan_words import part_from
 from .storage import init_from
+
+_LARGEST_FLOAT = 3.4028234663852886e38  # of 32 bits
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,11 @@ class DynamicIds:
             raise PlanError(f"ids.dynamic is {self.dynamic!r}; it must be true (leave ids out for a table whose ids are its rows)")
         if type(self.capacity) is not int or not 1 <= self.capacity <= LARGEST:
             raise PlanError(f"ids.capacity is {self.capacity!r}; it must be a number of rows from 1 to {LARGEST}")
-        if type(self.admit_after) is not int or self.admit_after < 1:
+        if type(self.admit_after) is not int or not 1 <= self.admit_after < 2**63:
             raise PlanError(f"ids.admit_after is {self.admit_after!r}; it must be a number of times, 1 or more")
         if self.evict not in POLICIES:
             raise PlanError(f"ids.evict is {self.evict!r}{nearest(str(self.evict), POLICIES)}; it must be {' | '.join(POLICIES)}")
-        if isinstance(self.default, bool) or not isinstance(self.default, (int, float)) or not math.isfinite(self.default):
+        if isinstance(self.default, bool) or not isinstance(self.default, (int, float)) or not abs(self.default) <= _LARGEST_FLOAT:
             raise PlanError(f"ids.default is {self.default!r}; it must be the number that every column of an id without a row has")
         object.__setattr__(self, "default", float(self.default))
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:

@@ -43,6 +43,12 @@ class AnyIds(TorchFunctionMode):
             if not shell.get_parameter(name).numel():
                 raise PlanError(f"table '{name}' has dynamic ids and no rows in the plain model; it needs one at least, for the capture")
 
+    def __enter__(self):
+        return super().__enter__() if self.names else self  # a mode that does nothing would still be in dynamo's way
+
+    def __exit__(self, *raised):
+        return super().__exit__(*raised) if self.names else None
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         where = _LOOKUPS.get(func) if self.names else None

@@ -16,6 +16,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -63,6 +64,7 @@ class InBackwardGuard:
     def __init__(self, model) -> None:
         self._model = weakref.ref(model)
         self._scalers = Scalers()
+        self.waits: list[Callable[[], None]] = []  # until nothing reads tables ahead (staleness.py)
         self._homes: list[tuple[str, dict, str]] | None = None  # where parameters stand: found once, read at every backward
         self._seen: list[tuple[weakref.ref, int]] = []  # dense gradients after the last update, with their version
 
@@ -96,6 +98,8 @@ class InBackwardGuard:
 
     def before_update(self) -> None:
         """Raises :class:`InBackwardError` where gradients are scaled, or were accumulated unseen in compiled code."""
+        for wait in self.waits:
+            wait()
         self._scalers.refuse(
             "tables updated inside the backward would take its scaled gradients. "
             f"Drop it (bf16 and fp32 need none), or {_WAY_OUT}. No table was changed by this backward"

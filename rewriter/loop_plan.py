@@ -78,6 +78,12 @@ def refuse_together(training: TrainingPlan, pipeline: PipelinePlan, numerics: st
             )
         if each is not None and not each.in_backward and training.in_backward == "all":
             raise PlanError(f"training is in_backward: all, and {where} is in_backward: false: say in_backward: true there")
+    dynamic = next((glob for glob, t in tables.items() if t.ids is not None), None)
+    if dynamic is not None and (training.accumulate > 1 or pipeline.staleness):
+        other = f"training.accumulate is {training.accumulate}" if training.accumulate > 1 else f"pipeline.staleness is {pipeline.staleness}"
+        raise PlanError(
+            f"tables.{dynamic} has dynamic ids and {other}: rows are given to ids in the order of the steps, and held until the next one. Take one of them out"
+        )
     stored = next((glob for glob, t in tables.items() if t.storage is not None), None)
     if stored is not None and training.accumulate > 1:
         raise PlanError(

@@ -128,6 +128,7 @@ class OptimizedModel(nn.Module):
             return self._variant_for_mode(entry)
         with CAPTURING:  # another thread may be making the variant that this call needs
             failure = self._follow_plain_model()
+            self._wait_for_lookups()
             for variant in self._variants:
                 if variant.captured.entry != entry:
                     continue
@@ -145,6 +146,12 @@ class OptimizedModel(nn.Module):
                 if failure is None:
                     return variant
             return self._compiler.recapture(self, args, kwargs, failure, entry)
+
+    def _wait_for_lookups(self) -> None:
+        """Lookups that a pipeline runs ahead read the shell's tables, which a capture takes away for a while."""
+        for variant in self._variants:
+            if (wait := getattr(variant.run, "wait", None)) is not None:
+                wait()
 
     def _variant_for_mode(self, entry: str) -> Variant:
         """Under torch.compile, which guards inputs and modules itself: the variant for the present training flags."""
@@ -289,6 +296,7 @@ class OptimizedModel(nn.Module):
             self._alone("unoptimized()")
         if self._sharded is not None or self._tiered is not None:
             whole = self.whole_state_dict()
+            self._wait_for_lookups()
             with self._compiler.whole():
                 plain = plain_copy(self._shell)
             plain.load_state_dict(whole)

@@ -164,9 +164,13 @@ class Pipeline:
             self.report.not_ahead = "no table is in tiers"
             return None, [], ""
         args, kwargs = self._arguments(batch)
-        variant = next((v for v in self.model._variants if v.captured.entry == "forward" and v.captured.guards.failure(args, kwargs) is None), None)
+        forms = [v for v in self.model._variants if v.captured.entry == "forward"]
+        variant = next((v for v in forms if v.captured.program is None and v.captured.guards.failure(args, kwargs) is None), None)
         if variant is None:
-            why = self.report.not_ahead = "some batches fit no captured form of the model (inputs= says which part of a batch the model takes)"
+            why = "some batches fit no captured form of the model (inputs= says which part of a batch the model takes)"
+            if any(v.captured.program is not None for v in forms):
+                why = "the model, or a form of it, runs in pieces or plainly"
+            self.report.not_ahead = why
             return None, [], why
         inputs = list(variant.captured.guards.flatten(args, kwargs))
         run, numbers, why = self._of(variant)

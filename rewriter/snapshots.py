@@ -58,11 +58,14 @@ def restore(tables: TieredTables, folder: str | Path, model: nn.Module, optimize
     kept = torch.load(folder / said["dense"], weights_only=True)
     if len(kept["optimizers"]) != len(optimizers):
         raise TierError(f"{folder} holds the state of {len(kept['optimizers'])} optimizers; {len(optimizers)} were given")
-    if kept["dynamic"].keys() != tables.dynamic.keys():
-        raise TierError(f"{folder} holds tables with dynamic ids {sorted(kept['dynamic'])}; the plan has {sorted(tables.dynamic)}")
-    for name, state in kept["dynamic"].items():
-        tables.dynamic[name].load(**state)
+    dynamic = kept.get("dynamic", {})
+    if dynamic.keys() != tables.dynamic.keys():
+        raise TierError(f"{folder} holds tables with dynamic ids {sorted(dynamic)}; the plan has {sorted(tables.dynamic)}")
     named = dict([*model.named_parameters(), *model.named_buffers()])
+    if unknown := sorted(kept["model"].keys() - named.keys()):
+        raise TierError(f"{folder} holds {unknown[0]}, which the model has not: it is a snapshot of another model")
+    for name, state in dynamic.items():
+        tables.dynamic[name].load(**state)
     with torch.no_grad():
         for name, value in kept["model"].items():
             named[name].copy_(value)

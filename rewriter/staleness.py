@@ -59,6 +59,12 @@ class _Run:
         return self.plain(*inputs)
 
 
+    def wait(self) -> None:
+        """Until nothing reads tables ahead."""
+        for line in self.lines:
+            line.wait()
+
+
 class StaleLookups:
     """Those of one pipeline. ``report`` is its :class:`~.prefetch.PipelineReport`."""
 
@@ -73,6 +79,9 @@ class StaleLookups:
     def running(self):
         """While the pipeline is iterated over. Updates by optimizers wait for lookups under way, too."""
         optimizers = [self.model.embedding_optimizer, self.model._compiler.user_optimizer and self.model._compiler.user_optimizer()]
+        guards = {id(g): g for g in (self.model._guard, getattr(optimizers[0], "guard", None)) if hasattr(g, "waits")}
+        for guard in guards.values():
+            guard.waits.append(self.wait)
         hooks = [o.register_step_pre_hook(lambda *_: self.wait()) for o in optimizers if o is not None]
         try:
             yield
@@ -80,6 +89,8 @@ class StaleLookups:
             self._worker.shutdown(wait=True, cancel_futures=True)
             for hook in hooks:
                 hook.remove()
+            for guard in guards.values():
+                guard.waits.remove(self.wait)
             for run in self._runs:
                 run.lines.remove(self)
                 if not run.lines and run.variant.run is run:

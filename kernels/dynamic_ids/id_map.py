@@ -5,7 +5,7 @@ give different answers within themselves: the whole call is counted first). Wher
 
 =====  ============================================================================================================
 lru    the one whose last call is longest ago; among equals the one that came first in that call
-lfu    the one that fewest calls looked up since it was admitted; among equals as ``lru``
+lfu    the one that fewest calls looked up (tables read twice in a step make two) since it was admitted; among equals as ``lru``
 age    the one that was admitted longest ago
 =====  ============================================================================================================
 
@@ -27,7 +27,7 @@ from ..native_library import load
 POLICIES = ("lru", "lfu", "age")
 LARGEST = 2**31 - 2  # slots
 
-_lib, _why_not = load(Path(__file__).parent, "twd_abi", 1)
+_lib, _why_not = load(Path(__file__).parent, "twd_abi", 2)
 if _lib is not None:
     _word, _pointer = ctypes.c_int64, ctypes.c_void_p
     _signatures = {
@@ -37,8 +37,8 @@ if _lib is not None:
         "fetch": (_word, [_pointer, _pointer, _word, _word, _word, _word, *[_pointer] * 4]),
         "release": (_word, [_pointer, _word]),
         "counters": (None, [_pointer, _pointer]),
-        "list": (_word, [_pointer] * 4),
-        "waiting": (_word, [_pointer] * 4),
+        "list": (_word, [*[_pointer] * 4, _word]),
+        "waiting": (_word, [*[_pointer] * 4, _word]),
         "load": (_word, [_pointer, _pointer, _pointer, _word, _pointer, _pointer, _pointer, _word]),
     }
     for _name, (_result, _arguments) in _signatures.items():
@@ -94,7 +94,7 @@ class IdMap:
         held nothing, or another id's row. ``admit=False`` changes and counts nothing but what it looked up.
 
         Raises :class:`IdMapError` where more ids would be admitted than there are slots that nobody holds; the map is then as it was."""
-        ids = ids.to(torch.int64).contiguous()
+        ids = ids.to("cpu", torch.int64).contiguous()
         slots = torch.empty_like(ids)
         fresh = torch.empty(2, ids.numel() if admit else 0, dtype=torch.int64)
         count = ctypes.c_int64(0)
@@ -110,21 +110,24 @@ class IdMap:
 
     def items(self) -> tuple[Tensor, Tensor, Tensor]:
         """``(ids, slots, uses)``, int64 ``[n]`` each, in the order in which ids would leave; ``uses``: in how many calls each was looked up."""
-        out = torch.empty(3, self._call("list", None, None, None), dtype=torch.int64)
-        self._call("list", *(row.data_ptr() for row in out))
+        out = self._listed("list")
         return out[0], out[1], out[2]
 
     def waiting(self) -> Tensor:
         """``[m, 3]`` int64 of the ids that wait: id, how often it was seen, and 1 if it is of the older half. In ascending order of ids."""
-        out = torch.empty(3, self._call("waiting", None, None, None), dtype=torch.int64)
-        self._call("waiting", *(row.data_ptr() for row in out))
+        out = self._listed("waiting")
         return out[:, torch.argsort(out[0])].t().contiguous()
+
+    def _listed(self, name: str) -> Tensor:
+        """Three columns of what there is; what another thread adds meanwhile is left out."""
+        out = torch.empty(3, self._call(name, None, None, None, 0), dtype=torch.int64)
+        return out[:, : self._call(name, *(row.data_ptr() for row in out), out.shape[1])]
 
     def load(self, ids: Tensor, uses: Tensor, waiting: Tensor) -> None:
         """Hold exactly ``ids`` (``[n]``, ``ids[i]`` in slot ``i``, in the order in which they leave) and ``waiting`` from now on; tickets of
         earlier calls are void. Raises :class:`IdMapError`, and nothing changes, for more ids than slots and for an id that is there twice."""
-        ids, uses = (t.detach().to(torch.int64).contiguous() for t in (ids, uses))
-        columns = waiting.detach().to(torch.int64).t().contiguous()
+        ids, uses = (t.detach().to("cpu", torch.int64).contiguous() for t in (ids, uses))
+        columns = waiting.detach().to("cpu", torch.int64).t().contiguous()
         self._call("load", ids.data_ptr(), uses.data_ptr(), ids.numel(), *(row.data_ptr() for row in columns), columns.shape[1])
 
     def counters(self) -> Counters:

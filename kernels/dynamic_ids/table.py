@@ -35,7 +35,13 @@ class DynamicTable(SlotTable):
             rows[self.home + 1] = part.a if number else self.default
 
     def _fetch(self, ids: Tensor, train: bool) -> tuple[Tensor, int]:
-        """Raises :class:`IdMapError` where the ids to be admitted and the rows under way do not fit the capacity."""
+        """Raises :class:`IdMapError` where the ids to be admitted and the rows under way do not fit the capacity, and in a backward that
+        computes the forward again: it would count the ids twice, and could read other rows."""
+        if train and torch._C._current_graph_task_id() != -1:
+            raise IdMapError(
+                f"table '{self.name}' with dynamic ids is looked up again inside a backward (torch.utils.checkpoint around the model?): name the "
+                "modules to be computed again in the plan instead, training: {checkpoint: [...]}, which looks nothing up twice"
+            )
         try:
             slots, fresh, places, ticket = self.ids.fetch(ids, admit=train and self.training(), leave_out=self.padding)
         except IdMapError as error:
@@ -87,12 +93,18 @@ class DynamicTable(SlotTable):
         """Hold exactly ``ids`` ``[n]`` with ``rows`` ``[n, width]`` from now on; what else a row holds starts anew. Gradients under way are
         void. Raises :class:`IdMapError`, and nothing changes, where they do not fit: more ids than the capacity, one twice, other widths."""
         wanted = (ids.numel(), self.parts[0].width)
+        if not isinstance(ids, Tensor) or not isinstance(rows, Tensor):
+            raise IdMapError(f"table '{self.name}': ids and rows are {type(ids).__name__} and {type(rows).__name__}; tensors were needed")
         if ids.dim() != 1 or tuple(rows.shape) != wanted or ids.dtype != torch.int64:
             raise IdMapError(f"table '{self.name}': ids are {ids.dtype} {tuple(ids.shape)} and rows {tuple(rows.shape)}; int64 [n] and [n, {wanted[1]}] were needed")
         uses = torch.ones(ids.numel(), dtype=torch.int64) if uses is None else uses
         waiting = torch.empty(0, 3, dtype=torch.int64) if waiting is None else waiting
+        if not all(isinstance(t, Tensor) for t in (uses, waiting)) or any(t.is_meta for t in (ids, rows, uses, waiting)):
+            raise IdMapError(f"table '{self.name}': uses and waiting must be tensors, and none on the meta device")
         if uses.shape != ids.shape or waiting.dim() != 2 or waiting.shape[1] != 3:
             raise IdMapError(f"table '{self.name}': uses are {tuple(uses.shape)} and waiting {tuple(waiting.shape)}; {tuple(ids.shape)} and [m, 3] were needed")
+        if bool((uses < 1).any()) or bool((waiting[:, 1] < 1).any()):
+            raise IdMapError(f"table '{self.name}': some ids were used or seen less than once")
         with self._lock:
             try:
                 self.ids.load(ids, uses, waiting)

@@ -29,7 +29,14 @@ class Given:
     def __init__(self, slots: list[Tensor], wait: Callable[[], None]) -> None:
         self._slots = slots
         self._seen = -1
+        self._versions: list[int] = []  # of the tables, at the first call
         self.wait = wait
+
+    def outdated(self, tables) -> bool:
+        """Whether ``tables`` were updated since the first call, and this is no forward that a backward runs again."""
+        versions = [t._version for t in tables]
+        self._versions = self._versions or versions
+        return versions != self._versions and torch._C._current_graph_task_id() == -1
 
     def slots(self, extras, spec: str) -> list[Tensor]:
         """The slots with ``extras`` in their columns. The first call gives them away; later ones (a checkpoint that runs the forward again)
@@ -51,7 +58,10 @@ class Given:
 
 
 def given_bags(given: Given, tables, indices, offsets, sample_weights, extras, spec, ticket=None, owner=-1) -> list[Tensor]:
-    """See the module."""
+    """See the module. Rows that were updated since they were given out are read anew."""
+    if given.outdated(tables):
+        given.wait()
+        return autograd(tables, indices, offsets, sample_weights, extras, spec, ticket, owner)
     if not torch.is_grad_enabled():
         return given.slots(extras, spec)
     return autograd(tables, indices, offsets, sample_weights, extras, spec, given, owner, GivenLookup.apply)

@@ -8,6 +8,7 @@ import secrets
 import shutil
 import socket
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -161,10 +162,10 @@ def _write(root: Path, home: Path, name: str, graph: ServingGraph, proto: onnx.M
     defaults.update((key, (total / written[key].rows).astype(np.float32)) for key, total in sums.items())
     left_out = {name: padding for name, (_, padding) in graph.ids.items()}
     if left_out:
-        np.savez(root / IDS, **{name: ids.numpy() for name, (ids, _) in graph.ids.items()})  # type: ignore[arg-type]
+        _save_arrays(root / IDS, {name: ids.numpy() for name, (ids, _) in graph.ids.items()})
         put(IDS, (root / IDS).read_bytes())
     if defaults:
-        np.savez(root / DEFAULTS, **defaults)
+        _save_arrays(root / DEFAULTS, defaults)
         put(DEFAULTS, (root / DEFAULTS).read_bytes())
     previous = home / manifests.CURRENT
     raw: dict[str, Any] = {
@@ -191,6 +192,14 @@ def _write(root: Path, home: Path, name: str, graph: ServingGraph, proto: onnx.M
     raw["digest"] = manifests.digest_of(raw)
     write_bytes(root / manifests.NAME, json.dumps(raw, indent=1).encode(), root)
     manifests.Manifest(root, raw, written).verify("size")
+
+
+def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """What ``np.savez`` writes, under any names (it has arguments of its own called ``file`` and ``allow_pickle``)."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, np.asarray(array))
 
 
 def _record(root: Path, version: Version, graph: ServingGraph) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Together:
         if self._ranks is None:
             return [self._work[what](*arguments)]
         self._say((what, arguments))
-        found = self._hear(self._outcome(what, arguments))
+        found = self._told(self._outcome(what, arguments))
         for rank, (_, failure) in enumerate(found):
             if failure:
                 raise ExportError(f"rank {rank} of {len(found)} could not do its part of the export ('{what}'): {failure}")
@@ -46,7 +46,7 @@ class Together:
                 if message is not None:
                     raise _errors().get(kind, ExportError)(message)
                 return result
-            self._hear(self._outcome(what, arguments))
+            self._told(self._outcome(what, arguments))
 
     def end(self, result: Any = None, error: BaseException | None = None) -> None:
         """On the first rank: all others return ``result``, or raise ``error``."""
@@ -61,6 +61,15 @@ class Together:
             raise
         except Exception as error:
             return None, f"{type(error).__name__}: {error}"
+
+    def _told(self, outcome: tuple[Any, str]) -> list[Any]:
+        """What all ranks found. Where others wait in vain for rows of this one, which failed, its own error is said here."""
+        try:
+            return self._hear(outcome)
+        except PeerError as lost:
+            if outcome[1]:
+                raise PeerError(f"{lost} This rank itself failed first: {outcome[1]}") from lost
+            raise
 
     def _say(self, value: Any) -> Any:
         held = [value]

@@ -168,35 +168,43 @@ class IdMap {
         memcpy(out, all, sizeof all);
     }
 
-    // All ids in the order in which they would leave, with their slots and in how many calls each was looked up; returns how many.
-    int64_t list(int64_t* ids, int64_t* slots, int64_t* uses) {
+    // All ids in the order in which they would leave, with their slots and in how many calls each was looked up, up to `room` of them;
+    // returns how many. Without `ids`: how many there are.
+    int64_t list(int64_t* ids, int64_t* slots, int64_t* uses, int64_t room) {
         std::lock_guard<std::mutex> guard(lock_);
         int64_t n = 0;
-        for (int32_t slot = head_; slot >= 0 && ids != nullptr; slot = at(slot).next, n++) {
+        if (ids == nullptr) return used_;
+        for (int32_t slot = head_; slot >= 0 && n < room; slot = at(slot).next, n++) {
             ids[n] = at(slot).id;
             slots[n] = slot;
             uses[n] = at(slot).uses;
         }
-        return used_;
+        return n;
     }
 
-    // The ids that wait for admission: how often each was seen, and whether it is one of the older half; returns how many.
-    int64_t waiting(int64_t* ids, int64_t* times, int64_t* older) {
+    // The ids that wait for admission: how often each was seen, and whether it is one of the older half; as `list`.
+    int64_t waiting(int64_t* ids, int64_t* times, int64_t* older, int64_t room) {
         std::lock_guard<std::mutex> guard(lock_);
         int64_t n = 0;
-        for (int64_t old = 0; old < 2 && ids != nullptr; old++)
+        if (ids == nullptr) return seen_.size() + before_.size();
+        for (int64_t old = 0; old < 2; old++)
             (old ? before_ : seen_).each([&](int64_t id, int64_t count) {
+                if (n == room) return;
                 ids[n] = id;
                 times[n] = count;
                 older[n++] = old;
             });
-        return seen_.size() + before_.size();
+        return n;
     }
 
     // Holds exactly these from now on, ids[i] in slot i, in the order in which they would leave. What was held before is let go.
     void load(const int64_t* ids, const int64_t* uses, int64_t n, const int64_t* waiting, const int64_t* times, const int64_t* older, int64_t m) {
         std::lock_guard<std::mutex> guard(lock_);
         if (n > capacity_) throw Failure{std::to_string(n) + " ids do not fit a capacity of " + std::to_string(capacity_)};
+        std::vector<int32_t> order(static_cast<size_t>(n));
+        for (size_t i = 0; i < order.size(); i++) order[i] = int32_t(i);
+        if (policy_ == LFU)  // the ids may come from a map with another order
+            std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return uses[a] < uses[b]; });
         Flat places, seen, before;
         places.reserve(n);
         for (int64_t i = 0; i < n; i++) {
@@ -220,9 +228,9 @@ class IdMap {
         for (int64_t i = 0; i < n; i++) {
             at(i).id = ids[i];
             at(i).stamp = 0;
-            at(i).uses = uint32_t(std::min<int64_t>(uses[i], UINT32_MAX));
-            insert(int32_t(i), last_);
+            at(i).uses = uint32_t(std::min<int64_t>(std::max<int64_t>(uses[i], 1), UINT32_MAX));
         }
+        for (int32_t slot : order) insert(slot, last_);
         used_ = n;
     }
 
@@ -420,7 +428,7 @@ IdMap& at(void* map) { return *static_cast<IdMap*>(map); }
 
 // --- what id_map.py calls --------------------------------------------------------------------------------------------------------
 
-API int64_t twd_abi() { return 1; }
+API int64_t twd_abi() { return 2; }
 API const char* twd_error() { return twd::said.c_str(); }
 API void* twd_open(int64_t capacity, int64_t admit_after, int64_t policy) {
     void* made = nullptr;
@@ -442,11 +450,11 @@ API int64_t twd_release(void* map, int64_t ticket) {
     });
 }
 API void twd_counters(void* map, int64_t* out) { twd::at(map).counters(out); }
-API int64_t twd_list(void* map, int64_t* ids, int64_t* slots, int64_t* uses) {
-    return twd::guarded([&] { return twd::at(map).list(ids, slots, uses); });
+API int64_t twd_list(void* map, int64_t* ids, int64_t* slots, int64_t* uses, int64_t room) {
+    return twd::guarded([&] { return twd::at(map).list(ids, slots, uses, room); });
 }
-API int64_t twd_waiting(void* map, int64_t* ids, int64_t* times, int64_t* older) {
-    return twd::guarded([&] { return twd::at(map).waiting(ids, times, older); });
+API int64_t twd_waiting(void* map, int64_t* ids, int64_t* times, int64_t* older, int64_t room) {
+    return twd::guarded([&] { return twd::at(map).waiting(ids, times, older, room); });
 }
 API int64_t twd_load(void* map, const int64_t* ids, const int64_t* uses, int64_t n, const int64_t* waiting, const int64_t* times,
                      const int64_t* older, int64_t m) {
