@@ -167,3 +167,27 @@ def test_threads():
     for reader in readers:
         reader.join()
     assert not wrong and table.counters().rows == 3900
+
+
+def test_ids_of_another_order_of_leaving_are_put_into_this_one():
+    earlier = IdMap(10, 1, "lru")
+    for each in (1, 2, 2, 3):
+        earlier.release(earlier.fetch(torch.tensor([each]))[3])
+    ids, _, uses = earlier.items()
+    assert ids.tolist() == [1, 2, 3] and uses.tolist() == [1, 2, 1]
+    later = IdMap(4, 1, "lfu")
+    later.load(ids, uses, earlier.waiting())
+    for each in (3, 1, 1):  # 1 is used three times then, 2 and 3 twice
+        later.release(later.fetch(torch.tensor([each]))[3])
+    later.release(later.fetch(torch.tensor([8, 9]))[3])
+    assert sorted(later.items()[0].tolist()) == [1, 3, 8, 9]  # 2 was used as often as 3, longer ago
+
+
+def test_states_that_mean_nothing_are_refused():
+    table = DynamicTable("t", IdMap(5, 2), PARTS, seed=1)
+    state = {"ids": torch.tensor([4, 5]), "rows": torch.ones(2, PARTS[0].width)}
+    for more, words in (({"uses": torch.tensor([1, 0])}, "less than once"), ({"waiting": torch.tensor([[7, 0, 0]])}, "less than once"),
+                        ({"ids": [4, 5]}, "tensors were needed"), ({"uses": torch.ones(2, dtype=torch.int64, device="meta")}, "meta")):  # fmt: skip
+        with pytest.raises(IdMapError, match=words):
+            table.load(**{**state, **more})
+    assert table.counters().rows == 0

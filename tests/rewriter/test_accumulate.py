@@ -102,3 +102,10 @@ def test_what_cannot_wait_is_refused():
     with pytest.raises(tw.InBackwardError, match="enabled GradScaler.*unscaled before"):
         scaler.step(optimizer)
 
+
+def test_an_optimizer_that_is_not_there_is_asked_for():
+    planned = {"embedding_optimizer": {"rowwise_adagrad": {"lr": 0.1}}}
+    for more, optimizer in (({}, None), (planned, None)):
+        torch.manual_seed(0)
+        with pytest.raises(tw.PlanError, match="no optimizer that optimize.. was given holds"):
+            tw.optimize(Dot(), {"version": 1, "training": {"accumulate": 2}, **more}, optimizer=optimizer, sample_inputs=dot_batch())

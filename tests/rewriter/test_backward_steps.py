@@ -348,3 +348,42 @@ def test_what_the_plan_may_say():
     assert "fuse_mlp" in {p.name for p in tw.Plan(training={"in_backward": "all"}, passes={"fuse_mlp": True}).make_passes() if hasattr(p, "name")}
     opt = tw.optimize(Dot(), ALL, sample_inputs=dot_batch())
     assert all("no optimizer was given" in r.reason for r in opt.report.skipped("in_backward")) and opt.report.skipped("in_backward")
+
+
+def test_after_a_backward_that_failed_half_way_the_loop_can_go_on():
+    (opt, optimizer), (plain, _) = made()
+    failing = opt.get_parameter(opt.table_names()[0]).register_hook(lambda grad: (_ for _ in ()).throw(MemoryError("none left")))
+    with pytest.raises(MemoryError):
+        opt(*dot_batch()).square().sum().backward()
+    failing.remove()
+    with pytest.raises(tw.InBackwardError, match="the last backward failed after [0-9]+ parameters had been stepped"):
+        optimizer.step()
+    assert not any(p._post_accumulate_grad_hooks for p in opt.parameters())
+    opt.load_state_dict(plain.state_dict())
+    optimizer.zero_grad()
+    opt(*dot_batch()).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(next(opt.dense_parameters()), next(plain.dense_parameters()))
+
+
+def test_two_models_share_an_optimizer():
+    torch.manual_seed(0)
+    models = Dot(), Dot()
+    optimizer = torch.optim.SGD([p for m in models for p in m.parameters()], lr=0.1)
+    opts = []
+    for model in models:
+        opt, optimizer = tw.optimize(model, ALL, optimizer=optimizer, sample_inputs=dot_batch())
+        opts.append(opt)
+    before = [{n: p.detach().clone() for n, p in o.named_parameters()} for o in opts]
+    for opt in opts:
+        opt(*dot_batch()).square().sum().backward()
+    optimizer.step()
+    for opt, old in zip(opts, before):
+        assert all(not torch.equal(p, old[n]) for n, p in opt.named_parameters() if n in dict(opt.named_parameters()) and "weight" in n)
+
+
+def test_clipping_says_the_way_out_of_this_plan():
+    (opt, _), _ = made()
+    opt(*dot_batch()).square().sum().backward()
+    with pytest.raises(tw.InBackwardError, match="in_backward: all"):
+        tw.clip_grad_norm_(opt, 1.0)

@@ -355,6 +355,24 @@ def test_tables_that_cannot_be_compressed_are_named(glob, how, words):
         tw.optimize(Odd(), tw.Plan(numerics="approximate", tables={glob: {"compress": form}}), sample_inputs=(torch.tensor([1, 2]),))
 
 
+@pytest.mark.parametrize("how", FORMS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_do_not_spread(how, bad):
+    name = "user.weight"
+    opt = tw.optimize(Model(), tw.Plan(numerics="approximate", tables={"user": {"compress": FORMS[how]}}), sample_inputs=batch())
+    state, held = opt.state_dict(), opt.state_dict()[name].clone()
+    state[name] = held.clone()
+    state[name][7, 1] = bad
+    with pytest.raises(RuntimeError, match="user.weight holds numbers that are not finite"):
+        opt.load_state_dict(state)
+    assert torch.equal(opt.state_dict()[name], held)
+    model = Model()
+    with torch.no_grad():
+        model.user.weight[7, 1] = bad
+    with pytest.raises(PlanError, match="numbers that are not finite"):
+        tw.optimize(model, tw.Plan(numerics="approximate", tables={"user": {"compress": FORMS[how]}}), sample_inputs=batch())
+
+
 def test_combinations_that_cannot_be():
     with pytest.raises(PlanError, match="it is the whole model"):
         tw.optimize(nn.Embedding(50, 4), planned("hashing"), sample_inputs=(torch.tensor([1, 2]),))

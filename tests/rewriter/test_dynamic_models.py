@@ -15,6 +15,7 @@ from tablewright.kernels.dynamic_ids import IdMapError
 from tablewright.kernels.tiers import Part
 from tablewright.rewriter.errors import PlanError
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 pytestmark = pytest.mark.skipif(bool(dynamic_ids.available() or tiers.available()), reason=f"NOT TESTED: {dynamic_ids.available() or tiers.available()}")
 def renumbered(step):
@@ -291,13 +292,37 @@ def test_refusals(tmp_path):
     [
         ({"dynamic": True}, "says no capacity"), ({"capacity": 5}, "says no dynamic"), ({"dynamic": False, "capacity": 5}, "must be true"), (5, "must be a mapping"),
         ({"dynamic": True, "capacity": 0}, "capacity is 0"), ({"dynamic": True, "capacity": 5, "evict": "lfo"}, "lfu"), ({"dynamic": True, "capacity": 5, "evicts": "lru"}, "no key 'evicts'.*evict"),
-        ({"dynamic": True, "capacity": 5, "admit_after": 0}, "admit_after is 0"), ({"dynamic": True, "capacity": 5, "default": "zeros"}, "default is 'zeros'"),
+        ({"dynamic": True, "capacity": 5, "admit_after": 0}, "admit_after is 0"), ({"dynamic": True, "capacity": 5, "admit_after": 2**64}, "admit_after is"),
+        ({"dynamic": True, "capacity": 5, "default": 1e39}, "default is 1e"), ({"dynamic": True, "capacity": 5, "default": 10**400}, "default is 1000"), ({"dynamic": True, "capacity": 5, "default": "zeros"}, "default is 'zeros'"),
         ({"dynamic": True, "capacity": 5, "init": {"xavier": 1}}, "ids.init"),
     ],
 )  # fmt: skip
 def test_bad_plans(ids, words):
     with pytest.raises(PlanError, match=words):
         tw.Plan.from_dict({"version": 1, "tables": {"query": {"ids": ids}}})
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"training": {"accumulate": 2}}, "dynamic ids and training.accumulate is 2"),
+        ({"pipeline": {"staleness": 1}, "numerics": "approximate"}, "dynamic ids and pipeline.staleness is 1"),
+        ({"training": {"in_backward": "all"}}, "has dynamic ids, and Adagrad updates it"),
+    ],
+)
+def test_loops_that_slots_cannot_follow_are_refused(more, words):
+    with pytest.raises(PlanError, match=words):
+        made(tw.Plan.from_dict({**plan().to_dict(), **more}))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_forward_that_is_computed_again_is_refused(reentrant):
+    opt, _ = made(plan(admit_after=2))
+    *inputs, _ = batch(0)
+    scale = torch.ones(32, requires_grad=True)
+    out = checkpoint(lambda *given: opt(*given[:3]) * given[3], *inputs, scale, use_reentrant=reentrant)
+    with pytest.raises(IdMapError, match="looked up again inside a backward.*training: {checkpoint"):
+        out.sum().backward()
 
 
 def test_plans_round_trip(tmp_path):

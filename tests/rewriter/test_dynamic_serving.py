@@ -96,6 +96,25 @@ def test_what_cannot_be_served(tmp_path):
         tw.check_parity(opt, tmp_path)
 
 
+def test_any_name_of_a_table_is_served(tmp_path):
+    class Files(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.file, self.top = nn.Embedding(8, 2), nn.Linear(2, 1)  # np.savez has an argument of this name
+
+        def forward(self, ids):
+            return self.top(self.file(ids)).squeeze(-1)
+
+    model, ids = Files(), torch.tensor([2**40, -5])
+    the_plan = tw.Plan.from_dict({"version": 1, "tables": {"file": {"ids": {"dynamic": True, "capacity": 8}}}})
+    opt, optimizer = tw.optimize(model, the_plan, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), sample_inputs=(ids,))
+    opt(ids).sum().backward()
+    optimizer.step()
+    tw.export_serving(opt, (ids,), tmp_path / "served")
+    served = tw.load_serving(tmp_path / "served")
+    assert torch.allclose(torch.as_tensor(served(ids=ids.numpy())), opt.eval()(ids).detach(), atol=1e-6)
+
+
 def test_known_ids():
     some = VOCABULARY.sort().values.numpy()
     found, unknown = KnownIds(some, None).rows(np.concatenate([some[::-1], [some[0] + 1, some[-1] - 1]]))

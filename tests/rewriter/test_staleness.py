@@ -225,3 +225,80 @@ def test_the_plan_has_to_allow_it():
     with pytest.raises(PlanError, match="runs over several ranks.*Say staleness: 0"):
         tw.pipeline([], opt)
     assert tw.Plan(pipeline={"prefetch": 4}).to_dict()["pipeline"] == {"prefetch": 4}
+
+
+def test_a_batch_that_is_asked_again_after_its_step_is_looked_up_again():
+    opt, optimizer = made(1)
+    batches = [dot_batch(seed=s) for s in range(5)]
+    for one in tw.pipeline(batches, opt, inputs=lambda b: b):
+        opt(*one).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            assert torch.equal(opt(*one), opt(*(t.clone() for t in one)))
+
+
+def test_another_form_of_input_in_mid_loop(tmp_path):
+    if tiers.available():
+        pytest.skip(f"NOT TESTED: {tiers.available()}")
+    torch.manual_seed(0)
+    model = Model()
+    the_plan = plan(1, embedding_optimizer={"adagrad": {"lr": 0.1}}, tables={"user": {"storage": {"cache": "1MB", "path": str(tmp_path / "rows")}}})
+    opt, optimizer = tw.optimize(model, the_plan, optimizer=torch.optim.SGD([p for n, p in model.named_parameters() if n.startswith("top")], lr=0.1), sample_inputs=batch(0)[:-1])
+    batches = [tuple(batch(s)[:-1]) for s in range(5)]
+    batches[2] = tuple(t.int() if t.dtype == torch.int64 else t for t in batches[2])
+    for one in tw.pipeline(batches, opt, inputs=lambda b: b):
+        opt(*one).sum().backward()
+        optimizer.step()
+        opt.embedding_optimizer.step()
+        opt.zero_grad()
+
+
+def test_a_model_in_pieces_is_not_looked_up_ahead():
+    class Pieces(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.item, self.top = nn.Embedding(50, 8), nn.Linear(8, 1)
+
+        def forward(self, ids):
+            rows = self.item(ids).sum(1)
+            if rows.detach().numpy().sum() > 1e9:
+                rows = rows * 2
+            return self.top(rows)
+
+    torch.manual_seed(0)
+    model, ids = Pieces(), torch.randint(0, 50, (6, 3))
+    opt, optimizer = tw.optimize(model, plan(1), optimizer=torch.optim.SGD(model.parameters(), lr=0.1), sample_inputs=(ids,))
+    line = tw.pipeline([torch.randint(0, 50, (6, 3)) for _ in range(3)], opt, inputs=lambda b: (b,))
+    train(line, opt, optimizer, lambda m, b: m(b).sum())
+    assert line.report.batches == 3 and "in pieces or plainly" in line.report.not_ahead
+
+
+def test_updates_of_a_method_that_is_not_ahead_wait_for_lookups(monkeypatch):
+    """The lookups of the next batch read tables as they were, however long they take."""
+    from tablewright.rewriter import staleness
+
+    class Two(Dot):
+        def score(self, *given):
+            return self.forward(*given).square().sum()
+
+    def run(seconds):
+        read = staleness.StaleLookups._read
+        monkeypatch.setattr(staleness.StaleLookups, "_read", lambda self, *args: (time.sleep(seconds), read(self, *args))[1])
+        torch.manual_seed(0)
+        model = Two()
+        opt, optimizer = tw.optimize(
+            model, plan(1, training={"in_backward": "all"}), optimizer=torch.optim.SGD(model.parameters(), lr=0.1), methods=["score"],
+            sample_inputs={"forward": dot_batch(), "score": dot_batch()})  # fmt: skip
+        seen = []
+        for one in tw.pipeline([dot_batch(seed=s) for s in range(5)], opt, inputs=lambda b: b):
+            with torch.no_grad():
+                seen.append(opt(*one))
+            opt.score(*one).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        monkeypatch.undo()
+        return seen
+
+    for a, b in zip(run(0), run(0.05)):
+        assert torch.equal(a, b)
