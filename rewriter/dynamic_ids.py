@@ -8,7 +8,8 @@ tables:
 Any 64-bit number is an id, negative ones too; the plain model's number of rows means nothing. An id has a row once it has been seen
 ``admit_after`` times in training; of more than ``capacity`` ids some leave: those used longest ago (``lru``), used by the fewest batches
 (``lfu``) or admitted longest ago (``age``). What has no row reads ``default`` in every column, trains nothing, and is counted. A row starts
-from ``(seed, id)`` by ``init`` (as ``storage.init``), also where the id had one before. The ``padding_idx`` of the plain model is an id that is left out.
+from ``(seed, id)`` by ``init`` (as ``storage.init``), also where the id had one before. The ``padding_idx`` of the plain model is an id that is left out. A table
+that is not trained admits nothing. Until the step, ``.grad`` has a row for the default too: norms of gradients count it.
 """
 from __future__ import annotations
 

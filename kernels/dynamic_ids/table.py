@@ -92,9 +92,9 @@ class DynamicTable(SlotTable):
     def load(self, ids: Tensor, rows: Tensor, uses: Tensor | None = None, waiting: Tensor | None = None) -> None:
         """Hold exactly ``ids`` ``[n]`` with ``rows`` ``[n, width]`` from now on; what else a row holds starts anew. Gradients under way are
         void. Raises :class:`IdMapError`, and nothing changes, where they do not fit: more ids than the capacity, one twice, other widths."""
-        wanted = (ids.numel(), self.parts[0].width)
         if not isinstance(ids, Tensor) or not isinstance(rows, Tensor):
             raise IdMapError(f"table '{self.name}': ids and rows are {type(ids).__name__} and {type(rows).__name__}; tensors were needed")
+        wanted = (ids.numel(), self.parts[0].width)
         if ids.dim() != 1 or tuple(rows.shape) != wanted or ids.dtype != torch.int64:
             raise IdMapError(f"table '{self.name}': ids are {ids.dtype} {tuple(ids.shape)} and rows {tuple(rows.shape)}; int64 [n] and [n, {wanted[1]}] were needed")
         uses = torch.ones(ids.numel(), dtype=torch.int64) if uses is None else uses

@@ -76,7 +76,7 @@ class Compressed(OwnStorage):
         padding = self.padding_idx
         if prefix + "weight" in state_dict and not bool(torch.isfinite(loaded).all()):
             error_msgs.append(f"{prefix}weight holds numbers that are not finite, which would spread to other rows of this compressed table")
-        elif prefix + "weight" in state_dict and isinstance(self, _Projected) and padding is not None and bool(loaded[padding].any()):
+        elif prefix + "weight" in state_dict and isinstance(self, _Projected) and isinstance(self, nn.Embedding) and padding is not None and bool(loaded[padding].any()):
             error_msgs.append(f"row {padding} of {prefix}weight, its padding_idx, is not zero, which a projection of rows cannot meet")
         if prefix + "weight" in state_dict and len(error_msgs) == problems:
             self._take_rows(loaded.to(current), current, local_metadata.get(_PARTS, {}))

@@ -379,11 +379,12 @@ def test_two_models_share_an_optimizer():
         opt(*dot_batch()).square().sum().backward()
     optimizer.step()
     for opt, old in zip(opts, before):
-        assert all(not torch.equal(p, old[n]) for n, p in opt.named_parameters() if n in dict(opt.named_parameters()) and "weight" in n)
+        assert not any(torch.equal(p, old[n]) for n, p in opt.named_parameters() if n.startswith("over"))
 
 
 def test_clipping_says_the_way_out_of_this_plan():
-    (opt, _), _ = made()
+    (opt, optimizer), _ = made()
     opt(*dot_batch()).square().sum().backward()
     with pytest.raises(tw.InBackwardError, match="in_backward: all"):
         tw.clip_grad_norm_(opt, 1.0)
+    optimizer.step()
