@@ -212,13 +212,17 @@ class TieredTables:
                         module._parameters[key] = cache
             self._cut_state(name, whole, cache, tiered)
         for optimizer in {id(o): o for o in (self.user, self.planned) if o is not None}.values():
-            optimizer.register_step_pre_hook(lambda o, *_: self._check_step(o))
+            optimizer.register_step_pre_hook(self._before_step)
             optimizer.register_step_post_hook(lambda o, *_: self.updated(self._stepped(o)))
             optimizer.register_state_dict_post_hook(self._save_states)
             optimizer.register_load_state_dict_pre_hook(self._take_ids)
             optimizer.register_load_state_dict_post_hook(self._load_states)
         if self.planned is not None:
             self.planned.before_update, self.planned.after_update = self._check_update, self._updated_inside
+
+    def _before_step(self, optimizer: Optimizer, given: tuple, named: dict) -> None:
+        if not any(callable(each) for each in (*given[1:], *named.values())):  # a closure makes its gradients inside the step
+            self._check_step(optimizer)
 
     def _cut_state(self, name: str, whole: Tensor, cache: nn.Parameter, tiered: TieredTable) -> None:
         planned = self.planned is not None and name in self.planned._by_name

@@ -325,6 +325,24 @@ def test_a_forward_that_is_computed_again_is_refused(reentrant):
         out.sum().backward()
 
 
+def test_steps_that_take_a_closure():
+    opt, optimizer = made(plan(capacity=300))
+    plainly, other = made(plan(capacity=300))
+    for step in range(4):
+        *inputs, wanted = batch(step)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = ((opt(*inputs) - wanted) ** 2).mean()  # noqa: B023
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    train(plainly, other, 0, 4)
+    for (name, a), b in zip(opt.state_dict().items(), plainly.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
 def test_plans_round_trip(tmp_path):
     given = plan(evict="age", admit_after=2, default=0.25)
     given.save(tmp_path / "plan.yaml")
