@@ -11,7 +11,7 @@ import sys
 
 from setuptools import Extension, setup
 
-NATIVE = ("codecs", "dropout", "dynamic_ids", "embedding", "interaction", "tiers")  # folders of kernels/ with C++ sources in native/
+NATIVE = sorted({file.split(os.sep)[1] for file in glob.glob(os.path.join("kernels", "*", "native", "*.cpp"))})  # folders of kernels/
 
 
 def packages() -> list[str]:

@@ -140,3 +140,9 @@ def test_a_clone_of_another_name_is_imported_once(tmp_path):
             env=environment, capture_output=True, text=True, timeout=180,
         )  # fmt: skip
         assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+def test_one_build_makes_every_library():
+    folders = {file.parts[-3] for file in ROOT.glob("kernels/*/native/*.cpp")}
+    built = {file.parent.name for file in ROOT.glob("kernels/*/_native*.so")}
+    assert built in (set(), folders), f"not built: {sorted(folders - built)} (python setup.py build_ext --inplace)"
