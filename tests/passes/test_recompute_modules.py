@@ -163,19 +163,25 @@ class Block(nn.Module):
         return torch.cat([parts[5].sigmoid() * parts[0].tanh(), parts[1], parts[3] * parts[2], parts[4]], 1)
 
 
+class Between(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(12, 12)
+
+    def forward(self, parts):
+        q = torch.split(self.layer(torch.cat([parts[i] for i in (1, 0, 3, 2, 5, 4)], 1)), 2, 1)
+        return torch.cat([q[5].tanh(), q[0], q[4], q[3] * 2, q[1], q[2]], 1)
+
+
 class Interleaved(nn.Module):
-    """``block`` lies in two parts, with others between; what folding the first puts in would take names of the second."""
+    """``block`` lies in two parts, with ``between`` between; what folding the first puts in would take names of the second."""
 
     def __init__(self):
         super().__init__()
-        self.item, self.block, self.other = nn.EmbeddingBag(50, 8, mode="sum"), Block(), nn.Linear(12, 12)
-
-    def _between(self, parts):
-        q = torch.split(self.other(torch.cat([parts[i] for i in (1, 0, 3, 2, 5, 4)], 1)), 2, 1)
-        return torch.cat([q[5].tanh(), q[0], q[4], q[3] * 2, q[1], q[2]], 1)
+        self.item, self.block, self.between = nn.EmbeddingBag(50, 8, mode="sum"), Block(), Between()
 
     def forward(self, x, ids):
-        return torch.cat([self.block(x, self._between), self.item(ids)], 1).sum(1)
+        return torch.cat([self.block(x, self.between), self.item(ids)], 1).sum(1)
 
 
 def test_a_module_in_two_parts():
