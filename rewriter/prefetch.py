@@ -21,6 +21,7 @@ from ..kernels.tiers.table import TieredTable, table_of
 from ..passes.ids_ahead import ids_ahead
 from .capture.data_guard import asserted
 from .errors import PlanError
+from .input_copies import InputCopies
 from .optimized_model import OptimizedModel
 from .staleness import Lookups, StaleLookups
 from .variant import Variant, runnable
@@ -33,7 +34,7 @@ _PATIENCE = 5.0  # seconds that a loop that ends early waits for a loader that i
 class PipelineReport:
     """``batches`` given out, ``ahead`` of them with their rows fetched before. Seconds: ``loading`` (the loader), ``fetching`` (ids and
     rows), ``looking`` (lookups run ahead), ``waiting`` (the training loop, for any of these). ``hits`` and ``misses``: rows that were wanted
-    and found in the caches of tables in tiers, or not. With ``staleness``: ``looked_ahead`` batches had their lookups run ahead, ``latest``
+    and found in the caches of tables in tiers, or not; ``copied``: bytes of inputs that went to the GPU. With ``staleness``: ``looked_ahead`` batches had their lookups run ahead, ``latest``
     updates late at most, :attr:`mean_lateness` on average over all batches. ``not_ahead``: why anything was not done ahead, "" where it was."""
 
     batches: int = 0
@@ -45,6 +46,7 @@ class PipelineReport:
     looking: float = 0.0
     hits: int = 0
     misses: int = 0
+    copied: int = 0
     staleness: int = 0
     looked_ahead: int = 0
     latest: int = 0
@@ -66,6 +68,8 @@ class PipelineReport:
         said += f"waited {self.waiting:.2f} s ({self.hidden:.0%} hidden)"
         if self.hits + self.misses:
             said += f"; {self.hits / (self.hits + self.misses):.1%} of {self.hits + self.misses:,} rows were in the caches"
+        if self.copied:
+            said += f"; {self.copied / 1e6:,.1f} MB of inputs went to the GPU, in one copy a batch"
         if self.staleness:
             said += f"; {self.looked_ahead} batches looked up ahead, {self.latest} updates late at most (of {self.staleness} allowed), {self.mean_lateness:.2f} on average"
         return said + (f"; {self.not_ahead}" if self.not_ahead else "")
@@ -77,6 +81,7 @@ class Pipeline:
     def __init__(self, loader: Iterable[Any], model: OptimizedModel, inputs: Callable[[Any], Any] | None, prefetch: int) -> None:
         self.loader, self.model, self.inputs, self.prefetch = loader, model, inputs, prefetch
         self.report = PipelineReport()
+        self._copies = InputCopies(model)
         self._ahead: dict[int, tuple[Callable, list[int], str]] = {}  # by the variant's id
 
     def __iter__(self) -> Iterator[Any]:
@@ -99,6 +104,10 @@ class Pipeline:
                     while not ended and len(window) <= report.staleness:
                         kind, number, value, fetched = given.get()
                         ended = kind is not None
+                        if not ended:
+                            value, arriving = value
+                            if arriving is not None:
+                                arriving.join()
                         window.append((kind, number, value, stale.start(number, asked, *fetched) if stale and not ended else None))
                     kind, number, value, looked = window.popleft()
                     if stale is not None and looked is not None:
@@ -150,10 +159,12 @@ class Pipeline:
                 if batch is _END:
                     given.put((_END, number, None, None))
                     return
+                batch, arriving = self._copies.start(batch)
                 with torch.set_grad_enabled(grad):
                     fetched = self._fetch(batch, number)
+                self.report.copied += 0 if arriving is None else arriving.bytes
                 self.report.fetching += time.perf_counter() - loaded
-                given.put((None, number, batch, fetched))
+                given.put((None, number, (batch, arriving), fetched))
                 number += 1
         except BaseException as error:  # noqa: B036 - it is raised where the loop takes its next batch
             given.put((BaseException, -1, error, None))
@@ -213,7 +224,7 @@ def pipeline(loader: Iterable[Any], model: OptimizedModel, *, inputs: Callable[[
     the very tensors that ``inputs`` gives.
 
     ``inputs``: from a batch to the model's arguments (a tuple of positional ones, a mapping of keyword ones, or one tensor); by default the
-    batch itself. The loader runs in a thread of its own; what it raises is raised at the batch it raised it for. The cache must hold the
+    batch itself. Where the model is on a GPU, tensors of a batch that are not arrive there, all in one copy (``input_copies.py``). The loader runs in a thread of its own; what it raises is raised at the batch it raised it for. The cache must hold the
     rows of ``prefetch`` + staleness + 2 batches. Raises :class:`PlanError` for a model that ``optimize`` did not return, and for ``prefetch`` below 1.
     """
     if not isinstance(model, OptimizedModel):
