@@ -20,7 +20,7 @@ from ..kernels.embedding import cpu
 from ..kernels.embedding.op import OP
 from ..kernels.embedding.optimizers import RowUpdates, row_wise
 from ..kernels.embedding.spec import decode
-from ..kernels.memory import use_huge_pages
+from ..kernels.memory import keep_freed_memory, use_huge_pages
 from ..passes import IN_TIERS, OVER_RANKS
 from ..passes.lookups import tables_read
 from ..passes.records import APPLIED, Record
@@ -152,7 +152,9 @@ def optimize_with_samples(
         hook_checkpoints(result, compiler.tiered)
     result.__dict__["_guard"] = InBackwardGuard.of(result)
     huge = use_huge_pages(_big_memory(compiler, optimizer)) if plan.huge_pages else 0
-    result.__dict__["_report"] = compiler.report(variants, time.perf_counter() - started, copied=duplicate, huge=huge)
+    trained = any(p.requires_grad and p.device.type == "cpu" for p in shell.parameters())
+    memory = {"huge_page_bytes": huge, "kept_bytes": keep_freed_memory() if trained and plan.keep_memory else 0}
+    result.__dict__["_report"] = compiler.report(variants, time.perf_counter() - started, duplicate, memory)
     if on_skip == "error":
         _raise_if_skipped(result.report)
     stepped = for_the_loop(result, None if optimizer is None else compiler.returned_optimizer(optimizer, variants))
@@ -398,8 +400,8 @@ class Compiler:
             say(model, f"from now on other calls of {entry}() run {'plainly' if form == 'plain' else 'in pieces'}: {why}")
         return variant
 
-    def report(self, variants: list[Variant], seconds: float, copied: bool, huge: int) -> Report:
-        """What was done in ``variants``, the first of each method."""
+    def report(self, variants: list[Variant], seconds: float, copied: bool, memory: dict[str, int]) -> Report:
+        """What was done in ``variants``, the first of each method. ``memory``: bytes, as fields of the report."""
         fused = [n for variant in variants for graph in variant.graphs for n in graph.nodes if n.target is OP]
         table_bytes = sum(t.numel() * t.element_size() for t in self.tables.values())
         own = [*self.stored.values(), *self.compressed.saved.values()]
@@ -415,7 +417,7 @@ class Compiler:
         return Report(
             records=(*merged(r for variant in variants for step in variant.steps for r in step.records), *self._storage(), *self.compressed.records),
             door=variants[0].captured.door, pieces=variants[0].pieces, notes=tuple(notes), launches=len(fused),
-            table_bytes=table_bytes, copied_bytes=copied_bytes, huge_page_bytes=huge, kernels=f"CPU kernels: {cpu.describe()}",
+            table_bytes=table_bytes, copied_bytes=copied_bytes, **memory, kernels=f"CPU kernels: {cpu.describe()}",
             seconds=seconds, passes=tuple(dict.fromkeys(step.name for variant in variants for step in variant.steps)),
         )  # fmt: skip
 

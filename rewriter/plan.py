@@ -11,6 +11,7 @@ passes: {group_tables: true}  # absent = default, false = off, mapping = options
 numerics: reassociated        # exact | reassociated | approximate: the loosest class of rewrite allowed
 precision: fp32               # fp32 | bf16 | fp16: of the dense part; parameters, tables and updates stay fp32
 huge_pages: true              # ask the kernel to keep big CPU tables on huge pages; moves memory, changes no value
+keep_memory: true             # the C allocator of the process keeps up to 1 GiB that a step frees for the next one
 serving: {inline_below: 0}    # tables of fewer bytes stay inside the graph that tw.export_serving writes
 training: {accumulate: 1}     # of the loop, as is pipeline: {prefetch: 2, staleness: 0} (``loop_plan.py``)
 ```
@@ -166,6 +167,7 @@ class Plan:
     numerics: str = "reassociated"
     precision: str = "fp32"
     huge_pages: bool = True
+    keep_memory: bool = True
     serving: ServingPlan = field(default_factory=ServingPlan)
     training: TrainingPlan = field(default_factory=TrainingPlan)
     pipeline: PipelinePlan = field(default_factory=PipelinePlan)
@@ -176,7 +178,8 @@ class Plan:
         _expect(self.version == 1 and type(self.version) is int, "version", self.version, "1")
         _expect(self.numerics in NUMERICS, "numerics", self.numerics, " | ".join(NUMERICS))
         _expect(self.precision in PRECISIONS, "precision", self.precision, " | ".join(PRECISIONS))
-        _expect(isinstance(self.huge_pages, bool), "huge_pages", self.huge_pages, "true or false")
+        for key in ("huge_pages", "keep_memory"):
+            _expect(isinstance(getattr(self, key), bool), key, getattr(self, key), "true or false")
         _expect(isinstance(self.serving, (ServingPlan, Mapping)), "serving", self.serving, "a mapping, as {inline_below: 4096}")
         if isinstance(self.serving, Mapping):
             for key in self.serving:
@@ -269,8 +272,7 @@ class Plan:
         out["numerics"] = self.numerics
         if self.precision != "fp32":
             out["precision"] = self.precision
-        if not self.huge_pages:
-            out["huge_pages"] = False
+        out.update({key: False for key in ("huge_pages", "keep_memory") if not getattr(self, key)})
         if self.serving != ServingPlan():
             out["serving"] = {"inline_below": self.serving.inline_below}
         for key, value in (("training", said(self.training)), ("pipeline", said(self.pipeline))):

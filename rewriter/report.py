@@ -41,7 +41,8 @@ class Report:
     """``records``: a row for everything found. ``door``: how the model was captured ("fx", "export", "dynamo", "dynamo, in
     pieces", or "none" where it runs plainly), in how many ``pieces``. ``notes``: sentences about the capture.
     ``launches``: fused lookup calls in the graph. ``table_bytes``: of all tables read; ``copied_bytes``: of tables copied;
-    ``huge_page_bytes``: of tables and their optimizer state for which huge pages were asked."""
+    ``huge_page_bytes``: of tables and their optimizer state for which huge pages were asked. ``kept_bytes``: that the
+    process keeps of freed memory, at most (``kernels/memory.py``)."""
 
     records: tuple[Record, ...]
     door: str = ""
@@ -51,6 +52,7 @@ class Report:
     table_bytes: int = 0
     copied_bytes: int = 0
     huge_page_bytes: int = 0
+    kept_bytes: int = 0
     kernels: str = ""
     seconds: float = 0.0
     passes: tuple[str, ...] = field(default=())
@@ -95,7 +97,8 @@ class Report:
             lines.append(f"  {len(rows)} of {kind} {word}: {named}: {reason}{where}")
         lines.append(f"  captured by {self.door}; {self.kernels}; optimize() took {self.seconds:.2f} s")
         huge = f"; huge pages asked for {_size(self.huge_page_bytes)}" if self.huge_page_bytes else ""
-        lines.append(f"  tables: {_size(self.table_bytes)}, of which {_size(self.copied_bytes)} copied{huge}")
+        kept = f"; malloc keeps up to {_size(self.kept_bytes)} of freed memory" if self.kept_bytes else ""
+        lines.append(f"  tables: {_size(self.table_bytes)}, of which {_size(self.copied_bytes)} copied{huge}{kept}")
         if len(lines) > _MAX_LINES:
             hidden = len(lines) - _MAX_LINES + 3
             lines = [*lines[: _MAX_LINES - 3], f"  ... {hidden} more lines: report.table() has every row", *lines[-2:]]

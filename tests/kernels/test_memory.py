@@ -1,4 +1,8 @@
-"""Huge pages: the request moves no value, is made for big CPU tensors only, and is a plan's to refuse."""
+"""Huge pages: the request moves no value, is made for big CPU tensors only, and is a plan's to refuse. Freed memory is kept."""
+import subprocess
+import sys
+
+import pytest
 import tablewright as tw
 import torch
 from tablewright.kernels import memory
@@ -27,3 +31,37 @@ def test_a_table_freed_meanwhile_is_held_until_done():
         memory.use_huge_pages([torch.ones(4 << 20)])
     memory.wait()
     assert memory._runner is None and not memory._waiting
+
+
+_STEPS = """
+import resource, sys, torch
+from tablewright.kernels.memory import keep_freed_memory
+assert sys.argv[1] == "no" or keep_freed_memory()
+def step():
+    made = [torch.ones(2_500_000) for _ in range(16)]  # 10 MB each
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    step()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() // 1_000_000)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not memory.keep_freed_memory(), reason="the C library is not glibc")
+def test_a_step_finds_the_memory_of_the_last_one():
+    def megabytes_anew(keep: str) -> int:
+        return int(subprocess.run([sys.executable, "-c", _STEPS, keep], capture_output=True, text=True, check=True).stdout)
+
+    assert megabytes_anew("yes") < 20 < 300 < megabytes_anew("no")  # of 640 in four steps
+
+
+def test_a_plan_may_refuse_to_keep_memory():
+    model = nn.EmbeddingBag(50, 4)
+    report = tw.optimize(model, tw.Plan()).report
+    assert report.kept_bytes in (0, memory.KEPT) and ("freed memory" in str(report)) == bool(report.kept_bytes)
+    assert tw.optimize(model, tw.Plan(keep_memory=False)).report.kept_bytes == 0
+    assert tw.optimize(model.requires_grad_(False), tw.Plan()).report.kept_bytes == 0
+    assert tw.Plan.from_dict(tw.Plan(keep_memory=False).to_dict()) == tw.Plan(keep_memory=False)
+    with pytest.raises(tw.PlanError, match="keep_memory is 1"):
+        tw.Plan(keep_memory=1)
