@@ -39,7 +39,8 @@ from tablewright.kernels.memory import keep_freed_memory
 def step():
     made = [torch.ones(2_500_000) for _ in range(16)]  # 10 MB each
 def megabytes_anew():
-    step()
+    for _ in range(3):
+        step()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(4):
         step()
@@ -55,7 +56,7 @@ print(given_back, megabytes_anew())
 def test_a_step_finds_the_memory_of_the_last_one():
     ran = subprocess.run([sys.executable, "-c", _STEPS], capture_output=True, text=True, check=True)
     given_back, kept = map(int, ran.stdout.split())
-    assert kept < 20 < 600 < given_back  # of 640 in four steps
+    assert 4 * kept < given_back > 600  # of 640 in four steps
 
 
 def test_a_plan_may_refuse_to_keep_memory():
