@@ -106,7 +106,7 @@ def _hosts(address: str) -> list[tuple[str, int]]:
 class RedisStore:
     """Reads a published version: one packet to each node, all sent before any answer is read, one deadline.
 
-    ``lookup_many`` wants ascending, different ids of each table once (``Unique``). Raises :class:`StoreIncomplete` for a partition without
+    ``lookup_many`` wants different ids of each table once (``Unique``). Raises :class:`StoreIncomplete` for a partition without
     the version's sentinel, :class:`StoreUnavailable` for a node that is down or does not answer in time."""
 
     def __init__(self, address: str, version: Published, deadline: float, partitions: int = PARTITIONS) -> None:

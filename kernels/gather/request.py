@@ -48,7 +48,7 @@ class _Block:
 
 
 class RemoteStore(Protocol):
-    """What lies behind ``unique.py``: each table at most once, ids ascending and different; the rows are written to ``out``."""
+    """What lies behind ``unique.py``: each table at most once, its ids different, and ascending where it has several shards; the rows are written to ``out``."""
 
     def lookup_many(self, requests: Sequence[tuple[str, np.ndarray]], out: list[np.ndarray]) -> list[np.ndarray]:
         """See :class:`Store`."""

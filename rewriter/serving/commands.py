@@ -35,6 +35,8 @@ def add_commands(commands) -> None:
     shards.add_argument("directory", help="the model's directory, with its versions")
     shards.add_argument("--port", type=int, default=7200, help="0: a free one, which is printed (default 7200)")
     shards.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1; there is no encryption and no login)")
+    shards.add_argument("--row-port", type=int, default=0, help="plain TCP for the rows; clients learn it over Flight and use Flight where they cannot reach it "
+                        "(default 0: a free one; -1: none)")  # fmt: skip
     shards.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="which part of the rows, of how many (default 0/1: all)")
     shards.add_argument("--verify", choices=("full", "size"), default="full", help="check checksums, or sizes only")
     shards.set_defaults(run=_serve_shards)
@@ -89,7 +91,7 @@ def _serve_shards(args: argparse.Namespace) -> int:
     home = Path(args.directory)
     if (home / manifests.NAME).is_file():
         home = home.parent  # a version's directory: serve it and its siblings
-    server = ShardServer(home, args.part, args.host, args.port, args.verify)
+    server = ShardServer(home, args.part, args.host, args.port, args.verify, args.row_port if args.row_port >= 0 else None)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
     print(f"part {args.part[0]} of {args.part[1]} of {home} on {args.host}:{server.port}", flush=True)

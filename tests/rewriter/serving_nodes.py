@@ -71,12 +71,12 @@ class Process:
 
 
 @contextlib.contextmanager
-def shard_servers(home: Path, parts: int, replicas: int = 1, ports: list[int] | None = None):
-    """Processes ``[part][replica]`` that serve ``home``."""
+def shard_servers(home: Path, parts: int, replicas: int = 1, row_port: int = 0):
+    """Processes ``[part][replica]`` that serve ``home``; ``row_port=-1``: by Flight alone."""
     nodes: list[list[Process]] = []
     try:
         for part in range(parts):
-            nodes.append([shard_server(home, part, parts) for _ in range(replicas)])
+            nodes.append([shard_server(home, part, parts, row_port=row_port) for _ in range(replicas)])
         yield nodes
     finally:
         for node in nodes:
@@ -84,8 +84,9 @@ def shard_servers(home: Path, parts: int, replicas: int = 1, ports: list[int] | 
                 each.end()
 
 
-def shard_server(home: Path, part: int, parts: int, port: int = 0) -> Process:
-    command = [*PYTHON, "-m", "tablewright", "serve-shards", str(home), "--port", str(port), "--part", f"{part}/{parts}"]
+def shard_server(home: Path, part: int, parts: int, port: int = 0, row_port: int = 0) -> Process:
+    command = [*PYTHON, "-m", "tablewright", "serve-shards", str(home), "--port", str(port), "--part", f"{part}/{parts}",
+               "--row-port", str(row_port)]  # fmt: skip
     return Process(command, port, f"part {part} of {parts}")
 
 

@@ -195,11 +195,12 @@ def _timed(p, inputs):
     return caught, time.monotonic() - started
 
 
-def test_a_node_that_hangs_or_dies_or_loses_its_files_is_named_in_time_and_found_again(tmp_path):
+@pytest.mark.parametrize("row_port", [0, -1], ids=["row port", "exchange"])
+def test_a_node_that_hangs_or_dies_or_loses_its_files_is_named_in_time_and_found_again(row_port, tmp_path):
     model, home = exported(3)
     inputs = every_lookup_inputs(6)
     wanted = plain(model, inputs)["score"]
-    with shard_servers(home, 2) as nodes:
+    with shard_servers(home, 2, row_port=row_port) as nodes:
         p = tw.load_serving(home, address(nodes), deadline_ms=400)
         node = nodes[1][0]
         node.stop()
@@ -210,11 +211,11 @@ def test_a_node_that_hangs_or_dies_or_loses_its_files_is_named_in_time_and_found
         node.kill()
         caught, seconds = _timed(p, arrays(inputs))
         assert caught.type is tw.StoreUnavailable and f"127.0.0.1:{node.port}" in str(caught.value) and seconds < 0.4 + SLACK
-        nodes[1][0] = empty = shard_server(tmp_path, 1, 2, node.port)  # restarted, and its files are gone
+        nodes[1][0] = empty = shard_server(tmp_path, 1, 2, node.port, row_port)  # restarted, and its files are gone
         node.end()
         eventually(lambda: _timed(p, arrays(inputs))[0].type is tw.VersionSkew)
         empty.kill()
-        nodes[1][0] = shard_server(home, 1, 2, node.port)
+        nodes[1][0] = shard_server(home, 1, 2, node.port, row_port)
         empty.end()
         eventually(lambda: _answers(p, inputs, wanted))
         p.close()
@@ -227,12 +228,13 @@ def _answers(p, inputs, wanted) -> bool:
         return False
 
 
+@pytest.mark.parametrize("row_port", [0, -1], ids=["row port", "exchange"])
 @pytest.mark.parametrize("how", ["stop", "kill"])
-def test_another_replica_answers(how):
+def test_another_replica_answers(how, row_port):
     model, home = exported(3)
     inputs = every_lookup_inputs(6)
     wanted = plain(model, inputs)["score"]
-    with shard_servers(home, 1, replicas=2) as nodes:
+    with shard_servers(home, 1, replicas=2, row_port=row_port) as nodes:
         p = tw.load_serving(home, address(nodes), deadline_ms=3000)
         getattr(nodes[0][p._version.store.store._preferred[0]], how)()
         assert close(p(**arrays(inputs))["score"], wanted) and p.stats()["store"]["failovers"] == 1

@@ -16,6 +16,7 @@ from serving_nodes import address, redis_cluster, shard_servers  # noqa: F401  (
 from tablewright.kernels.gather.hot_rows import HotRows, mixed
 from tablewright.kernels.gather.local import LocalStore
 from tablewright.kernels.gather.redis_rows import publish
+from tablewright.kernels.gather.tables import Shard, Table
 from tablewright.kernels.gather.unique import Unique
 from tablewright.rewriter.serving import manifest as manifests
 from tablewright.rewriter.serving.stores import open_store, published
@@ -38,6 +39,37 @@ def _rows(store, manifest, seed=0):
 
 def _same(got, wanted) -> bool:
     return len(got) == len(wanted) and all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(got, wanted))
+
+
+class _Asked:
+    """A store that notes what it is asked for; row ``i`` of table ``t`` is ``[t, i]``."""
+
+    def __init__(self, tables):
+        self.number, self.calls = {name: i for i, name in enumerate(tables)}, []
+
+    def lookup_many(self, requests, out):
+        self.calls.append([(name, ids.tolist()) for name, ids in requests])
+        for (name, ids), rows in zip(requests, out):
+            rows[...] = np.stack([np.full(len(ids), self.number[name]), ids], 1)
+        return out
+
+
+@pytest.mark.parametrize("asked, passed_on", [
+    ([("a", [5, 3]), ("b", [5, 1])], [("a", [5, 3]), ("b", [5, 1])]),  # nothing twice: as it is
+    ([("a", [5, 3, 5]), ("b", [])], [("a", [3, 5])]),
+    ([("b", []), ("a", [2])], [("a", [2])]),
+    ([("a", [1]), ("b", [4]), ("a", [0])], [("a", [0, 1]), ("b", [4])]),  # a table twice, though no row
+    ([("a", [5, 3]), ("cut", [9, 1])], [("a", [3, 5]), ("cut", [1, 9])]),  # a table of several shards: ascending
+    ([("cut", [9, 1, 9])], [("cut", [1, 9])]),
+    ([("a", [])], []),
+])  # fmt: skip
+def test_each_row_is_asked_for_once_and_given_where_it_was_asked(asked, passed_on):
+    shard = lambda first: Shard("f", 0, first, 5, 40, "")  # noqa: E731
+    tables = {name: Table(name, 10, 2, shards=(shard(0), shard(5)) if name == "cut" else (shard(0),)) for name in ("a", "b", "cut")}
+    store = _Asked(tables)
+    found = Unique(store, tables).lookup_many([(name, np.array(ids, np.int64)) for name, ids in asked])
+    assert store.calls == [passed_on]
+    assert [rows.tolist() for rows in found] == [[[store.number[name], i] for i in ids] for name, ids in asked]
 
 
 @pytest.mark.parametrize("cache_rows", [0, 40, 1000])
