@@ -24,12 +24,8 @@ const int64_t WAYS = 16;
 const int READERS = 8;  // threads that wait for the disk
 const size_t SAVED = 1024;  // rows that are written at once: they stay in the CPU's caches from their slots to the system
 const int64_t AHEAD = 64;   // ids whose sets are asked for before they are looked at
-
-uint64_t mix(uint64_t x) {
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-    return x ^ (x >> 31);
-}
+const int64_t NEAR = 32;    // and whose slots are
+const int64_t LEAVING = 6;  // rows whose values are asked for before they are copied
 
 struct Slot {
     uint64_t stamp;        // the fetch that used it last
@@ -39,6 +35,7 @@ struct Slot {
 
 struct Miss {
     int64_t slot, row, before;  // before: the row that leaves, or -1
+    uint32_t tag;               // and its tag
     bool dirty;                 // its values must be written first
 };
 
@@ -46,11 +43,66 @@ struct Kept {  // a row and the slot that holds it
     int64_t row, slot;
 };
 
+// Where a row may be: one of two sets, each with a tag of 32 bits that no other row has there, so that the tags of a set are one line of the
+// CPU's caches and a tag says its row. A row is mixed within the bits that rows have (each step can be undone); the sets share the
+// range of the result in order, so that the low bits tell rows of a set apart. A tag: 1, which set of the two, 30 bits.
+class Places {
+  public:
+    Places(int64_t rows, int64_t sets) : sets_(uint64_t(sets)) {
+        while (bits_ < 62 && (uint64_t(1) << bits_) < uint64_t(rows)) bits_++;
+        mask_ = (uint64_t(1) << bits_) - 1;
+        half_ = (bits_ + 1) / 2;
+        if ((mask_ >> 29) / sets_ > 0)
+            throw Failure{"a cache of " + std::to_string(sets * WAYS) + " slots is too small for a table of " + std::to_string(rows) + " rows: one slot for 32 million rows is the least"};
+    }
+
+    struct Place {
+        int64_t set;
+        uint32_t tag;
+    };
+
+    Place of(int64_t row, uint64_t which) const {
+        uint64_t h = mixed(uint64_t(row));
+        if (which) h = mixed(h ^ (mask_ / 3));
+        return {int64_t((unsigned __int128)(h) * sets_ >> bits_), TAKEN | uint32_t(which) << 30 | uint32_t(h & LOW)};
+    }
+
+    int64_t row(int64_t set, uint32_t tag) const {
+        uint64_t first = uint64_t((((unsigned __int128)(uint64_t(set)) << bits_) + sets_ - 1) / sets_);
+        uint64_t h = unmixed(first + ((tag - first) & LOW));
+        if (tag & SECOND) h = unmixed(h ^ (mask_ / 3));
+        return int64_t(h);
+    }
+
+  private:
+    static const uint32_t TAKEN = 1u << 31, SECOND = 1u << 30, LOW = SECOND - 1;
+    static const uint64_t A = 0xbf58476d1ce4e5b9ull, B = 0x94d049bb133111ebull;
+
+    static uint64_t inverse(uint64_t odd) {  // modulo 2**64, by Newton's iteration
+        uint64_t x = odd;
+        for (int i = 0; i < 5; i++) x *= 2 - odd * x;
+        return x;
+    }
+    uint64_t mixed(uint64_t x) const {
+        x = ((x ^ (x >> half_)) * A) & mask_;
+        x = ((x ^ (x >> half_)) * B) & mask_;
+        return x ^ (x >> half_);
+    }
+    uint64_t unmixed(uint64_t x) const {
+        x = ((x ^ (x >> half_)) * inverse(B)) & mask_;
+        x = ((x ^ (x >> half_)) * inverse(A)) & mask_;
+        return x ^ (x >> half_);
+    }
+
+    uint64_t sets_, mask_;
+    int bits_ = 8, half_;
+};
+
 class Cache {
   public:
     Cache(std::unique_ptr<Store> store, std::vector<Part> parts, uint64_t seed, int64_t slots, bool lfu)
-        : store_(std::move(store)), parts_(std::move(parts)), seed_(seed), sets_(slots / WAYS), lfu_(lfu), tags_(in_huge_pages<int64_t>(size_t(sets_ * WAYS), -1)),
-          slots_(in_huge_pages(size_t(sets_ * WAYS), Slot{})) {
+        : store_(std::move(store)), parts_(std::move(parts)), seed_(seed), sets_(slots / WAYS), lfu_(lfu), places_(store_->rows(), sets_),
+          tags_(size_t(sets_)), slots_(size_t(sets_ * WAYS)) {
         count();
     }
 
@@ -66,10 +118,11 @@ class Cache {
         std::vector<Miss> misses;
         int64_t hits = 0;
         try {
+            Sought sought[AHEAD];
             for (int64_t i = -AHEAD; i < n; i++) {
-                if (i + AHEAD < n) ask(ids[i + AHEAD]);
-                if (i >= -AHEAD / 2 && i + AHEAD / 2 < n) ask_slot(ids[i + AHEAD / 2]);
-                if (i >= 0) slots[i] = take(ids[i], held, misses, hits);
+                if (i >= 0) slots[i] = take(ids[i], sought[i % AHEAD], held, misses, hits);
+                if (i + AHEAD < n) ask(ids[i + AHEAD], sought[(i + AHEAD) % AHEAD]);
+                if (i >= -NEAR && i + NEAR < n) ask_slot(sought[(i + NEAR) % AHEAD]);
             }
             std::vector<Kept> leaving;
             for (const Miss& miss : misses)
@@ -79,7 +132,7 @@ class Cache {
         } catch (...) {
             for (int64_t slot : held) slots_[size_t(slot)].pins--;
             for (const Miss& miss : misses) {  // nothing was moved yet: the rows that were to leave are still there
-                tags_[size_t(miss.slot)] = miss.before;
+                tag(miss.slot) = miss.tag;
                 slots_[size_t(miss.slot)].dirty = miss.dirty;
             }
             throw;
@@ -89,7 +142,7 @@ class Cache {
         } catch (...) {
             for (int64_t slot : held) slots_[size_t(slot)].pins--;
             for (const Miss& miss : misses) {  // what could not be read is not there
-                tags_[size_t(miss.slot)] = -1;
+                tag(miss.slot) = 0;
                 present_ -= miss.before >= 0;
             }
             throw;
@@ -120,8 +173,8 @@ class Cache {
         std::lock_guard<std::mutex> guard(lock_);
         unpin();
         std::vector<Kept> changed;
-        for (size_t slot = 0; slot < tags_.size(); slot++)
-            if (slots_[slot].dirty) changed.push_back({tags_[slot], int64_t(slot)});
+        for (size_t slot = 0; slot < slots_.size(); slot++)
+            if (slots_[slot].dirty) changed.push_back({row_of(int64_t(slot)), int64_t(slot)});
         save(changed, arrays);
         for (const Kept& each : changed) slots_[size_t(each.slot)].dirty = slots_[size_t(each.slot)].pins != 0;  // what a batch still holds may change again
         store_->prepare();
@@ -189,45 +242,72 @@ class Cache {
         memcpy(counted_, all, sizeof all);
     }
 
+    struct Tags {
+        uint32_t way[WAYS];  // 0: nothing is there
+    };
+
+    struct Sought {  // an id on its way
+        Places::Place place;
+        int64_t slot;  // where it was when it was asked for, or -1
+    };
+
     void unpin() {
         std::lock_guard<std::mutex> guard(tickets_lock_);
-        for (int64_t slot : free_) slots_[size_t(slot)].pins--;
+        for (size_t i = 0; i < free_.size(); i++) {
+            if (i + NEAR < free_.size()) __builtin_prefetch(&slots_[size_t(free_[i + NEAR])]);
+            slots_[size_t(free_[i])].pins--;
+        }
         free_.clear();
     }
 
-    int64_t set_of(int64_t id, uint64_t which) const { return int64_t((unsigned __int128)(mix(uint64_t(id) + which * 0x9e3779b97f4a7c15ull)) * uint64_t(sets_) >> 64); }
+    uint32_t& tag(int64_t slot) { return tags_[size_t(slot / WAYS)].way[slot % WAYS]; }
+
+    int64_t row_of(int64_t slot) const {  // -1: nothing is there
+        uint32_t tag = tags_[size_t(slot / WAYS)].way[slot % WAYS];
+        return tag ? places_.row(slot / WAYS, tag) : -1;
+    }
+
+    int64_t find(Places::Place place) const {
+        const uint32_t* tags = tags_[size_t(place.set)].way;
+        uint32_t found = 0;
+        for (int way = 0; way < WAYS; way++) found |= tags[way] == place.tag ? 1u << way : 0u;
+        return found ? place.set * WAYS + __builtin_ctz(found) : -1;
+    }
 
     int64_t find(int64_t id) const {
-        for (uint64_t which = 0; which < (spilled_ ? 2 : 1); which++) {
-            int64_t first = set_of(id, which) * WAYS;
-            for (int64_t way = 0; way < WAYS; way++)
-                if (tags_[size_t(first + way)] == id) return first + way;
-        }
-        return -1;
+        int64_t slot = find(places_.of(id, 0));
+        return slot < 0 && spilled_ ? find(places_.of(id, 1)) : slot;
     }
 
     // Ask for the memory that take() will look at: first its sets, then the slot, if it is there, or those that may leave. Inline: GCC drops
     // calls of functions that only prefetch.
-    __attribute__((always_inline)) void ask(int64_t id) const {
-        const char* tags = reinterpret_cast<const char*>(&tags_[size_t(set_of(id, 0) * WAYS)]);
-        __builtin_prefetch(tags), __builtin_prefetch(tags + 64);
+    __attribute__((always_inline)) void ask(int64_t id, Sought& sought) const {
+        sought.place = places_.of(id, 0);
+        __builtin_prefetch(&tags_[size_t(sought.place.set)]);
     }
 
-    __attribute__((always_inline)) void ask_slot(int64_t id) const {
-        int64_t first = set_of(id, 0) * WAYS, slot = find(id);
-        const char* slots = reinterpret_cast<const char*>(&slots_[size_t(slot < 0 ? first : slot)]);
-        for (int line = 0; line < (slot < 0 ? 4 : 1); line++) __builtin_prefetch(slots + 64 * line);
+    __attribute__((always_inline)) void ask_slot(Sought& sought) const {
+        sought.slot = find(sought.place);
+        const char* slots = reinterpret_cast<const char*>(&slots_[size_t(sought.slot < 0 ? sought.place.set * WAYS : sought.slot)]);
+        __builtin_prefetch(slots);
+        if (sought.slot < 0)
+            for (int line = 1; line < 4; line++) __builtin_prefetch(slots + 64 * line);
     }
 
     // The slot of `id`, pinned once for this call.
-    int64_t take(int64_t id, std::vector<int64_t>& held, std::vector<Miss>& misses, int64_t& hits) {
-        int64_t place = find(id);
+    int64_t take(int64_t id, const Sought& sought, std::vector<int64_t>& held, std::vector<Miss>& misses, int64_t& hits) {
+        int64_t place = sought.slot;
+        if (place < 0 || tag(place) != sought.place.tag) {  // not there then, or gone since
+            place = find(sought.place);
+            if (place < 0 && spilled_) place = find(places_.of(id, 1));
+        }
         bool missing = place < 0;
-        if (missing) place = victim(id);
+        uint32_t fresh = sought.place.tag;
+        if (missing) place = victim(id, fresh);
         Slot& slot = slots_[size_t(place)];
         if (missing) {
-            misses.push_back({place, id, tags_[size_t(place)], slot.dirty != 0});
-            tags_[size_t(place)] = id;
+            misses.push_back({place, id, row_of(place), tag(place), slot.dirty != 0});
+            tag(place) = fresh;
             slot.dirty = 0, slot.count = 0;
         }
         if (slot.stamp != clock_) {
@@ -241,25 +321,27 @@ class Cache {
     }
 
     // The slot that is given up for `id`: an empty one, else the one used longest ago (or least often) of those nobody holds.
-    int64_t victim(int64_t id) {
-        int64_t best = -1;
+    // `tag`: what the row will be known by there.
+    int64_t victim(int64_t id, uint32_t& tag) {
         for (uint64_t which = 0; which < 2; which++) {
-            int64_t first = set_of(id, which) * WAYS;
+            Places::Place place = places_.of(id, which);
             spilled_ |= which == 1;
+            tag = place.tag;
+            const Slot* slots = &slots_[size_t(place.set * WAYS)];
+            const uint32_t* tags = tags_[size_t(place.set)].way;
+            int64_t best = -1;
             for (int64_t way = 0; way < WAYS; way++) {
-                int64_t slot = first + way;
-                if (slots_[size_t(slot)].pins) continue;
-                if (tags_[size_t(slot)] < 0) return slot;
-                if (best < 0 || before(slot, best)) best = slot;
+                if (slots[way].pins) continue;
+                if (!tags[way]) return place.set * WAYS + way;
+                if (best < 0 || before(slots[way], slots[best])) best = way;
             }
-            if (best >= 0) return best;  // the second set only where all of the first is held
+            if (best >= 0) return place.set * WAYS + best;  // the second set only where all of the first is held
         }
         throw Failure{"the cache is too small: the rows of the batches under way fill the sets of id " + std::to_string(id) + " (" +
-                      std::to_string(tags_.size()) + " slots): give `cache` more memory, or prefetch fewer batches"};
+                      std::to_string(slots_.size()) + " slots): give `cache` more memory, or prefetch fewer batches"};
     }
 
-    bool before(int64_t a, int64_t b) const {
-        const Slot &one = slots_[size_t(a)], &other = slots_[size_t(b)];
+    bool before(const Slot& one, const Slot& other) const {
         if (lfu_ && one.count != other.count) return one.count < other.count;
         return one.stamp < other.stamp;
     }
@@ -367,8 +449,9 @@ class Cache {
     uint64_t seed_;
     int64_t sets_;
     bool lfu_;
-    std::vector<int64_t> tags_;
-    std::vector<Slot> slots_;
+    Places places_;
+    Zeros<Tags> tags_;
+    Zeros<Slot> slots_;
     std::unordered_map<int64_t, std::vector<int64_t>> held_;  // by ticket; with free_, under tickets_lock_
     std::vector<int64_t> free_;  // slots of tickets that were released, still pinned
     std::mutex tickets_lock_;

@@ -8,8 +8,11 @@
 // A process that dies leaves either no COMMIT (the journal is dropped: the last snapshot) or one (the journal is copied again).
 #pragma once
 #include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 
 #include <functional>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -44,6 +47,28 @@ std::vector<T> in_huge_pages(size_t count, T value) {
     made.resize(count, value);
     return made;
 }
+
+// `count` zeroed T, from a line of the CPU's caches on, in huge pages.
+template <class T>
+class Zeros {
+  public:
+    explicit Zeros(size_t count) : count_(count) {
+        void* memory = nullptr;
+        if (posix_memalign(&memory, 64, count * sizeof(T)) != 0) throw std::bad_alloc();
+        huge_pages(memory, count * sizeof(T));
+        first_ = static_cast<T*>(memset(memory, 0, count * sizeof(T)));
+    }
+    ~Zeros() { free(first_); }
+    Zeros(const Zeros&) = delete;
+    Zeros& operator=(const Zeros&) = delete;
+    T& operator[](size_t i) { return first_[i]; }
+    const T& operator[](size_t i) const { return first_[i]; }
+    size_t size() const { return count_; }
+
+  private:
+    T* first_;
+    size_t count_;
+};
 
 // row -> place in the journal; open addressing, no erasing.
 class Index {
