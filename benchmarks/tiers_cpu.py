@@ -19,6 +19,7 @@ import numpy
 import tablewright as tw
 import torch
 from tablewright.kernels import memory
+from tablewright.rewriter.prefetch import Pipeline
 from torch import nn
 
 
@@ -59,18 +60,30 @@ def optimized(rows, dim, hidden, ids, storage=None):
     return opt, torch.optim.SGD(opt.dense_parameters(), lr=0.01)
 
 
+def timed(line, model, dense) -> list[tuple[float, float]]:
+    """Of each step: seconds, and processor seconds of this thread."""
+    taken, begun, worked = [], time.perf_counter(), time.thread_time()
+    for ids, wanted in line:
+        step(model, dense, ids, wanted)
+        now, then = time.perf_counter(), time.thread_time()
+        taken.append((now - begun, then - worked))
+        begun, worked = now, then
+    return taken
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=117_000_000)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--cache", type=float, default=4.0, help="GB")
+    parser.add_argument("--policy", choices=("lru", "lfu"), default="lfu")
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--pooling", type=int, default=10)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--exponent", type=float, default=1.05)
     parser.add_argument("--warm", type=int, default=1500, help="batches before anything is timed")
-    parser.add_argument("--steps", type=int, default=60, help="of each kind, in each round")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=30, help="of each kind, in each round")
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--folder", type=Path, default=Path("/tmp/tiers_benchmark"))
     parser.add_argument("--out", type=Path)
@@ -86,7 +99,7 @@ def main() -> None:
 
     first = next(batches(1))[0]
     small = int(args.cache * 1e9 / (args.dim * 8))
-    tiered, dense = optimized(args.rows, args.dim, args.hidden, first, {"cache": f"{args.cache}GB", "path": str(args.folder / "item")})
+    tiered, dense = optimized(args.rows, args.dim, args.hidden, first, {"cache": f"{args.cache}GB", "path": str(args.folder / "item"), "policy": args.policy})
     started = resident()
     for k, (ids, wanted) in enumerate(tw.pipeline(batches(args.warm), tiered, inputs=lambda b: b[:1])):
         step(tiered, dense, ids, wanted)
@@ -99,35 +112,30 @@ def main() -> None:
     memory.wait()  # both tables are on huge pages from here on
     beside = resident() - most
     warm = tiered.tiers["item.weight"]
-    times: dict[str, list[float]] = {"tiers, no prefetch": [], "tiers, prefetch": [], "in memory": []}
+    kinds = ("tiers, no prefetch", "tiers, prefetch", "in memory")
+    times: dict[str, list[list[tuple[float, float]]]] = {kind: [] for kind in kinds}
     reports = []
-    for _ in range(args.rounds):
-        for ids, wanted in list(batches(args.steps)):
-            begun = time.perf_counter()
-            step(tiered, dense, ids, wanted)
-            times["tiers, no prefetch"].append(time.perf_counter() - begun)
-        line = tw.pipeline(list(batches(args.steps)), tiered, inputs=lambda b: b[:1])
-        begun = time.perf_counter()
-        for ids, wanted in line:
-            step(tiered, dense, ids, wanted)
-            now = time.perf_counter()
-            times["tiers, prefetch"].append(now - begun)
-            begun = now
-        reports.append(line.report)
-        for ids, wanted in list(batches(args.steps)):
-            ids = ids % small
-            begun = time.perf_counter()
-            step(whole, other, ids, wanted)
-            times["in memory"].append(time.perf_counter() - begun)
+    for number in range(args.rounds):
+        for kind in kinds[number % 3 :] + kinds[: number % 3]:
+            model, other_optimizer = (whole, other) if kind == "in memory" else (tiered, dense)
+            given = [(ids % small if model is whole else ids, wanted) for ids, wanted in batches(args.steps)]
+            line = tw.pipeline(given, tiered, inputs=lambda b: b[:1]) if kind == "tiers, prefetch" else given
+            times[kind].append(timed(line, model, other_optimizer))
+            if isinstance(line, Pipeline):
+                reports.append(line.report)
     most = max(most, resident() - beside)
     after = tiered.tiers["item.weight"]
     steps = 2 * args.rounds * args.steps
-    median = {name: statistics.median(t) for name, t in times.items()}
+    median = {kind: [statistics.median(s for r in rounds for s in [t[k] for t in r]) for k in range(2)] for kind, rounds in times.items()}
+    per_round = [[statistics.median(t[0] for t in times[kind][k]) * 1e3 for kind in kinds] for k in range(args.rounds)]
+    share = [r[2] / r[1] for r in per_round]
     rate = (after.hits - warm.hits) / max(1, after.hits - warm.hits + after.misses - warm.misses)
     lines = [
         f"{args.rows:,} rows x {args.dim} float32 + AdaGrad state = {args.rows * args.dim * 8 / 1e9:.0f} GB, cache {args.cache} GB, Zipf {args.exponent}, batch {args.batch} x {args.pooling}, {args.threads} threads",
-        "", "| | median ms/step | ids/s | of in memory |", "|---|---|---|---|",
-        *(f"| {n} | {t * 1e3:.2f} | {args.batch * args.pooling / t / 1e6:.2f} M | {median['in memory'] / t:.2f} |" for n, t in median.items()),
+        "", "| | median ms/step | of them at work | ids/s | of in memory |", "|---|---|---|---|---|",
+        *(f"| {n} | {t * 1e3:.2f} | {w * 1e3:.2f} | {args.batch * args.pooling / t / 1e6:.2f} M | {median['in memory'][0] / t:.2f} |" for n, (t, w) in median.items()),
+        "", "medians of the rounds, ms (as above): " + "; ".join(" ".join(f"{t:.2f}" for t in r) for r in per_round),
+        f"in memory / prefetch, by round: {' '.join(f'{s:.2f}' for s in share)}; median {statistics.median(share):.2f}",
         "", f"hit rate of distinct rows {rate:.3f} (warm-up {warm.hit_rate:.3f}); misses a step {(after.misses - warm.misses) / steps:.0f}, of them read from the file {(after.read - warm.read) / steps:.0f}, made from the seed {(after.made - warm.made) / steps:.0f}; written back {(after.written - warm.written) / steps:.0f}",
         f"resident memory {started:.2f} GB at first, at most {most:.2f} GB; file {sum(f.stat().st_blocks * 512 for f in (args.folder / 'item').iterdir()) / 1e9:.1f} GB on disk",
         *(f"prefetch, round {i}: {report}" for i, report in enumerate(reports, 1)),

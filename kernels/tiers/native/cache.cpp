@@ -12,6 +12,9 @@
 #include <system_error>
 #include <thread>
 #include <unordered_map>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #include "store.h"
 
@@ -97,6 +100,21 @@ class Places {
     uint64_t sets_, mask_;
     int bits_ = 8, half_;
 };
+
+// Which of the tags of a set (at a multiple of 64 bytes) are `tag`, a bit for each.
+inline uint32_t same(const uint32_t* tags, uint32_t tag) {
+#if defined(__SSE2__)
+    __m128i wanted = _mm_set1_epi32(int(tag));
+    const __m128i* at = reinterpret_cast<const __m128i*>(tags);
+    __m128i low = _mm_packs_epi32(_mm_cmpeq_epi32(at[0], wanted), _mm_cmpeq_epi32(at[1], wanted));
+    __m128i high = _mm_packs_epi32(_mm_cmpeq_epi32(at[2], wanted), _mm_cmpeq_epi32(at[3], wanted));
+    return uint32_t(_mm_movemask_epi8(_mm_packs_epi16(low, high)));
+#else
+    uint32_t found = 0;
+    for (int way = 0; way < WAYS; way++) found |= tags[way] == tag ? 1u << way : 0u;
+    return found;
+#endif
+}
 
 class Cache {
   public:
@@ -268,9 +286,7 @@ class Cache {
     }
 
     int64_t find(Places::Place place) const {
-        const uint32_t* tags = tags_[size_t(place.set)].way;
-        uint32_t found = 0;
-        for (int way = 0; way < WAYS; way++) found |= tags[way] == place.tag ? 1u << way : 0u;
+        uint32_t found = same(tags_[size_t(place.set)].way, place.tag);
         return found ? place.set * WAYS + __builtin_ctz(found) : -1;
     }
 
@@ -380,9 +396,9 @@ class Cache {
             rows.clear();
             for (size_t i = 0; i < count; i++) rows.push_back(kept[first + i].row);
             store_->write(rows, [&](size_t i, char* to) {
-                if (i + 4 < count)
+                if (i + LEAVING < count)
                     for (size_t p = 0; p < parts_.size(); p++)
-                        for (int64_t at = 0; at < parts_[p].bytes; at += 64) __builtin_prefetch(arrays[p] + kept[first + i + 4].slot * parts_[p].bytes + at);
+                        for (int64_t at = 0; at < parts_[p].bytes; at += 64) __builtin_prefetch(arrays[p] + kept[first + i + LEAVING].slot * parts_[p].bytes + at);
                 gather(kept[first + i].slot, arrays, to);
             });
         }
@@ -396,7 +412,7 @@ class Cache {
         };
         std::vector<Wanted> stored;
         for (size_t i = 0; i < misses.size(); i++) {
-            if (i + 12 < misses.size()) store_->soon(misses[i + 12].row);
+            if (i + NEAR < misses.size()) store_->soon(misses[i + NEAR].row);
             const Miss& miss = misses[i];
             Where where = store_->where(miss.row);
             if (where.at >= 0) {

@@ -19,7 +19,7 @@ namespace {
 
 const int64_t PAGE = 4096;
 const uintptr_t HUGE = 2 << 20;
-const size_t AHEAD = 12;  // rows whose memory is asked for before it is read
+const size_t AHEAD = 32;  // rows whose memory is asked for before it is read
 const char MAGIC[8] = {'T', 'W', 'R', 'O', 'W', 'S', '0', '2'};
 
 struct Header {
@@ -368,8 +368,13 @@ void Store::tidy() {
         std::vector<char> bytes(static_cast<size_t>(SEGMENT * entry_));
         read_all(log_, bytes.data(), int64_t(bytes.size()), first, folder_ + "/journal.dat");
         std::vector<int64_t> rows;
-        for (int64_t i = 0; i < SEGMENT; i++) {
+        for (int64_t i = -int64_t(AHEAD); i < SEGMENT; i++) {
             Entry e;
+            if (i + int64_t(AHEAD) < SEGMENT) {
+                memcpy(&e, bytes.data() + (i + int64_t(AHEAD)) * entry_, sizeof e);
+                journal_.soon(e.row);
+            }
+            if (i < 0) continue;
             memcpy(&e, bytes.data() + i * entry_, sizeof e);
             if (journal_.find(e.row) != first + i * entry_) continue;
             memmove(bytes.data() + int64_t(rows.size()) * entry_, bytes.data() + i * entry_, size_t(entry_));
