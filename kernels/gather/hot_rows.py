@@ -6,6 +6,7 @@ frequent ones out. Exact: a row comes from the slot that has its number, else fr
 """
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Mapping
 
@@ -26,15 +27,20 @@ class _Slots:
         self.uses = np.zeros((sets, _WAYS), np.int8)
         self.rows = np.empty((sets * _WAYS, row_bytes), np.uint8)
 
-    def find(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The set of each, whether it is there, and the rows of those that are. ``numbers`` are all different."""
-        sets = (mixed(numbers) % np.uint64(len(self.numbers))).astype(np.int64)
-        same = self.numbers[sets] == numbers[:, None]
-        there = same.any(1)
-        slots = sets[there] * _WAYS + same[there].argmax(1)
+    def find(self, numbers: np.ndarray, sets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Whether each is there, and the slots of those that are. ``numbers`` are all different; ``sets``: of each."""
+        same = self.numbers.take(sets, 0) == numbers[:, None]
+        at = np.flatnonzero(same)  # in the order of ``numbers``, each at most once
+        which = at // _WAYS
+        slots = sets.take(which) * _WAYS + at % _WAYS
         flat = self.uses.reshape(-1)
-        flat[slots] = np.minimum(flat[slots] + 1, _MOST_USES)
-        return sets, there, self.rows.take(slots, 0)
+        flat[slots] = np.minimum(flat.take(slots) + 1, _MOST_USES)
+        there = np.zeros(len(numbers), bool)
+        there[which] = True
+        return there, slots
+
+    def sets_of(self, numbers: np.ndarray) -> np.ndarray:
+        return (mixed(numbers) % np.uint64(len(self.numbers))).astype(np.int64)
 
     def offer(self, numbers: np.ndarray, sets: np.ndarray, rows: np.ndarray) -> None:
         """Rows that were not there; of several for one set the first."""
@@ -70,20 +76,21 @@ class HotRows:
         kept = []
         for size, members in by_size.items():
             numbers = np.concatenate([requests[k][1] + self._first[requests[k][0]] for k in members])
+            slots_of = self._slots[size]
+            sets = slots_of.sets_of(numbers)
+            edges = [0, *itertools.accumulate(len(requests[k][1]) for k in members)]
             with self._lock:
-                sets, there, rows = self._slots[size].find(numbers)
-                self._hits += len(rows)
-                self._misses += len(numbers) - len(rows)
+                there, slots = slots_of.find(numbers, sets)
+                upto = np.concatenate([[0], np.cumsum(there)])[edges].tolist()
+                for k, a, b, first, last in zip(members, edges, edges[1:], upto, upto[1:]):
+                    if last - first == b - a:
+                        slots_of.rows.take(slots[first:last], 0, found[k], "clip")
+                    else:
+                        found[k][there[a:b]] = slots_of.rows.take(slots[first:last], 0)
+                        missing[k] = ~there[a:b]
+                self._hits += len(slots)
+                self._misses += len(numbers) - len(slots)
             kept.append((size, members, numbers, sets, there))
-            edges = np.cumsum([0, *(len(requests[k][1]) for k in members)])
-            row = 0
-            for k, a, b in zip(members, edges, edges[1:]):
-                mine = there[a:b]
-                count = int(mine.sum())
-                found[k][mine] = rows[row : row + count]
-                row += count
-                if count < b - a:
-                    missing[k] = ~mine
         if missing:
             order = list(missing)
             asked = [(requests[k][0], requests[k][1][missing[k]]) for k in order]
