@@ -43,7 +43,9 @@ class _Slots:
         return (mixed(numbers) % np.uint64(len(self.numbers))).astype(np.int64)
 
     def offer(self, numbers: np.ndarray, sets: np.ndarray, rows: np.ndarray) -> None:
-        """Rows that were not there; of several for one set the first."""
+        """Rows that were not there (those that another thread has brought since are left out); of several for one set the first."""
+        new = ~(self.numbers[sets] == numbers[:, None]).any(1)
+        numbers, sets, rows = numbers[new], sets[new], rows[new]
         sets, first = np.unique(sets, return_index=True)
         ways = self.uses[sets].argmin(1)
         left = self.uses[sets, ways] - 1

@@ -119,6 +119,33 @@ def test_a_redis_cluster_gives_the_rows_of_the_files(redis_cluster):  # noqa: F8
     p.close()
 
 
+class _Crossed(_Asked):
+    """While it is asked for rows, another thread gets the same ones through the same cache."""
+
+    def __init__(self, tables):
+        super().__init__(tables)
+        self.cache, self.inside = None, False
+
+    def lookup_many(self, requests, out):
+        if not self.inside:
+            self.inside = True
+            self.cache.lookup_many(requests, [np.empty_like(rows) for rows in out])
+            self.inside = False
+        return super().lookup_many(requests, out)
+
+
+def test_two_threads_that_miss_the_same_row_keep_it_once():
+    tables = {"a": Table("a", 10, 2)}
+    store = _Crossed(tables)
+    store.cache = cache = HotRows(store, tables, 40)
+    for _ in range(3):
+        out = [np.empty((4, 2), np.float32)]
+        cache.lookup_many([("a", np.array([7, 2, 9, 0]))], out)
+        assert out[0].tolist() == [[0, 7], [0, 2], [0, 9], [0, 0]]
+    numbers = cache._slots[8].numbers
+    assert sorted(numbers[numbers >= 0].tolist()) == [0, 2, 7, 9]
+
+
 def test_the_cache_is_exact_and_spares_the_store():
     manifest = manifests.read(exported()[1])
     inner = LocalStore(manifest.tables, manifest.root)
