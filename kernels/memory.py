@@ -22,7 +22,7 @@ import threading
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SMALLEST = 8 << 20  # bytes; smaller tensors stay in the caches of the page tables
 _HUGE = 2 << 20
@@ -72,6 +72,18 @@ def promised(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.zeros(*shape, dtype=dtype)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # named from Python 3.12 on
     return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize, flags=flags), dtype=dtype).view(*shape)
+
+
+def one_row(shape: torch.Size, dtype: torch.dtype, device: torch.device, requires_grad: bool) -> nn.Parameter:
+    """A parameter of zeros that is a single row of memory on any device: it stands for a table while a model is captured, and is not trained."""
+    made = nn.Parameter(torch.zeros(1, *shape[1:], dtype=dtype, device=device).expand(shape), requires_grad=requires_grad)
+    made._one_row = True  # type: ignore[attr-defined]
+    return made
+
+
+def is_one_row(table: Tensor) -> bool:
+    """Whether ``table`` is made by :func:`one_row`."""
+    return getattr(table, "_one_row", False)
 
 
 def wait() -> None:

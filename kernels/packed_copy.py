@@ -7,7 +7,7 @@ A batch of many small tensors costs one transfer instead of one for each, and th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,13 +38,19 @@ def can_pack(tensor: object) -> bool:
     )  # fmt: skip
 
 
+def places_of(wanted: Iterable[tuple[torch.Size, torch.dtype]]) -> tuple[list[Place], int]:
+    """Where tensors of these shapes and dtypes lie in a buffer, and its bytes."""
+    places, end = [], 0
+    for shape, dtype in wanted:
+        place = Place(-(-end // ALIGNMENT) * ALIGNMENT, shape, dtype)
+        places.append(place)
+        end = place.start + place.count * dtype.itemsize
+    return places, end
+
+
 def pack(tensors: Sequence[Tensor], pin: bool = False) -> tuple[Tensor, list[Place]]:
     """One uint8 tensor ``[bytes]`` with the values of ``tensors`` (each :func:`can_pack`), in pinned memory if asked, and where each is."""
-    places, end = [], 0
-    for tensor in tensors:
-        start = -(-end // ALIGNMENT) * ALIGNMENT
-        places.append(Place(start, tensor.shape, tensor.dtype))
-        end = start + tensor.numel() * tensor.element_size()
+    places, end = places_of((t.shape, t.dtype) for t in tensors)
     buffer = torch.empty(end, dtype=torch.uint8, pin_memory=pin)
     for tensor, view in zip(tensors, unpack(buffer, places)):
         view.copy_(tensor)

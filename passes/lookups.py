@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 from ..kernels.embedding.op import OP
 from ..kernels.embedding.pooled import POOL
 from ..kernels.max_pool.op import OP as MAX
+from ..kernels.memory import is_one_row
 from .graph import Writes, arguments, aten, is_op, packet_name, stored_tensor, value_of
 from .records import Skip, skip
 
@@ -143,7 +144,7 @@ def _unfit(found: LookupNode, root: nn.Module, writes: Writes | None) -> Skip | 
         return skip(f"its table is computed in the graph by {made}; only a stored table can be read in place", at=found.node)
     if weight.dtype not in _DTYPES:
         return skip(f"its table is {weight.dtype}; fp32, fp64, fp16 or bf16 is needed", at=found.node)
-    if weight.dim() != 2 or weight.layout != torch.strided or not weight.is_contiguous():
+    if weight.dim() != 2 or weight.layout != torch.strided or not (weight.is_contiguous() or is_one_row(weight)):
         return skip("its table is not a contiguous [rows, dim] tensor", at=found.node)
     if writes is None:
         return None

@@ -17,10 +17,13 @@ from typing import Any
 
 import torch
 
-from ..kernels.tiers.table import TieredTable, table_of
+from ..kernels.packed_copy import Arriving
+from ..kernels.tiers.device import DeviceTable
+from ..kernels.tiers.table import TieredTable
 from ..passes.ids_ahead import ids_ahead
 from .capture.data_guard import asserted
 from .errors import PlanError
+from .fetched_inputs import FetchedInputs, on_host, runs_on_host
 from .input_copies import InputCopies
 from .optimized_model import OptimizedModel
 from .staleness import Lookups, StaleLookups
@@ -82,7 +85,7 @@ class Pipeline:
         self.loader, self.model, self.inputs, self.prefetch = loader, model, inputs, prefetch
         self.report = PipelineReport()
         self._copies = InputCopies(model)
-        self._ahead: dict[int, tuple[Callable, list[int], str]] = {}  # by the variant's id
+        self._ahead: dict[int, tuple[Callable, list[int], str, bool]] = {}  # by the variant's id
 
     def __iter__(self) -> Iterator[Any]:
         report = self.report = PipelineReport(staleness=self.model.plan.pipeline.staleness)
@@ -92,13 +95,14 @@ class Pipeline:
         loading = threading.Event()
         tables = self._tables()
         lookups, counted = sum(t.waited for t in tables), _counts(tables)
+        fetched_inputs = self._fetched_inputs = FetchedInputs(tables)
         stale = StaleLookups(self.model, report.staleness, report) if report.staleness else None
         thread = threading.Thread(target=self._work, args=(given, stop, grad, loading), name="tablewright prefetch", daemon=True)
         thread.start()
         window: deque[tuple[Any, int, Any, Lookups | None]] = deque()  # the batch to come, and those that are looked up ahead of it
         asked, ended = 0, False
         try:
-            with nullcontext() if stale is None else stale.running():
+            with fetched_inputs.running(), nullcontext() if stale is None else stale.running():
                 while True:
                     started = time.perf_counter()
                     while not ended and len(window) <= report.staleness:
@@ -124,6 +128,7 @@ class Pipeline:
                     report.batches += 1
                     for table in tables:
                         table.drop_before(number)
+                    fetched_inputs.hand_out(number)
                     yield value
                     asked = number + 1
         finally:
@@ -159,9 +164,9 @@ class Pipeline:
                 if batch is _END:
                     given.put((_END, number, None, None))
                     return
-                batch, arriving = self._copies.start(batch)
+                host, (batch, arriving) = batch, self._copies.start(batch)
                 with torch.set_grad_enabled(grad):
-                    fetched = self._fetch(batch, number)
+                    fetched = self._fetch(batch, number, host, arriving)
                 self.report.copied += 0 if arriving is None else arriving.bytes
                 self.report.fetching += time.perf_counter() - loaded
                 given.put((None, number, (batch, arriving), fetched))
@@ -169,8 +174,8 @@ class Pipeline:
         except BaseException as error:  # noqa: B036 - it is raised where the loop takes its next batch
             given.put((BaseException, -1, error, None))
 
-    def _fetch(self, batch: Any, number: int) -> tuple[Variant | None, list, str]:
-        """Bring the rows of a batch. Returns the form of the model that it fits, its inputs, and why there is none."""
+    def _fetch(self, batch: Any, number: int, host: Any, arriving: Arriving | None) -> tuple[Variant | None, list, str]:
+        """Bring the rows of a batch, which was ``host`` before it was copied to a device. Returns the form of the model that it fits, its inputs, and why there is none."""
         if not self._tables() and not self.report.staleness:
             self.report.not_ahead = "no table is in tiers"
             return None, [], ""
@@ -184,15 +189,22 @@ class Pipeline:
             self.report.not_ahead = why
             return None, [], why
         inputs = list(variant.captured.guards.flatten(args, kwargs))
-        run, numbers, why = self._of(variant)
+        run, numbers, why, anywhere = self._of(variant)
         if why:
             self.report.not_ahead = why
             return None, [], why
         if numbers:
+            self._fetched_inputs.expect(number, variant, inputs)
+            made_of = inputs
+            if arriving is not None:
+                args, kwargs = self._arguments(host)
+                made_of = list(variant.captured.guards.flatten(args, kwargs))
+                if not anywhere or not on_host(made_of):
+                    made_of = inputs
+                    arriving.join()
             with torch.no_grad():
-                ids = run(*inputs)
-            for table, each in zip(numbers, ids):
-                table_of(table).prefetch(each, number)
+                ids = run(*made_of)
+            self._fetched_inputs.prefetch(numbers, ids, number)
             self.report.ahead += 1
         return variant, inputs, ""
 
@@ -202,13 +214,15 @@ class Pipeline:
             return (), taken
         return (tuple(taken), {}) if isinstance(taken, (tuple, list)) else ((taken,), {})
 
-    def _of(self, variant: Variant) -> tuple[Callable, list[int], str]:
+    def _of(self, variant: Variant) -> tuple[Callable, list[int], str, bool]:
+        """What makes the ids of a form of the model, their tables, why there is nothing of it, and whether it runs wherever its inputs are."""
         found = self._ahead.get(id(variant))
         if found is None:
             graph, numbers, why = ids_ahead(variant.graph)
             if not why and asserted(variant.graph):
                 why = "the model looks at data, and which of its graphs serves a batch shows when it runs"
-            found = self._ahead[id(variant)] = (runnable(self.model._shell, graph) if not why else lambda *_: (), numbers, why)
+            found = (runnable(self.model._shell, graph) if not why else lambda *_: (), numbers, why, runs_on_host(graph))
+            self._ahead[id(variant)] = found
         return found
 
 
@@ -224,8 +238,9 @@ def pipeline(loader: Iterable[Any], model: OptimizedModel, *, inputs: Callable[[
     the very tensors that ``inputs`` gives.
 
     ``inputs``: from a batch to the model's arguments (a tuple of positional ones, a mapping of keyword ones, or one tensor); by default the
-    batch itself. Where the model is on a GPU, tensors of a batch that are not arrive there, all in one copy (``input_copies.py``). The loader runs in a thread of its own; what it raises is raised at the batch it raised it for. The cache must hold the
-    rows of ``prefetch`` + staleness + 2 batches. Raises :class:`PlanError` for a model that ``optimize`` did not return, and for ``prefetch`` below 1.
+    batch itself. Where the model is on a GPU, tensors of a batch that are not arrive there, all in one copy (``input_copies.py``). The loader
+    runs in a thread of its own; what it raises is raised at the batch it raised it for. The cache must hold the rows of ``prefetch`` +
+    staleness + 2 batches. Raises :class:`PlanError` for a model that ``optimize`` did not return, and for ``prefetch`` below 1.
     """
     if not isinstance(model, OptimizedModel):
         raise PlanError(f"pipeline() takes the model that optimize() returned, not {type(model).__name__}")
@@ -237,4 +252,7 @@ def pipeline(loader: Iterable[Any], model: OptimizedModel, *, inputs: Callable[[
             f"pipeline.staleness is {model.plan.pipeline.staleness} and the model runs over several ranks, whose exchanges have one order on all of them: "
             "lookups cannot run ahead in a thread there. Say staleness: 0"
         )
+    on_device = next((n for n, t in (model._tiered.files if model._tiered is not None else {}).items() if isinstance(t, DeviceTable)), None)
+    if model.plan.pipeline.staleness and on_device is not None:
+        raise PlanError(f"pipeline.staleness is {model.plan.pipeline.staleness} and table '{on_device}' has its cache on a device, for which lookups are not run ahead. Say staleness: 0")
     return Pipeline(loader, model, inputs, prefetch)

@@ -282,15 +282,19 @@ class ShardedTables:
 
 
 @contextmanager
-def whole_tables(shell: nn.Module, whole: Mapping[str, tuple[torch.Size, torch.dtype, torch.device]]) -> Iterator[None]:
+def whole_tables(
+    shell: nn.Module, whole: Mapping[str, tuple[torch.Size, torch.dtype, torch.device]], given: Mapping[str, nn.Parameter] | None = None
+) -> Iterator[None]:
     """The shell with stand-ins for the parameters of those names, which hold something else: zeros of the shape, dtype and device of
-    ``whole``, which take no memory until they are written to."""
+    ``whole``, which take no memory until they are written to, or what is ``given``."""
+    given = given or {}
     own = {id(shell.get_parameter(name)): name for name in whole}
     kept = [
         (module._parameters, key, param) for module in shell.modules() for key, param in module._parameters.items() if id(param) in own
     ]  # fmt: skip
     stand_ins = {
-        name: nn.Parameter(stand_in(*facts), requires_grad=shell.get_parameter(name).requires_grad) for name, facts in whole.items()
+        name: given[name] if name in given else nn.Parameter(stand_in(*facts), requires_grad=shell.get_parameter(name).requires_grad)
+        for name, facts in whole.items()
     }
     for home, key, param in kept:
         home[key] = stand_ins[own[id(param)]]

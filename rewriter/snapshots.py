@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..kernels.tiers import TierError
+from . import device_tables
 from .errors import PlanError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def snapshot(tables: TieredTables, folder: str | Path, model: nn.Module, optimiz
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     numbers = {name: tiered.cache.prepare() for name, tiered in tables.files.items()}
+    in_memory = device_tables.in_memory(tables.files)
     number = max((int(p.stem.partition("-")[2]) for p in folder.glob("dense-*.pt")), default=0) + 1
     dense = folder / f"dense-{number}.pt"
     elsewhere = {id(model.get_parameter(n)) for n in tables.open}
@@ -33,7 +35,13 @@ def snapshot(tables: TieredTables, folder: str | Path, model: nn.Module, optimiz
         held = {name: table.state() for name, table in tables.dynamic.items()}
         torch.save({"model": named, "dynamic": held, "optimizers": [o.state_dict() for o in optimizers]}, dense)
     _durable(dense)
-    said = {"dense": dense.name, "tables": {n: {"path": os.path.abspath(tables.storage_of(n).path), "generation": g} for n, g in numbers.items()}}
+    in_files = {n: {"path": os.path.abspath(tables.storage_of(n).path), "generation": g} for n, g in numbers.items() if n not in in_memory}
+    said = {"dense": dense.name, "tables": in_files}
+    rows = folder / f"rows-{number}.pt"
+    if in_memory:
+        device_tables.save_rows(in_memory, rows)
+        _durable(rows)
+        said["rows"] = rows.name
     made = folder / (MANIFEST + ".new")
     made.write_text(json.dumps(said, indent=2))
     _durable(made)
@@ -41,8 +49,8 @@ def snapshot(tables: TieredTables, folder: str | Path, model: nn.Module, optimiz
     _durable(folder)
     for tiered in tables.files.values():
         tiered.cache.finish()
-    for old in folder.glob("dense-*.pt"):
-        if old != dense:
+    for old in (*folder.glob("dense-*.pt"), *folder.glob("rows-*.pt")):
+        if old not in (dense, rows):
             old.unlink()
     return folder / MANIFEST
 
@@ -51,7 +59,10 @@ def restore(tables: TieredTables, folder: str | Path, model: nn.Module, optimize
     """See :meth:`~.optimized_model.OptimizedModel.restore`."""
     folder, optimizers = Path(folder), list(optimizers)
     said = _read_manifest(folder)
+    in_memory = device_tables.in_memory(tables.files)
     for name, tiered in tables.files.items():
+        if name in in_memory:
+            continue
         wanted, at = said["tables"].get(name, {}).get("generation"), tiered.cache.counters().generation
         if wanted != at:
             raise TierError(f"table '{name}' is at snapshot {at}, and {folder} holds {wanted}: open it with storage.resume: {folder}")
@@ -64,6 +75,8 @@ def restore(tables: TieredTables, folder: str | Path, model: nn.Module, optimize
     named = dict([*model.named_parameters(), *model.named_buffers()])
     if unknown := sorted(kept["model"].keys() - named.keys()):
         raise TierError(f"{folder} holds {unknown[0]}, which the model has not: it is a snapshot of another model")
+    if in_memory or "rows" in said:
+        device_tables.load_rows(in_memory, folder / said.get("rows", "rows"))
     for name, state in dynamic.items():
         tables.dynamic[name].load(**state)
     with torch.no_grad():

@@ -3,9 +3,12 @@
 ```yaml
 tables:
   "user*": {storage: {cache: 4GB, backing: ssd, path: user.rows}}    # the rest: {cache_on: host, policy: lru, init: {normal: [0, 1]}, seed: 0}
+  "item*": {storage: {cache: 12GB, cache_on: cuda, backing: host}}   # no path: all rows are in the host's memory
 ```
 
-``cache``: bytes of memory for rows and their optimizer state (``4GB`` is 4e9, ``4GiB`` 2**32). ``path``: a folder for the rows. ``init``: how
+``cache``: bytes of memory for rows and their optimizer state (``4GB`` is 4e9, ``4GiB`` 2**32). ``cache_on``: ``host``; ``cuda``, where the model is on
+a GPU; or ``cpu``, which is the code of ``cuda`` with its cache in the host's memory, to try such a plan without a GPU. ``backing``: ``ssd``, a
+file; or ``host``, memory, for a cache on a device. ``path``: a folder for the rows of a file. ``init``: how
 rows start that the model itself does not hold (its table is on the meta device): ``{normal: [mean, deviation]}``, ``{uniform: [low, high]}``
 or ``{constant: value}``. ``resume``: the folder of the snapshot (``opt.snapshot(folder)``) to go on from.
 """
@@ -20,16 +23,18 @@ from .errors import PlanError
 from .plan_words import part_from
 
 POLICIES = ("lru", "lfu")
+PLACES, BACKINGS = ("host", "cuda", "cpu"), ("ssd", "host")
+_EXAMPLE = "{cache: 4GB, path: user.rows}"
 _NUMBERS = {"normal": 2, "uniform": 2, "constant": 1}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A table in tiers; see the module. Raises :class:`PlanError` for values that mean nothing, and for tiers that are not built."""
+    """A table in tiers; see the module. Raises :class:`PlanError` for values that mean nothing."""
 
     cache: int | str
-    path: str
+    path: str = ""
     backing: str = "ssd"
     cache_on: str = "host"
     policy: str = "lru"
@@ -40,19 +45,33 @@ class Storage:
     def __post_init__(self) -> None:
         object.__setattr__(self, "cache", _bytes(self.cache))
         object.__setattr__(self, "init", init_from(self.init, "storage.init"))
-        if not isinstance(self.path, str) or not self.path:
-            raise PlanError(f"storage.path is {self.path!r}; it must be the path of a folder for the table's rows")
+        if self.cache_on not in PLACES or self.backing not in BACKINGS:
+            raise PlanError(
+                f"storage is cache_on: {self.cache_on}, backing: {self.backing}; they must be one of {' | '.join(PLACES)} and one of {' | '.join(BACKINGS)}"
+            )
+        if not isinstance(self.resume, str):
+            raise PlanError(f"storage.resume is {self.resume!r}; it must be the folder that opt.snapshot() was given")
+        if self.backing == "host":
+            self._check_host()
+        elif not isinstance(self.path, str) or not self.path:
+            raise PlanError(f"storage says no path (it is {self.path!r}); backing: ssd needs the path of a folder for the table's rows, as in {_EXAMPLE}")
         if self.policy not in POLICIES:
             raise PlanError(f"storage.policy is {self.policy!r}; it must be {' | '.join(POLICIES)}")
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise PlanError(f"storage.seed is {self.seed!r}; it must be an integer, 0 or more")
-        if not isinstance(self.resume, str):
-            raise PlanError(f"storage.resume is {self.resume!r}; it must be the folder that opt.snapshot() was given")
-        if (self.cache_on, self.backing) != ("host", "ssd"):
-            raise PlanError(
-                f"storage is cache_on: {self.cache_on}, backing: {self.backing}; what there is today is cache_on: host, backing: ssd "
-                "(rows in a file behind a cache in memory)"
-            )
+
+    def _check_host(self) -> None:
+        if self.cache_on == "host":
+            raise PlanError("storage is cache_on: host, backing: host: a cache of memory in memory gains nothing; say cache_on: cuda, or backing: ssd with a path")
+        if self.path:
+            raise PlanError(f"storage is backing: host with path: {self.path!r}; rows in the host's memory have no file: leave path out, or say backing: ssd")
+        if self.resume:
+            raise PlanError("storage is backing: host with resume; opt.restore(folder) reads such rows from a snapshot: leave resume out")
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the cache is a device's."""
+        return self.cache_on != "host"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that :func:`storage_from` reads back; what is as it would be anyway is left out."""
@@ -66,7 +85,7 @@ class Storage:
 
 def storage_from(raw: Any, where: str) -> Storage:
     """From plain values. Raises :class:`PlanError` naming the key and its nearest match."""
-    return part_from(Storage, raw, where, "{cache: 4GB, path: user.rows}")
+    return part_from(Storage, raw, where, _EXAMPLE)
 
 
 def _bytes(value: Any) -> int:

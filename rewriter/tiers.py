@@ -22,12 +22,14 @@ from torch.optim import Optimizer
 from ..kernels.dynamic_ids.table import DynamicTable
 from ..kernels.embedding.optimizers import RowUpdates
 from ..kernels.embedding.spec import GroupSpec
+from ..kernels.memory import one_row
 from ..kernels.tiers import Part, RowCache, TierError, available
 from ..kernels.tiers.cache import WAYS
+from ..kernels.tiers.device import DeviceCache, DeviceTable
 from ..kernels.tiers.table import SlotTable, TieredTable
 from ..passes.table_gradients import Choice
 from ..passes.tier_tables import CannotTier, Tier, padding_of
-from . import dynamic_tables
+from . import device_tables, dynamic_tables
 from .capture import Captured
 from .dynamic_ids import DynamicIds
 from .errors import PlanError
@@ -53,12 +55,14 @@ def stand_ins(shell: nn.Module, plan: Plan, optimizer: Optimizer | None, over_ra
         return
     made: dict[int, nn.Parameter] = {}
     undo: list[tuple[Any, Any, Any]] = []
+    on_device = any(t.storage is not None and t.storage.on_device for t in plan.tables.values())
     for module in shell.modules():
         for key, param in module._parameters.items():
             if param is None or not param.is_meta or not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
                 continue
             if id(param) not in made:
-                made[id(param)] = nn.Parameter(stand_in(param.shape, param.dtype, torch.device("cpu")), requires_grad=param.requires_grad)
+                zeros = None if on_device else stand_in(param.shape, param.dtype, torch.device("cpu"))
+                made[id(param)] = device_tables.stand_in(shell, param) if zeros is None else nn.Parameter(zeros, requires_grad=param.requires_grad)
             undo.append((module._parameters, key, param))
             module._parameters[key] = made[id(param)]
     for group in optimizer.param_groups if optimizer is not None else ():
@@ -98,7 +102,9 @@ class TieredTables:
             raise PlanError(f"table '{name}' is to {what}, but it is no parameter that a fused lookup reads")
         if plan.sharding is not None:
             raise PlanError(f"table '{name}' has storage and sharding: {plan.sharding}; tables in tiers are on one rank today")
-        if table.dtype != torch.float32 or table.device.type != "cpu":
+        if plan.storage is not None and plan.storage.on_device:
+            device_tables.check(name, plan.storage, table)
+        elif table.dtype != torch.float32 or table.device.type != "cpu":
             raise PlanError(f"table '{name}' is to {what}, and is {table.dtype} on {table.device}; there they are float32 tables of the CPU (or nn.Embedding and nn.EmbeddingBag on meta)")
         if choice.grad == "none" or not table.requires_grad:
             return ()
@@ -157,7 +163,14 @@ class TieredTables:
         slots = min(slots, (rows + WAYS - 1) // WAYS * WAYS * 2)
         if slots < WAYS:
             raise PlanError(f"table '{name}': storage.cache is {storage.cache} bytes; {WAYS} rows with their optimizer state take {WAYS * sum(4 * p.width for p in parts)}")
-        memory = [torch.zeros(slots + 1, p.width) for p in parts]
+        if storage.on_device:
+            memory = device_tables.memory(name, storage, table.device, slots + 1, parts)
+        else:
+            memory = [torch.zeros(slots + 1, p.width) for p in parts]
+        if storage.backing == "host":
+            cache = device_tables.over_memory(name, storage, rows, parts, [m[:slots] for m in memory])
+            self._fill(cache, table, name, states, padding)
+            return DeviceTable(name, cache, memory, padding)
         folder = Path(storage.path)
         held = (folder / "COMMIT").exists() or generation_of(folder)
         if held and not storage.resume:
@@ -165,14 +178,14 @@ class TieredTables:
                             "opt.snapshot() was given), or give another path")  # fmt: skip
         generation = from_manifest(Path(storage.resume), name, folder) if storage.resume else -1
         try:
-            cache = RowCache(folder, rows, parts, slots, seed=storage.seed, policy=storage.policy, memory=[m[:slots] for m in memory], generation=generation)
+            cache = (DeviceCache if storage.on_device else RowCache)(folder, rows, parts, slots, seed=storage.seed, policy=storage.policy, memory=[m[:slots] for m in memory], generation=generation)
         except TierError as error:
             raise PlanError(f"table '{name}': {error}") from None
         if storage.resume and cache.counters().generation != generation:
             raise PlanError(f"table '{name}': {folder} is at snapshot {cache.counters().generation}, and {storage.resume} wants {generation}: they are not of one run")
         if not storage.resume:
             self._fill(cache, table, name, states, padding)
-        return TieredTable(name, cache, memory, padding)
+        return DeviceTable(name, cache, memory, padding) if isinstance(cache, DeviceCache) else TieredTable(name, cache, memory, padding)
 
     def _first(self, name: str, table: Tensor, key: str) -> float:
         """What a state of the user's own optimizer starts from."""
@@ -205,7 +218,7 @@ class TieredTables:
             tiered.trains = whole.requires_grad
             tiered.weight = partial(self.shell.get_parameter, name)
             self._names[name] = [n for n, p in self.shell.named_parameters(remove_duplicate=False) if p is whole]
-            self.whole[name] = (whole.shape, whole.dtype, torch.device("cpu"))
+            self.whole[name] = (whole.shape, whole.dtype, whole.device)
             for module in self.shell.modules():
                 for key, param in module._parameters.items():
                     if param is whole:
@@ -247,7 +260,8 @@ class TieredTables:
 
     def whole_tables(self, shell: nn.Module) -> AbstractContextManager:
         """The shell as it was before, for a capture."""
-        return whole_tables(shell, self.whole)
+        stand_ins = {n: one_row(*self.whole[n], shell.get_parameter(n).requires_grad) for n, t in self.open.items() if isinstance(t, DeviceTable)}
+        return whole_tables(shell, self.whole, stand_ins)
 
     def _owned(self, optimizer: Optimizer) -> list[str]:
         """The tables that ``optimizer`` updates."""
@@ -378,12 +392,15 @@ class TieredTables:
         for name, tiered in self.files.items():
             storage, rows = self.storage_of(name), self.whole[name][0][0]
             size = sum(m.numel() * 4 for m in tiered.memory)
-            made.append(f"{name}: {rows:,} rows in {storage.path}, {tiered.cache.slots:,} of them in a cache of {size / 1e9:.2f} GB ({storage.policy})")
+            where = storage.path or "the host's memory"
+            on = f" on {tiered.memory[0].device}" if storage.on_device else ""
+            made.append(f"{name}: {rows:,} rows in {where}, {tiered.cache.slots:,} of them in a cache of {size / 1e9:.2f} GB{on} ({storage.policy})")
         return made
 
     def counted(self) -> list[str]:
-        """For the report, as it is read: how the lookups of tables with dynamic ids went."""
-        return [dynamic_tables.note(t, w) for n, t in self.dynamic.items() if isinstance(w := self.wanted[n], DynamicIds)]
+        """For the report, as it is read: how the lookups of tables with caches on a device, and of those with dynamic ids, went."""
+        moved = [f"{n}: {t.cache.counters()}" for n, t in self.files.items() if isinstance(t, DeviceTable)]
+        return moved + [dynamic_tables.note(t, w) for n, t in self.dynamic.items() if isinstance(w := self.wanted[n], DynamicIds)]
 
     def storage_of(self, name: str) -> Storage:
         """What the plan says of one in tiers."""

@@ -12,28 +12,33 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy
 import torch
 from torch import Tensor
 
+from ..memory import promised
 from ..native_library import load
 
 WAYS = 16  # slots in a set
 STARTS = ("constant", "uniform", "normal")
 POLICIES = ("lru", "lfu")
 
-_lib, _why_not = load(Path(__file__).parent, "twt_abi", 1)
+_lib, _why_not = load(Path(__file__).parent, "twt_abi", 2)
 if _lib is not None:
     _word, _pointer, _real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
     _signatures = {
         "open": (_pointer, [ctypes.c_char_p, _word, _word, *[_pointer] * 4, ctypes.c_uint64, _word, _word, _word, _word]),
+        "open_memory": (_pointer, [_pointer, _pointer, _word, _word, *[_pointer] * 4, ctypes.c_uint64, _word, _word]),
         "close": (None, [_pointer]),
         "error": (ctypes.c_char_p, []),
-        "fetch": (_word, [_pointer, _pointer, _word, _pointer, _pointer, _word]),
+        "fetch": (_word, [_pointer, _pointer, _word, _pointer, _pointer, _word, _pointer]),
         "release": (_word, [_pointer, _word]),
-        "prepare": (_word, [_pointer, _pointer]),
+        "prepare": (_word, [_pointer, _pointer, _pointer]),
         "finish": (_word, [_pointer]),
+        "places": (_word, [_pointer, _pointer, _word, _pointer, _word]),
+        "forget": (_word, [_pointer]),
         "peek": (_word, [_pointer, _pointer, _word, _word, _pointer, _pointer]),
         "poke": (_word, [_pointer, _pointer, _word, _word, _pointer, _pointer]),
         "counters": (None, [_pointer, _pointer]),
@@ -93,6 +98,15 @@ class Counters:
         return self.hits / max(1, self.hits + self.misses)
 
 
+class HostRows:
+    """Memory for all ``rows`` of a table: ``records`` ``[rows, width]`` float32, the parts of a row side by side, taken from the system as rows
+    are written; ``written``: one bit for each row that ever was, ``[(rows + 7) // 8]`` uint8. Rows that were not start from ``(seed, row)``."""
+
+    def __init__(self, rows: int, parts: Sequence[Part]) -> None:
+        self.records = promised((rows, sum(p.width for p in parts)), torch.float32)
+        self.written = torch.zeros((rows + 7) // 8, dtype=torch.uint8)
+
+
 class RowCache:
     """``slots`` rows of a table of ``rows`` in memory, all in ``folder`` (made if it is not there). ``generation``: the newest snapshot that
     counts, where it is one of several tables'; one that was prepared and is newer is dropped.
@@ -101,11 +115,15 @@ class RowCache:
     use; made here by default. ``policy``: "lru" or "lfu" decides which row leaves. Raises :class:`TierError` for a folder that holds another
     table, is damaged, truncated, or in use by another process, and ``ValueError`` for arguments that cannot be.
 
+    In place of a folder there may be :class:`HostRows`: memory that holds all rows, and no file.
+
     Calls are safe from several threads; the values of slots are the caller's to protect while their batch is under way.
     """
 
+    _on_host: ClassVar[bool] = True  # whether the slots are memory that the C++ library can address
+
     def __init__(
-        self, folder: str | Path, rows: int, parts: Sequence[Part], slots: int, *, seed: int = 0, policy: str = "lru",
+        self, folder: str | Path | HostRows, rows: int, parts: Sequence[Part], slots: int, *, seed: int = 0, policy: str = "lru",
         memory: Sequence[Tensor] | None = None, create: bool = True, generation: int = -1,
     ) -> None:  # fmt: skip
         if _lib is None:
@@ -116,18 +134,22 @@ class RowCache:
         self._parts = tuple(parts)
         self.parts = [torch.empty(self.slots, p.width) for p in parts] if memory is None else list(memory)
         for tensor, part in zip(self.parts, parts):
-            if tuple(tensor.shape) != (self.slots, part.width) or tensor.dtype != torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
-                raise ValueError(f"memory for a part is a contiguous float32 CPU tensor of {(self.slots, part.width)}; it is {tensor.dtype} {tuple(tensor.shape)}")
-        Path(folder).mkdir(parents=True, exist_ok=True)
+            fits = tuple(tensor.shape) == (self.slots, part.width) and tensor.dtype == torch.float32 and tensor.is_contiguous()
+            if not fits or (self._on_host and not tensor.is_cpu):
+                raise ValueError(f"memory for a part is a contiguous float32 {'CPU ' * self._on_host}tensor of {(self.slots, part.width)}; it is {tensor.dtype} {tuple(tensor.shape)}")
         numbers = [
             numpy.array([p.width * 4 for p in parts]), numpy.array([STARTS.index(p.start) for p in parts]),
             numpy.array([p.a for p in parts], dtype=float), numpy.array([p.b for p in parts], dtype=float),
         ]  # fmt: skip
-        self._handle = _lib.twt_open(
-            str(folder).encode(), rows, len(parts), *(n.ctypes.data for n in numbers), seed % 2**64, self.slots, policy == "lfu", create, generation
-        )  # fmt: skip
+        described = len(parts), *(n.ctypes.data for n in numbers), seed % 2**64, self.slots, policy == "lfu"
+        if isinstance(folder, HostRows):
+            self._handle = _lib.twt_open_memory(folder.records.data_ptr(), folder.written.data_ptr(), rows, *described)
+        else:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self._handle = _lib.twt_open(str(folder).encode(), rows, *described, create, generation)
         if not self._handle:
             raise TierError(_lib.twt_error().decode())
+        self.host_rows = folder if isinstance(folder, HostRows) else None
 
     @property
     def _arrays(self) -> ctypes.Array:
@@ -142,7 +164,7 @@ class RowCache:
         """
         ids = ids.to(torch.int64).contiguous()
         slots = torch.empty_like(ids)
-        ticket = self._call("fetch", ids.data_ptr(), ids.numel(), slots.data_ptr(), self._arrays, train)
+        ticket = self._call("fetch", ids.data_ptr(), ids.numel(), slots.data_ptr(), self._arrays, train, None)
         return slots, ticket
 
     def release(self, ticket: int) -> None:
@@ -158,7 +180,7 @@ class RowCache:
     def prepare(self) -> int:
         """The first half of a snapshot of several tables: it is complete, but opens only where ``generation`` says so. Nothing may be
         looked up until :meth:`finish`. Returns the number that it will have."""
-        self._call("prepare", self._arrays)
+        self._call("prepare", self._arrays, None)
         return self.counters().generation + 1
 
     def finish(self) -> None:

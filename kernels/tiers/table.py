@@ -43,7 +43,7 @@ class SlotTable:
         self.weight: Callable[[], Tensor] = lambda: memory[0]  # what lookups read now
         self._lock = threading.Lock()
         self._due: list[tuple[int, Tensor]] = []  # (ticket, slots) of rows that an update is still to come for
-        self._marks = torch.zeros(len(memory[0]), dtype=torch.bool)  # to compare slots with; all False
+        self._marks = torch.zeros(len(memory[0]), dtype=torch.bool, device=memory[0].device)  # to compare slots with; all False
         self._looked: dict[int, list[int]] = {}  # by thread: tickets of lookups without gradients
         self.waited = 0.0  # seconds that lookups took to have their rows
         self._ahead: deque[tuple[int, Tensor, Tensor, int, bool]] = deque()  # (batch, ids, slots, ticket, train) of what was prefetched
@@ -61,16 +61,24 @@ class SlotTable:
         with self._lock:
             if first:
                 self._release_looked()
-            if self._ahead and self._ahead[0][4] == train and torch.equal(self._ahead[0][1], ids):
+            if self._ahead and self._ahead[0][4] == train and self._fetched_for(ids, self._ahead[0]):
                 _, _, slots, ticket, _ = self._ahead.popleft()
             else:
                 slots, ticket = self._fetch(ids, train)
+            self._taken(ticket)
             if train:
                 self._due.append((ticket, slots))
             else:
                 self._looked.setdefault(threading.current_thread().ident or 0, []).append(ticket)
         self.waited += time.perf_counter() - started
         return slots
+
+    def _fetched_for(self, ids: Tensor, ahead: tuple[int, Tensor, Tensor, int, bool]) -> bool:
+        """Whether ``ahead`` was prefetched for a lookup of ``ids``."""
+        return torch.equal(ahead[1], ids)
+
+    def _taken(self, ticket: int) -> None:
+        """A lookup is about to read the rows that ``ticket`` holds."""
 
     def prefetch(self, ids: Tensor, batch: int) -> None:
         """Bring the rows that the lookup of ``batch`` will want, in the order of the lookups; raises what :meth:`slots` raises."""
@@ -145,9 +153,13 @@ class TieredTable(SlotTable):
     def __init__(self, name: str, cache: RowCache, memory: list[Tensor], padding: int | None) -> None:
         super().__init__(name, cache, memory)
         self.cache, self.padding = cache, padding
-        if padding is not None:
-            for part, tensor in enumerate(memory):
-                tensor[self.home] = cache.read(torch.tensor([padding]), part)[0]
+        self.start_padding()
+
+    def start_padding(self) -> None:
+        """Put the row ``padding`` at home, as the store has it."""
+        if self.padding is not None:
+            for part, tensor in enumerate(self.memory):
+                tensor.data[self.home] = self.cache.read(torch.tensor([self.padding]), part)[0]
 
     def _fetch(self, ids: Tensor, train: bool) -> tuple[Tensor, int]:
         """Raises ``IndexError`` for an id outside the table and :class:`TierError` where the rows under way do not fit the cache."""

@@ -288,7 +288,8 @@ def _tables(model: Any) -> list[dict[str, Any]]:
         rows, dim = (tuple(table.shape) + (1,))[:2]
         place = str(table.device)
         if model._tiered is not None and name in model._tiered.open:  # the parameter is its cache
-            rows, place = model._tiered.whole[name][0][0], f"file, {rows - 1:,} rows cached"
+            slots, backing = model._tiered.open[name].home, getattr(model._tiered.wanted[name], "backing", "")
+            rows, place = model._tiered.whole[name][0][0], f"{'memory' if backing == 'host' else 'file'}, {slots:,} rows cached"
         found.append({
             "name": name, "rows": rows, "dim": dim, "dtype": _DTYPES.get(table.dtype, str(table.dtype)), "device": str(table.device), "place": place,
             "memory": rows * dim * table.element_size(), "grad": getattr(model._compiler.choices.get(name), "grad", ""),

@@ -26,10 +26,12 @@ def batch(step, rows=1000):
     return items, torch.randint(0, 500, (32, 3), generator=generator), torch.rand(32, generator=generator)
 
 
-def model_in(folder, resume=False, cache=40_000):
+def model_in(folder, resume=False, cache=40_000, **more):
     torch.manual_seed(0)
     model = Model()
-    storage = {"cache": cache, "path": str(Path(folder) / "item"), **({"resume": str(Path(folder) / "kept")} if resume else {})}
+    storage = {"cache": cache, **more}
+    if storage.get("backing") != "host":
+        storage.update({"path": str(Path(folder) / "item"), **({"resume": str(Path(folder) / "kept")} if resume else {})})
     plan = tw.Plan.from_dict({"version": 1, "tables": {"item": {"storage": storage}}})
     optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
     opt, optimizer = tw.optimize(model, plan, optimizer=optimizer, sample_inputs=batch(0)[:2])
@@ -48,7 +50,7 @@ def train(model, optimizer, first, last):
 
 if __name__ == "__main__":
     folder, first = sys.argv[1], int(sys.argv[2])
-    opt, optimizer = model_in(folder, resume=first > 0)
+    opt, optimizer = model_in(folder, resume=first > 0, **dict(each.split("=") for each in sys.argv[3:]))
     for step in range(first, 10**9, 3):
         train(opt, optimizer, step, step + 3)
         opt.snapshot(Path(folder) / "kept", optimizer)

@@ -2,7 +2,7 @@
 //
 // Slots are rows of tensors that the caller owns (weights and optimizer state): kernels read and update them in place, and know nothing
 // of this file. A batch pins its slots from fetch to release; a row that is pinned stays. What was fetched for training is written back
-// when it leaves.
+// when it leaves. Slots that this process cannot address (on a device) are reached through buffers that a callback, Move, gives.
 #include <string.h>
 
 #include <algorithm>
@@ -16,6 +16,7 @@
 #include <emmintrin.h>
 #endif
 
+#include "memory.h"
 #include "store.h"
 
 #define API extern "C" __attribute__((visibility("default")))
@@ -26,6 +27,7 @@ namespace {
 const int64_t WAYS = 16;
 const int READERS = 8;  // threads that wait for the disk
 const size_t SAVED = 1024;  // rows that are written at once: they stay in the CPU's caches from their slots to the system
+const size_t MOVED = 1 << 15;  // rows that go through a buffer at once in a snapshot
 const int64_t AHEAD = 64;   // ids whose sets are asked for before they are looked at
 const int64_t NEAR = 32;    // and whose slots are
 const int64_t LEAVING = 6;  // rows whose values are asked for before they are copied
@@ -40,7 +42,13 @@ struct Miss {
     int64_t slot, row, before;  // before: the row that leaves, or -1
     uint32_t tag;               // and its tag
     bool dirty;                 // its values must be written first
+    int64_t at;                 // where its values go: the slot, or a place in a buffer
 };
+
+// Copies the rows of `leaving` slots to buffers and says in `from` where each part of them is, contiguous; in `to` where the caller shall put
+// those of the `coming` slots. What comes is copied to the slots when fetch has returned. Not 0: it could not.
+typedef int64_t (*Move)(int64_t leaving, const int64_t* leaving_slots, int64_t coming, const int64_t* coming_slots, char** from, char** to);
+const size_t MAX_PARTS = 16;
 
 struct Kept {  // a row and the slot that holds it
     int64_t row, slot;
@@ -118,14 +126,14 @@ inline uint32_t same(const uint32_t* tags, uint32_t tag) {
 
 class Cache {
   public:
-    Cache(std::unique_ptr<Store> store, std::vector<Part> parts, uint64_t seed, int64_t slots, bool lfu)
+    Cache(std::unique_ptr<Rows> store, std::vector<Part> parts, uint64_t seed, int64_t slots, bool lfu)
         : store_(std::move(store)), parts_(std::move(parts)), seed_(seed), sets_(slots / WAYS), lfu_(lfu), places_(store_->rows(), sets_),
           tags_(size_t(sets_)), slots_(size_t(sets_ * WAYS)) {
         count();
     }
 
-    // The slots of `ids`; they stay until release(ticket).
-    int64_t fetch(const int64_t* ids, int64_t n, int64_t* slots, char* const* arrays, bool train) {
+    // The slots of `ids`; they stay until release(ticket). `move`: for slots that are not in `arrays`.
+    int64_t fetch(const int64_t* ids, int64_t n, int64_t* slots, char* const* arrays, bool train, Move move) {
         std::lock_guard<std::mutex> guard(lock_);
         for (int64_t i = 0; i < n; i++)
             if (ids[i] < 0 || ids[i] >= store_->rows())
@@ -135,6 +143,7 @@ class Cache {
         std::vector<int64_t> held;
         std::vector<Miss> misses;
         int64_t hits = 0;
+        char *from[MAX_PARTS] = {}, *to[MAX_PARTS] = {};
         try {
             Sought sought[AHEAD];
             for (int64_t i = -AHEAD; i < n; i++) {
@@ -145,7 +154,12 @@ class Cache {
             std::vector<Kept> leaving;
             for (const Miss& miss : misses)
                 if (miss.dirty) leaving.push_back({miss.before, miss.slot});
-            save(leaving, arrays);
+            if (move && !misses.empty()) {
+                std::vector<int64_t> coming;
+                for (Miss& miss : misses) miss.at = int64_t(coming.size()), coming.push_back(miss.slot);
+                stage(move, leaving.data(), leaving.size(), coming, from, to);
+            }
+            save(leaving, move ? from : arrays);
             written_ += int64_t(leaving.size());
         } catch (...) {
             for (int64_t slot : held) slots_[size_t(slot)].pins--;
@@ -156,7 +170,7 @@ class Cache {
             throw;
         }
         try {
-            fill(misses, arrays);
+            fill(misses, move ? to : arrays);
         } catch (...) {
             for (int64_t slot : held) slots_[size_t(slot)].pins--;
             for (const Miss& miss : misses) {  // what could not be read is not there
@@ -187,13 +201,19 @@ class Cache {
     }
 
     // Everything that training changed goes to the store and is ready to be the snapshot.
-    void prepare(char* const* arrays) {
+    void prepare(char* const* arrays, Move move) {
         std::lock_guard<std::mutex> guard(lock_);
         unpin();
         std::vector<Kept> changed;
         for (size_t slot = 0; slot < slots_.size(); slot++)
             if (slots_[slot].dirty) changed.push_back({row_of(int64_t(slot)), int64_t(slot)});
-        save(changed, arrays);
+        for (size_t first = 0; move && first < changed.size(); first += MOVED) {
+            std::vector<Kept> some(changed.begin() + long(first), changed.begin() + long(std::min(first + MOVED, changed.size())));
+            char *from[MAX_PARTS] = {}, *to[MAX_PARTS] = {};
+            stage(move, some.data(), some.size(), {}, from, to);
+            save(some, from);
+        }
+        if (!move) save(changed, arrays);
         for (const Kept& each : changed) slots_[size_t(each.slot)].dirty = slots_[size_t(each.slot)].pins != 0;  // what a batch still holds may change again
         store_->prepare();
         std::lock_guard<std::mutex> tickets(tickets_lock_);
@@ -203,6 +223,29 @@ class Cache {
     void finish() {
         std::lock_guard<std::mutex> guard(lock_);
         store_->finish();
+        std::lock_guard<std::mutex> tickets(tickets_lock_);
+        count();
+    }
+
+    // Where rows are, -1 for those that are not cached. `change`: the caller will change them there.
+    void find_all(const int64_t* ids, int64_t n, int64_t* slots, bool change) {
+        std::lock_guard<std::mutex> guard(lock_);
+        for (int64_t i = 0; i < n; i++) {
+            if (ids[i] < 0 || ids[i] >= store_->rows()) throw Failure{"id " + std::to_string(ids[i]) + " is out of range"};
+            slots[i] = find(ids[i]);
+            if (change && slots[i] >= 0) slots_[size_t(slots[i])].dirty = 1;
+        }
+    }
+
+    // Nothing is cached any more, and what was changed there is dropped: the records were replaced.
+    void forget() {
+        std::lock_guard<std::mutex> guard(lock_);
+        unpin();
+        for (size_t slot = 0; slot < slots_.size(); slot++)
+            if (slots_[slot].pins) throw Failure{"rows are replaced while batches are under way: step() first, and end the pipeline"};
+        for (size_t slot = 0; slot < slots_.size(); slot++) tag(int64_t(slot)) = 0, slots_[slot] = Slot{};
+        present_ = 0;
+        if (Memory* memory = dynamic_cast<Memory*>(store_.get())) memory->recount();
         std::lock_guard<std::mutex> tickets(tickets_lock_);
         count();
     }
@@ -322,7 +365,7 @@ class Cache {
         if (missing) place = victim(id, fresh);
         Slot& slot = slots_[size_t(place)];
         if (missing) {
-            misses.push_back({place, id, row_of(place), tag(place), slot.dirty != 0});
+            misses.push_back({place, id, row_of(place), tag(place), slot.dirty != 0, place});
             tag(place) = fresh;
             slot.dirty = 0, slot.count = 0;
         }
@@ -388,6 +431,14 @@ class Cache {
         }
     }
 
+    // Has the rows of slots copied to buffers; `leaving` then names places in those.
+    void stage(Move move, Kept* leaving, size_t count, const std::vector<int64_t>& coming, char** from, char** to) {
+        std::vector<int64_t> slots;
+        for (size_t i = 0; i < count; i++) slots.push_back(leaving[i].slot);
+        if (move(int64_t(count), slots.data(), int64_t(coming.size()), coming.data(), from, to) != 0) throw Failure{"rows could not be moved between the device and the host"};
+        for (size_t i = 0; i < count; i++) leaving[i].slot = int64_t(i);
+    }
+
     // Writes rows to the store.
     void save(const std::vector<Kept>& kept, char* const* arrays) {
         std::vector<int64_t> rows;
@@ -416,12 +467,12 @@ class Cache {
             const Miss& miss = misses[i];
             Where where = store_->where(miss.row);
             if (where.at >= 0) {
-                stored.push_back({where, miss.slot});
+                stored.push_back({where, miss.at});
                 continue;
             }
             made_++;
             for (size_t p = 0; p < parts_.size(); p++)
-                start_row(parts_[p], int64_t(p), seed_, miss.row, reinterpret_cast<float*>(arrays[p] + miss.slot * parts_[p].bytes));
+                start_row(parts_[p], int64_t(p), seed_, miss.row, reinterpret_cast<float*>(arrays[p] + miss.at * parts_[p].bytes));
         }
         read_ += int64_t(stored.size());
         std::sort(stored.begin(), stored.end(), [](const Wanted& a, const Wanted& b) { return a.where.logged != b.where.logged ? a.where.logged : a.where.at < b.where.at; });
@@ -460,7 +511,7 @@ class Cache {
         if (!failed.empty()) throw Failure{failed};
     }
 
-    std::unique_ptr<Store> store_;
+    std::unique_ptr<Rows> store_;
     std::vector<Part> parts_;
     uint64_t seed_;
     int64_t sets_;
@@ -509,7 +560,7 @@ std::vector<twt::Part> parts_of(int64_t count, const int64_t* bytes, const int64
 
 }  // namespace
 
-API int64_t twt_abi() { return 1; }
+API int64_t twt_abi() { return 2; }
 API const char* twt_error() { return said.c_str(); }
 
 API void* twt_open(const char* folder, int64_t rows, int64_t count, const int64_t* bytes, const int64_t* start, const double* a, const double* b,
@@ -523,18 +574,35 @@ API void* twt_open(const char* folder, int64_t rows, int64_t count, const int64_
     });
     return made;
 }
+API void* twt_open_memory(char* memory, unsigned char* bits, int64_t rows, int64_t count, const int64_t* bytes, const int64_t* start, const double* a, const double* b,
+                          uint64_t seed, int64_t slots, int64_t lfu) {
+    void* made = nullptr;
+    guarded([&] {
+        std::vector<twt::Part> parts = parts_of(count, bytes, start, a, b);
+        std::unique_ptr<twt::Memory> store(new twt::Memory(memory, bits, rows, parts));
+        made = new twt::Cache(std::move(store), parts, seed, slots, lfu != 0);
+        return 0;
+    });
+    return made;
+}
 API void twt_close(void* cache) { delete static_cast<twt::Cache*>(cache); }
-API int64_t twt_fetch(void* cache, const int64_t* ids, int64_t n, int64_t* slots, char* const* arrays, int64_t train) {
-    return guarded([&] { return at(cache).fetch(ids, n, slots, arrays, train != 0); });
+API int64_t twt_fetch(void* cache, const int64_t* ids, int64_t n, int64_t* slots, char* const* arrays, int64_t train, twt::Move move) {
+    return guarded([&] { return at(cache).fetch(ids, n, slots, arrays, train != 0, move); });
 }
 API int64_t twt_release(void* cache, int64_t ticket) {
     return guarded([&] { return at(cache).release(ticket), int64_t(0); });
 }
-API int64_t twt_prepare(void* cache, char* const* arrays) {
-    return guarded([&] { return at(cache).prepare(arrays), int64_t(0); });
+API int64_t twt_prepare(void* cache, char* const* arrays, twt::Move move) {
+    return guarded([&] { return at(cache).prepare(arrays, move), int64_t(0); });
 }
 API int64_t twt_finish(void* cache) {
     return guarded([&] { return at(cache).finish(), int64_t(0); });
+}
+API int64_t twt_places(void* cache, const int64_t* ids, int64_t n, int64_t* slots, int64_t change) {
+    return guarded([&] { return at(cache).find_all(ids, n, slots, change != 0), int64_t(0); });
+}
+API int64_t twt_forget(void* cache) {
+    return guarded([&] { return at(cache).forget(), int64_t(0); });
 }
 API int64_t twt_peek(void* cache, const int64_t* ids, int64_t n, int64_t part, char* out, char* const* arrays) {
     return guarded([&] { return at(cache).peek(ids, n, part, out, arrays), int64_t(0); });

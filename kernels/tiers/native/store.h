@@ -108,26 +108,44 @@ struct Where {
     int64_t at;
 };
 
-class Store {
+// What keeps the records of a table: a Store, or memory (memory.h).
+class Rows {
+  public:
+    virtual ~Rows() {}
+    virtual int64_t rows() const = 0;
+    virtual int64_t record() const = 0;  // bytes
+    virtual int64_t generation() const = 0;
+    virtual Where where(int64_t row) const = 0;
+    virtual void soon(int64_t row) const = 0;  // `row` will be asked for
+    virtual void read(Where where, char* record) const = 0;  // throws Failure
+    virtual bool read_now(Where where, char* record) const = 0;  // false: it is not in the system's memory, or cannot be read
+    // The records of distinct `rows`; record(i, to) gives the i-th. Throws Failure: then all rows have what they had, or all are written.
+    virtual void write(const std::vector<int64_t>& rows, const std::function<void(size_t, char*)>& record) = 0;
+    // Makes everything written so far the new snapshot, in two steps: after prepare() it is complete, finish() puts it in place.
+    virtual void prepare() = 0;
+    virtual void finish() = 0;
+    virtual int64_t journal_rows() const = 0;
+    virtual int64_t written_rows() const = 0;  // of the snapshot
+};
+
+class Store : public Rows {
   public:
     // Opens or creates the files in `folder`. Throws Failure.
     // A journal with a COMMIT is complete; where `wanted` >= 0 it is used only up to that generation, and else dropped.
     Store(const std::string& folder, int64_t rows, const std::vector<Part>& parts, uint64_t seed, bool create, int64_t wanted);
 
-    int64_t rows() const { return rows_; }
-    int64_t record() const { return record_; }
-    int64_t generation() const { return generation_; }
-    Where where(int64_t row) const;
-    void soon(int64_t row) const;  // `row` will be asked for
-    void read(Where where, char* record) const;  // throws Failure
-    bool read_now(Where where, char* record) const;  // false: it is not in the system's memory, or cannot be read
-    // The records of distinct `rows`; record(i, to) gives the i-th. Throws Failure: then all rows have what they had, or all are written.
-    void write(const std::vector<int64_t>& rows, const std::function<void(size_t, char*)>& record);
-    // Makes everything written so far the new snapshot, in two steps: after prepare() it is complete, finish() puts it in place.
-    void prepare();
-    void finish() { apply(); }
-    int64_t journal_rows() const { return journal_.size(); }
-    int64_t written_rows() const { return stored_; }  // of the snapshot
+    int64_t rows() const override { return rows_; }
+    int64_t record() const override { return record_; }
+    int64_t generation() const override { return generation_; }
+    Where where(int64_t row) const override;
+    void soon(int64_t row) const override;
+    void read(Where where, char* record) const override;
+    bool read_now(Where where, char* record) const override;
+    void write(const std::vector<int64_t>& rows, const std::function<void(size_t, char*)>& record) override;
+    void prepare() override;
+    void finish() override { apply(); }
+    int64_t journal_rows() const override { return journal_.size(); }
+    int64_t written_rows() const override { return stored_; }
 
   private:
     void apply();

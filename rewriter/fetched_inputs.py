@@ -1,0 +1,108 @@
+"""Tables with a cache on a device, in ``tw.pipeline``: fetching their rows in several threads, from ids that are on the host still, and telling
+them that the model is called with the very tensors that this was done for.
+
+Ids that the graph makes of inputs alone can be made on the host, before the inputs are copied to the device. When the loop then calls the
+model with the same tensors, not written since, its lookups take what was fetched for that batch; with others they compare ids first, for
+which the host waits for the device. Both give the same rows.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph
+
+from ..kernels.tiers.device import DeviceTable
+from ..kernels.tiers.table import SlotTable, table_of
+from .staleness import Lookups
+from .variant import Variant
+
+_THREADS = 16
+
+
+def runs_on_host(graph: Graph) -> bool:
+    """Whether a graph of ids needs nothing but its inputs, so that it runs where they are."""
+    return all(n.op in ("placeholder", "output") or (n.op == "call_function" and "device" not in n.kwargs) for n in graph.nodes)
+
+
+def on_host(inputs: Sequence[Any]) -> bool:
+    """Whether all tensors of ``inputs`` are on the CPU."""
+    return all(not isinstance(x, Tensor) or x.is_cpu for x in inputs)
+
+
+class FetchedInputs:
+    """For one pipeline over a model; does nothing where no table has its cache on a device."""
+
+    def __init__(self, tables: Sequence[SlotTable]) -> None:
+        self.tables = [t for t in tables if isinstance(t, DeviceTable)]
+        self._coming: dict[int, Lookups] = {}  # by batch
+        self._now: Lookups | None = None
+        self._runs: list[tuple[Variant, Callable]] = []
+        self._workers = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1, len(self.tables)), "tablewright fetch") if len(self.tables) > 1 else None
+
+    def expect(self, batch: int, variant: Variant, inputs: list) -> None:
+        """The rows of ``batch`` will be fetched for a call of ``variant`` with ``inputs`` as they are now."""
+        if self.tables:
+            self._coming[batch] = Lookups(batch, batch, variant, inputs, "")
+
+    def prefetch(self, numbers: Sequence[int], ids: Sequence[Tensor], batch: int) -> None:
+        """Have tables fetch the rows of ``batch``, each in the order of its lookups; raises what the first that fails raises."""
+        by_table: dict[int, list[Tensor]] = {}
+        for number, each in zip(numbers, ids):
+            by_table.setdefault(number, []).append(each)
+        grad = torch.is_grad_enabled()
+
+        def one(number: int) -> None:
+            with torch.set_grad_enabled(grad):
+                for each in by_table[number]:
+                    table_of(number).prefetch(each, batch)
+
+        if self._workers is None:
+            for number in by_table:
+                one(number)
+            return
+        started = [self._workers.submit(one, number) for number in by_table]
+        errors = [e for each in started if (e := each.exception()) is not None]
+        if errors:
+            raise errors[0]
+
+    def hand_out(self, batch: int) -> None:
+        """The loop gets ``batch``."""
+        now = self._now = self._coming.pop(batch, None)
+        if now is not None and now.variant is not None and all(v is not now.variant for v, _ in self._runs):
+            self._wrap(now.variant)
+
+    def _wrap(self, variant: Variant) -> None:
+        plain = variant.run
+        self._runs.append((variant, plain))
+        variant.run = lambda *given: self._run(variant, plain, given)
+
+    def _run(self, variant: Variant, plain: Callable, given: tuple) -> tuple:
+        now = self._now
+        batch = now.number if now is not None and now.fit(variant, given) else None
+        for table in self.tables:
+            table.known = batch
+        try:
+            return plain(*given)
+        finally:
+            for table in self.tables:
+                table.known = None
+
+    @contextmanager
+    def running(self):
+        """While the pipeline is iterated over."""
+        try:
+            yield
+        finally:
+            for variant, plain in self._runs:
+                variant.run = plain
+            self._runs.clear()
+            self._now = None
+            self._coming.clear()
+            if self._workers is not None:
+                self._workers.shutdown(wait=False)
