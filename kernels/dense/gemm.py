@@ -1,4 +1,5 @@
-"""Matrix products of a linear layer on CPU: PyTorch's BLAS, or oneDNN where the product is large enough for it.
+"""Matrix products of a linear layer on CPU: PyTorch's BLAS, or where the product is large enough for it oneDNN or, on one thread,
+the package's own (``native.py``).
 
 PyTorch sends fp32 products to MKL, whose code for processors that are not Intel's stops at AVX2. The oneDNN that PyTorch also
 carries uses AVX-512 on all of them. Measured on an AMD EPYC (Zen 5), torch 2.13, one thread, batch 2048, forward + backward:
@@ -13,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from . import native
 
 LEAST_WORK = 1_500_000  # multiply-adds below which a call of oneDNN costs more than it saves
 
@@ -40,14 +43,35 @@ def _is_long(rows: int, values: int) -> bool:
     return rows >= 8192 and values <= 1024
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias``: ``[*, in]``, ``[out, in]``, ``[out]`` -> ``[*, out]``, contiguous and fresh."""
-    return _onednn(x, weight, bias) if onednn_serves(x, weight) else F.linear(x, weight, bias)
+def _native_serves(x: Tensor, weight: Tensor, cols: int) -> bool:
+    """Is a product of these two (which oneDNN could make) with ``cols`` columns one for the native library? It reads addresses, so both
+    must be plain tensors."""
+    return cols >= native.LEAST_COLUMNS and native.available() and _is_plain(x) and _is_plain(weight)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_neg() and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
+    """``x @ weight.T + bias``, then ReLU if asked: ``[*, in]``, ``[out, in]``, ``[out]`` -> ``[*, out]``, contiguous and fresh."""
+    if not onednn_serves(x, weight):
+        out = F.linear(x, weight, bias)
+    elif _native_serves(x, weight, weight.shape[0]) and (bias is None or bias.dtype == x.dtype):
+        out = native.product(x.reshape(-1, x.shape[-1]), weight.t(), bias, relu)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1])
+    else:
+        out = _onednn(x, weight, bias)
+    return out.relu_() if relu else out
 
 
 def input_gradient(grad: Tensor, weight: Tensor, again: bool = False) -> Tensor:
     """``grad @ weight``: ``[*, out]``, ``[out, in]`` -> ``[*, in]``. ``again``: as an op that autograd can differentiate again."""
-    return grad @ weight if again or not onednn_serves(grad, weight.t()) else _onednn(grad, weight.t(), None)
+    if again or not onednn_serves(grad, weight.t()):
+        return grad @ weight
+    if _native_serves(grad, weight, weight.shape[1]):
+        return native.product(grad.reshape(-1, grad.shape[-1]), weight).view(*grad.shape[:-1], weight.shape[1])
+    return _onednn(grad, weight.t(), None)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, again: bool = False) -> Tensor:
@@ -55,7 +79,20 @@ def weight_gradient(grad: Tensor, x: Tensor, again: bool = False) -> Tensor:
     grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     if again or not onednn_serves(grad.t(), x.t()) or _is_long(len(x), x.shape[1] * grad.shape[1]):
         return grad.t() @ x
+    if _native_serves(grad, x, x.shape[1]):
+        return native.product(grad.t(), x)
     # oneDNN wants its first operand contiguous, which here means a transposed copy: of the narrower one.
     if 2 * x.shape[1] <= grad.shape[1]:
         return _onednn(x.t(), grad.t(), None).t().contiguous()
     return _onednn(grad.t(), x.t(), None)
+
+
+def relu_gradient(grad: Tensor, out: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(the gradient of ReLU's input, its sum over all but the last dimension) in one pass, from that of the result and the result; ``None``
+    where there is no such pass, and the caller makes them."""
+    if grad.dtype != torch.float32 or out.dtype != torch.float32 or not (grad.is_cpu and out.is_cpu and out.is_contiguous() and out.numel()):
+        return None
+    if not (native.available() and _is_plain(grad) and _is_plain(out)):
+        return None
+    made, sums = native.masked(grad.reshape(-1, grad.shape[-1]), out.view(-1, out.shape[-1]))
+    return made.view(out.shape), sums

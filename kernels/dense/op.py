@@ -44,24 +44,26 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) ->
         raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [out, in]")
     if activation not in _ACTIVATE:
         raise ValueError(f"activation is {activation!r}; it must be one of {ACTIVATIONS}")
-    out = gemm.linear(x, weight, bias)
+    relu = activation == "relu"
+    out = gemm.linear(x, weight, bias, relu)
     if out._is_view():  # of rows laid out in two dimensions: autograd lets no one write to a view that a Function returns
         out = torch.ops.aten._unsafe_view(out, out.shape)
-    return _ACTIVATE[activation](out)
+    return out if relu else _ACTIVATE[activation](out)
 
 
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, out: Tensor, activation: str, wanted: list[bool], again: bool = False
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of (x, weight, bias) that are ``wanted``, in this order; ``again``: by ops that can be differentiated."""
-    grad = _DERIVE[activation](grad, out)
+    both = gemm.relu_gradient(grad, out) if activation == "relu" and not again else None
+    grad, sums = (_DERIVE[activation](grad, out), None) if both is None else both
     made = []
     if wanted[0]:
         made.append(gemm.input_gradient(grad, weight, again))
     if wanted[1]:
         made.append(gemm.weight_gradient(grad, x, again))
     if wanted[2]:
-        made.append(grad.reshape(-1, grad.shape[-1]).sum(0))
+        made.append(grad.reshape(-1, grad.shape[-1]).sum(0) if sums is None else sums)
     return made
 
 

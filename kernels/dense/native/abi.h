@@ -1,0 +1,32 @@
+// What crosses the border between driver.cpp and product_avx512.cpp.
+//
+// No functions: this header is compiled under different target flags, so anything that could be emitted here might be merged by the
+// linker into code that the running CPU cannot execute.
+#pragma once
+#include <stdint.h>
+
+namespace twm {
+
+// A float32 matrix as it lies in memory: value (i, j) is at values[i * stride + j], or at values[j * stride + i] if `turned`.
+struct Matrix {
+    const float* values;
+    int64_t stride;
+    bool turned;
+};
+
+struct Kernels {
+    // out [rows, cols], contiguous = a [rows, depth] x b [depth, cols] + bias [cols] or null, then ReLU if asked. All sizes at least 1.
+    void (*product)(const Matrix& a, const Matrix& b, const float* bias, float* out, int64_t rows, int64_t cols, int64_t depth, bool relu,
+                    float* room);
+    // How many floats of 64-byte aligned room a product takes.
+    int64_t (*room)(int64_t cols, int64_t depth);
+    // out = grad where kept > 0, else 0, all [rows, cols] with the strides given in values (out is contiguous); sums [cols]: of each
+    // column of out.
+    void (*masked)(const float* grad, int64_t stride, const float* kept, float* out, float* sums, int64_t rows, int64_t cols);
+};
+
+}  // namespace twm
+
+#if defined(__x86_64__)
+extern const twm::Kernels twm_kernels_avx512;
+#endif
