@@ -30,7 +30,7 @@ _BETWEEN = (
     *_ACTIVATIONS, aten.dropout.default, aten.batch_norm.default, aten.layer_norm.default, aten.prelu.default, aten.gelu.default,
     aten.leaky_relu.default, aten.elu.default, aten.silu.default, aten.softplus.default, aten.hardtanh.default, aten.selu.default,
 )  # fmt: skip
-_ROUNDS, _SECONDS = 9, 0.1  # of timing one layer: the most rounds, and the time after which no further round starts
+_LEAST, _ROUNDS, _SECONDS = 3, 9, 0.1  # of timing one layer: the fewest and the most rounds, and the time after which no further one starts
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,6 @@ def _time(rows: int, fan_in: int, fan_out: int, biased: bool, function: str, dty
                 out = run(given[0], given[1], given[2] if biased else None, function)
                 torch.autograd.grad(out, given, seed)
                 times.append(clock() - start)
-            if i and clock() > until:
+            if i >= _LEAST and clock() > until:
                 break
     return Timing(*(min(times[1:]) for times in taken))

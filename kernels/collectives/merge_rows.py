@@ -80,12 +80,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 @dataclass(frozen=True)
 class _Even:
     """All rows that travel are equally wide, and go to places of that width in one slot: one index says where each goes.
-    ``units``: such places in a row of the slot; ``columns``: of each stream, which of them is its."""
+    ``units``: such places in a row of the slot; ``columns``: of each stream, which of them is its; ``once``: no two streams go to the
+    same places."""
 
     slot: int
     width: int
     units: int
     columns: Tensor
+    once: bool
 
     @staticmethod
     def of(spec: ExchangeSpec) -> _Even | None:
@@ -105,7 +107,8 @@ class _Even:
         starts = [lookups[s.lookups[0]].column + s.shard.column for s in spec.streams]
         if not width or any(start % width for start in (spec.group.slots[slot], *starts)):
             return None
-        return _Even(slot, width, spec.group.slots[slot] // width, torch.tensor([start // width for start in starts]))
+        columns = torch.tensor([start // width for start in starts])
+        return _Even(slot, width, spec.group.slots[slot] // width, columns, len(set(starts)) == len(starts))
 
     def index(self, header: Tensor, places: Tensor) -> Tensor:
         """The place of each row."""
@@ -120,8 +123,11 @@ def _merge(received: Tensor, header: Tensor, places: Tensor, counts: Tensor, ind
         shapes, dtypes = _slot_shapes(spec, indices, offsets, extras), _slot_dtypes(spec, extras)
         slots = [received.new_empty((*shape, width), dtype=d) for shape, width, d in zip(shapes, spec.group.slots, dtypes)]
         if slots[even.slot].dtype == received.dtype:
-            sums = slots[even.slot].zero_().view(-1, even.width)
-            sums.index_add_(0, even.index(header, places), received.view(-1, even.width))
+            sums, rows, index = slots[even.slot].view(-1, even.width), received.view(-1, even.width), even.index(header, places)
+            if even.once and rows.shape[0] == sums.shape[0]:
+                sums.index_copy_(0, index, rows)
+            else:
+                sums.zero_().index_add_(0, index, rows)
             for place, extra in zip(spec.group.extras, extras):
                 slots[place.slot].narrow(-1, place.column, place.width).copy_(extra)
             return slots

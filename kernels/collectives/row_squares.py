@@ -1,11 +1,15 @@
 """Rowwise AdaGrad on tables whose rows are cut: the mean of a row's squared gradient needs all of its columns.
 
 Ranks that hold other columns of the same rows read the same ids, so they touch the same rows in the same order: one number a row goes
-to each of them. Point to point, as ranks without such a table take no part.
+to each of them. Point to point, as ranks without such a table take no part. On CPU C++ (native/row_squares.cpp) makes the squares and the
+step, each in one pass over the gradients of all tables.
 """
 from __future__ import annotations
 
+import ctypes
+import struct
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,9 +17,17 @@ from torch import Tensor
 
 from ..embedding.reference import accumulation_dtype
 from ..embedding.updates import TableUpdate
+from ..native_library import load
 from .errors import lost_peer
 from .spec import Shard, TableLayout
 from .work import group_of
+
+Cut = tuple[str, Tensor, Tensor, Tensor, TableUpdate]  # name, block, rows int64 ascending, gradient [rows, columns], rule
+
+_lib, _ = load(Path(__file__).parent, "twc_abi", 1)
+if _lib is not None:
+    for _function in (_lib.twc_squares, _lib.twc_step):
+        _function.restype, _function.argtypes = None, [ctypes.c_char_p, *[ctypes.c_int64] * 3]
 
 
 class RowSquares:
@@ -64,9 +76,10 @@ class RowSquares:
         assert mine is not None
         return sorted((s for s in layout.shards if s.row == mine.row), key=lambda s: s.column)
 
-    def update(self, work: Sequence[tuple[str, Tensor, Tensor, Tensor, TableUpdate]], spent: bool = False) -> None:
-        """One step of tables given as (name, block, rows int64 ascending, gradient ``[rows, columns]``, rule). ``spent``: nobody reads
-        the gradients afterwards, so they may be overwritten."""
+    def update(self, work: Sequence[Cut], spent: bool = False) -> None:
+        """One step of these tables. ``spent``: nobody reads the gradients afterwards, so they may be overwritten."""
+        if _lib is not None and _is_native(work):
+            return self._update_natively(work)
         from ..embedding.op import implementation
 
         wide = [values.to(accumulation_dtype(block.dtype)) for _, block, _, values, _ in work]
@@ -92,6 +105,36 @@ class RowSquares:
             of = [i for i, block in enumerate(blocks) if (block.device, block.dtype) == kind]
             chosen = ([each[i] for i in of] for each in (blocks, touched, steps, rules))
             implementation(kind[0]).update_from_sparse(*chosen)
+
+
+    def _update_natively(self, work: Sequence[Cut]) -> None:
+        assert _lib is not None
+        dtype, threads = work[0][1].dtype, torch.get_num_threads()
+        gradients = [values.contiguous() for _, _, _, values, _ in work]
+        squares = list(torch.empty(sum(len(v) for v in gradients), dtype=dtype).split([len(v) for v in gradients]))
+
+        def run(function, each: Sequence[Tensor]) -> None:
+            words = b"".join(
+                struct.pack(
+                    "=8q4d", g.data_ptr(), *g.shape, one.data_ptr(), rows.data_ptr(), block.data_ptr(), block.stride(0),
+                    rule.state[0].data_ptr(), self.layouts[name].dim, -rule.lr if rule.maximize else rule.lr, rule.eps,
+                    1 - rule.lr * rule.weight_decay,
+                )
+                for (name, block, rows, _, rule), g, one in zip(work, gradients, each)
+            )  # fmt: skip
+            function(words, len(work), dtype == torch.float64, threads)
+
+        run(_lib.twc_squares, squares)
+        totals = [total.contiguous() for total in self.totals([name for name, *_ in work], squares)]
+        run(_lib.twc_step, totals)
+
+
+def _is_native(work: Sequence[Cut]) -> bool:
+    """Are the tables on CPU, all float32 or all float64, with state of that dtype, and laid out as the library reads them?"""
+    dtypes = {t.dtype for _, block, _, values, rule in work for t in (block, values, *rule.state)}
+    return len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64} and all(
+        block.is_cpu and block.stride(1) == 1 and rows.is_contiguous() and rule.state[0].is_contiguous() for _, block, rows, _, rule in work
+    )
 
 
 def _squares(values: Tensor, scratch: dict[tuple, Tensor]) -> Tensor:
