@@ -25,14 +25,16 @@ class Model(nn.Module):
         super().__init__()
         self.bags = nn.ModuleList(nn.EmbeddingBag(ROWS + 7 * i, DIM, mode="sum") for i in range(TABLES))
         self.bottom = nn.Sequential(nn.Linear(13, 512), nn.ReLU(), nn.Linear(512, DIM), nn.ReLU())
+        self.top = nn.Sequential(nn.Linear(DIM * (TABLES + 1), 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 1))
 
     def forward(self, dense, ids):
-        return torch.cat([self.bottom(dense), *(bag(ids[i]) for i, bag in enumerate(self.bags))], 1)
+        return self.top(torch.cat([self.bottom(dense), *(bag(ids[i]) for i, bag in enumerate(self.bags))], 1))
 
 dist.init_process_group("fake", rank=RANK, world_size=WORLD, store=FakeStore())
 mesh = init_device_mesh("cpu", (WORLD,))
 ids = torch.randint(0, ROWS, (TABLES, BATCH, BAG), generator=torch.Generator().manual_seed(5))
-model = tw.optimize(Model(), {{"version": 1, "tables": {{"*": {{"sharding": SHARDING}}}}}}, sample_inputs=(torch.randn(BATCH, 13), ids), mesh=mesh)
+PLAN = {{"version": 1, "tables": {{"*": {{"sharding": SHARDING}}}}, "passes": {{"dense_chains": {{"measure": False}}}}}}
+model = tw.optimize(Model(), PLAN, sample_inputs=(torch.randn(BATCH, 13), ids), mesh=mesh)
 graph = model.graph_module.graph
 (start,) = [n for n in graph.nodes if n.target is exchange_ids.EXCHANGE]
 text = start.args[2]
@@ -51,10 +53,13 @@ for i in range(TABLES):
             least_rows += len(some) * shard.columns
 place = positions(graph)
 (wait,) = [n for n in graph.nodes if n.target is exchange_rows.WAIT]
+(pack,) = [n for n in graph.nodes if n.target is exchange_rows.PACK]
+layers = [n for n in graph.nodes if n.op == "call_function" and n.name.startswith("dense")]
 print(json.dumps(dict(
     exchanges=[str(n.target) for n in exchanges(graph)], streams=len(spec.streams), sent=[sent, least_ids], answered=[answered, least_rows],
-    start=place[start], bottom=max(place[n] for n in graph.nodes if n.op == "call_function" and ("dense" in n.name or "linear" in n.name)), wait=place[wait],
-    first=min(place[n] for n in graph.nodes if n.op == "call_function" and ("dense" in n.name or "linear" in n.name)),
+    start=place[start], bottom=[place[n] for n in layers if n.args[1].op == "get_attr" and "bottom" in n.args[1].target], wait=place[wait],
+    top=[place[n] for n in layers if n.args[1].name.startswith("later")], later=[place[n] for n in graph.nodes if n.name.startswith("later")],
+    pack=place[pack],
     blocks=len({{s.shard.rank for s in spec.streams}}), held=list(model.get_parameter("bags.0.weight").shape),
 )))
 """
@@ -68,4 +73,7 @@ def test_one_exchange_of_ids_and_one_of_rows_however_many_ranks(run_python, worl
     assert found["exchanges"] == ["tablewright.exchange_ids.default", "tablewright.send_rows.default"]
     assert found["streams"] == {"row_wise": world * tables, "column_wise": 16 * tables, "table_wise": tables}[sharding]
     assert found["sent"][0] == found["sent"][1] and found["answered"][0] == found["answered"][1]
-    assert found["start"] < found["first"] <= found["bottom"] < found["wait"], "the bottom MLP runs while ids and rows travel"
+    assert len(found["bottom"]) == 2 and len(found["top"]) == 2, "the last layer of the top is too small to be fused"
+    assert found["start"] < min(found["bottom"]) and max(found["bottom"]) < found["wait"], "the bottom MLP runs while ids and rows travel"
+    later = found["later"]
+    assert len(later) == 2 and found["pack"] < min(later) and max(later) < found["wait"], "the backward starts to send before it makes these gradients"
