@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from ..kernels.embedding.int8_rows import OP as INT8
 from ..kernels.embedding.op import OP
 from ..kernels.embedding.pooled import POOL, ROW_SUMS
 from ..kernels.embedding.spec import decode
@@ -29,7 +30,7 @@ from .lookups import BAG_OPS
 KEY = "cost"  # node.meta[KEY]: a Cost that the pass that made the node knows better (sizes that depend on the data)
 _ops = torch.ops.tablewright
 _wire = torch.ops._c10d_functional
-_LOOKUPS = (aten.embedding.default, *BAG_OPS, POOL, MAX, ROW_SUMS, OP)
+_LOOKUPS = (aten.embedding.default, *BAG_OPS, POOL, INT8, MAX, ROW_SUMS, OP)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import torch
 from torch.fx import Node
 
 from ..kernels.embedding.op import OP
+from ..kernels.embedding.reference import row_dim
 from ..kernels.embedding.spec import Extra, GroupSpec, Lookup, Table
 from .graph import Editor, Writes, ancestors, aten, base_of, is_pure, packet_name, positions, stored_tensor, value_of
 from .joins import Join, Rows, find_joins
@@ -140,13 +141,13 @@ class GroupTables(GroupRule):
             grad = "none" if not isinstance(tensor, torch.nn.Parameter) else "sparse" if found.sparse else "dense"
             if name not in tables:
                 numbers[name] = len(tables)
-                tables[name] = Table(name, tensor.shape[0], tensor.shape[1], grad)
+                tables[name] = Table(name, tensor.shape[0], row_dim(tensor), grad)
                 stored.append(editor.attribute(name, before=place, sources=[found.table, found.node], value=value_of(found.table)))
             elif grad == "dense":  # a dense gradient and a sparse one add up to a dense one
                 tables[name] = replace(tables[name], grad=grad)
             if found.result not in where:
                 where[found.result] = (len(slots), 0)
-                slots.append(tensor.shape[1])
+                slots.append(row_dim(tensor))
             slot, column = where[found.result]
             entries.append(
                 Lookup(
@@ -168,9 +169,9 @@ def _rows(found: LookupNode, facts: _Facts) -> Rows:
     table = stored_tensor(found.table, facts.context.root)
     assert table is not None
     if found.pooling != "none":
-        return Rows(table.shape[1], 2)
+        return Rows(row_dim(table), 2)
     ids = value_of(found.ids)
-    return Rows(table.shape[1], None if ids is None else ids.dim() + 1)
+    return Rows(row_dim(table), None if ids is None else ids.dim() + 1)
 
 
 def _called(found: LookupNode) -> str:

@@ -1,7 +1,8 @@
 """Recognise lookups in ATen form: which node reads which table with which ids, or why a node that reads one is left alone.
 
 Forms: ``aten.embedding`` (nn.Embedding, F.embedding), ``aten.embedding_bag`` (nn.EmbeddingBag, F.embedding_bag),
-``aten.index_select(weight, 0, ids)``, ``weight[ids]`` and, made by PoolSequences, ``tablewright.embedding_pool``.
+``aten.index_select(weight, 0, ids)``, ``weight[ids]``, ``tablewright.embedding_int8`` of tables that a plan stores so and, made by
+PoolSequences, ``tablewright.embedding_pool``.
 """
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
+from ..kernels.embedding.int8_rows import OP as INT8
 from ..kernels.embedding.op import OP
 from ..kernels.embedding.pooled import POOL
 from ..kernels.max_pool.op import OP as MAX
@@ -56,6 +58,8 @@ def read_lookup(node: Node, root: nn.Module, writes: Writes | None, largest: boo
         found = _indexed(node, root)
     elif node.target is POOL:
         found = _pool(node)
+    elif node.target is INT8:
+        found = _int8(node)
     else:
         return None
     if isinstance(found, LookupNode):
@@ -114,6 +118,14 @@ def _pool(node: Node) -> LookupNode:
     )  # fmt: skip
 
 
+def _int8(node: Node) -> LookupNode:
+    a = arguments(node)
+    padding = None if a["padding_idx"] < 0 else a["padding_idx"]
+    return LookupNode(
+        node, node, a["table"], a["ids"], a["offsets"], a["sample_weights"], a["pooling"], padding, a["include_last_offset"], False, False,
+    )  # fmt: skip
+
+
 def _indexed(node: Node, root: nn.Module) -> LookupNode | Skip | None:
     table: object
     if is_op(node, aten.index_select.default):
@@ -142,7 +154,7 @@ def _unfit(found: LookupNode, root: nn.Module, writes: Writes | None) -> Skip | 
     if weight is None:
         made = packet_name(found.table) or found.table.op
         return skip(f"its table is computed in the graph by {made}; only a stored table can be read in place", at=found.node)
-    if weight.dtype not in _DTYPES:
+    if weight.dtype not in (*_DTYPES, *((torch.uint8,) if found.node.target in (INT8, POOL) else ())):
         return skip(f"its table is {weight.dtype}; fp32, fp64, fp16 or bf16 is needed", at=found.node)
     if weight.dim() != 2 or weight.layout != torch.strided or not (weight.is_contiguous() or is_one_row(weight)):
         return skip("its table is not a contiguous [rows, dim] tensor", at=found.node)

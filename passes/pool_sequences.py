@@ -23,8 +23,10 @@ from typing import Any, ClassVar
 
 from torch.fx import Node
 
+from ..kernels.embedding.int8_rows import OP as INT8
 from ..kernels.embedding.pooled import POOL, ROW_SUMS
-from .graph import Editor, Writes, ancestors, aten, fetch, is_op, is_pure, packet_name, stored_tensor, value_of
+from ..kernels.embedding.reference import row_dtype
+from .graph import Editor, Writes, ancestors, arguments, aten, fetch, is_op, is_pure, packet_name, stored_tensor, value_of
 from .lazy import Lazy, make
 from .lookups import BAG_OPS, LookupNode, read_lookup
 from .pooled_maxima import ALONE, take_bag, take_maximum
@@ -34,7 +36,7 @@ from .rule import Context, Pass
 from .sequence_axes import arranged, as_matrix, size_of
 from .sequence_readers import Pool, Readers, read_readers
 
-_READS = (aten.embedding.default, aten.index_select.default, aten.index.Tensor)
+_READS = (aten.embedding.default, aten.index_select.default, aten.index.Tensor, INT8)
 
 
 @dataclass
@@ -52,7 +54,7 @@ class PoolSequences(Pass):
         for node in list(context.graph.nodes):
             if is_op(node, *BAG_OPS) and (made := take_bag(editor, node, context, writes, self.name)) is not None:
                 records.append(made)
-            if not is_op(node, *_READS):
+            if not is_op(node, *_READS) or (node.target is INT8 and arguments(node)["pooling"] != "none"):
                 continue
             lookup = read_lookup(node, context.root, writes)
             ids = _ids_of(lookup, node, context)
@@ -101,16 +103,19 @@ def _path(node: Node) -> str:
 
 def _ids_of(lookup: LookupNode | Skip | None, node: Node, context: Context) -> Ids | None:
     """The ids of a lookup, or of one that may not be rewritten, so that what is pooled there is reported."""
-    found: Any = lookup.ids if isinstance(lookup, LookupNode) else node.args[1] if is_op(node, aten.embedding.default) else None
+    found: Any = lookup.ids if isinstance(lookup, LookupNode) else node.args[1] if is_op(node, aten.embedding.default, INT8) else None
     table, rows = stored_tensor(node.args[0], context.root), value_of(node)
     if not isinstance(found, Node) or value_of(found) is None or rows is None:
         return None
-    return Ids(found, rows.dtype if table is None else table.dtype)
+    return Ids(found, rows.dtype if table is None else row_dtype(table))
 
 
 def _refusal(lookup: LookupNode | Skip | None, readers: Readers, writes: Writes) -> Skip | None:
     if isinstance(lookup, Skip):
         return lookup
+    if lookup is not None and lookup.node.target is INT8 and (readers.row_sums or readers.maxima):
+        what = "their maxima" if readers.maxima else "the sums of single rows"
+        return skip(f"its table has int8 rows, of which {what} are read; bags of int8 rows are summed or averaged", at=lookup.node)
     if readers.misfit is not None:
         return skip(readers.misfit[0], at=readers.misfit[1])
     if readers.others:

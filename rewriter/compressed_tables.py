@@ -1,7 +1,7 @@
-"""Compress the tables for which the plan says so: smaller ones in their place, in the shell and in the user's optimizer.
+"""Compress the tables for which the plan says so, or store them in int8: smaller ones in their place, in the shell and in the user's optimizer.
 
 The user's own model keeps its tables, untouched. In the optimized model ``user.weight`` becomes the parameters ``user.quotient`` and
-``user.remainder`` (or ``user.hashed``; ``user.base`` and ``user.projection``; the buffers ``user.codebooks`` and ``user.codes``), fitted to the
+``user.remainder`` (or ``user.hashed``; ``user.base`` and ``user.projection``; the buffers ``user.codebooks`` and ``user.codes``, or ``user.int8``), fitted to the
 rows that the plain table holds; ``capture/compressed.py`` says what a ``state_dict()`` means then.
 """
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..kernels.codecs.op import row_bytes
 from ..passes.records import APPLIED, SKIPPED, Record
 from .capture.compressed import Compressed, compress
-from .compression import Compression, Hashing, MixedDim, ProductQuantization, QuotientRemainder
+from .compression import Compression, Hashing, Int8Rows, MixedDim, ProductQuantization, QuotientRemainder
 from .errors import PlanError
 from .meta_weights import begin
 from .plan import Plan, TablePlan
@@ -36,17 +37,18 @@ class CompressedTables:
     def notes(self) -> list[str]:
         """For the report."""
         before, after = (sum(sizes) for sizes in zip(*self.saved.values())) if self.saved else (0, 0)
-        said = f"{len(self.saved)} compressed tables have {after:,} bytes instead of {before:,}; report.table() says which and how"
+        said = f"{len(self.saved)} tables in smaller forms have {after:,} bytes instead of {before:,}; report.table() says which and how"
         return [said] if self.saved else []
 
     def refuse_others(self, resolved: Mapping[str, TablePlan]) -> None:
         """Raises :class:`PlanError` for a table that is to be compressed and belongs to no module that can be."""
         known = {r.subject for r in self.records}
         for name, plan in resolved.items():
-            if plan.compress is not None and name not in known and name not in self.names:
+            key, what = ("compress", "compressed") if plan.compress is not None else ("dtype", "stored in int8")
+            if (plan.compress is not None or plan.dtype == "int8") and name not in known and name not in self.names:
                 raise PlanError(
-                    f"tables: '{name}' is to be compressed, and it is no weight of an nn.Embedding or nn.EmbeddingBag; only those can be. "
-                    "Take compress out of that entry of the plan"
+                    f"tables: '{name}' is to be {what}, and it is no weight of an nn.Embedding or nn.EmbeddingBag; only those can be. "
+                    f"Take {key} out of that entry of the plan"
                 )
 
 
@@ -60,24 +62,32 @@ def compressed(shell: nn.Module, plan: Plan, optimizer: Optimizer | None, over_r
     """Compress tables of ``shell``; on an error ``optimizer`` is as it was. Raises :class:`PlanError` where a table cannot be compressed as
     the plan says; one that would not become smaller stays, with the reason in its record."""
     done = CompressedTables()
-    owners = _owners(shell) if any(t.compress is not None for t in plan.tables.values()) else {}
+    owners = _owners(shell) if any(t.compress is not None or t.dtype == "int8" for t in plan.tables.values()) else {}
     undo: list[Callable[[], Any]] = []
     state = {} if optimizer is None else dict(optimizer.state)
     try:
         known = {name: names for name, (_, names, _) in owners.items()}
-        for name, how in plan.says("compress", known).items():
+        wanted = {name: Int8Rows() for name, word in plan.says("dtype", known).items() if word == "int8"} | plan.says("compress", known)
+        for name, how in wanted.items():
             table, names, modules = owners[name]
-            for key in (f.name for f in fields(TablePlan) if f.name not in ("compress", "embedding_optimizer", "trainable")):
+            own = "dtype" if isinstance(how, Int8Rows) else "compress"
+            kind = ("stored tables", "storage") if own == "dtype" else ("compressed tables", "compress")
+            for key in (f.name for f in fields(TablePlan) if f.name not in (own, "embedding_optimizer", "trainable")):
                 other = plan.says(key, {name: names}).get(name, "fp32")
                 if other != "fp32":
-                    raise PlanError(f"tables: '{name}' has compress and {key}: {other}, which do not go together yet; leave one of them out")
+                    raise PlanError(f"tables: '{name}' has {own} and {key}: {other}, which do not go together yet; leave one of them out")
             _check(name, table, modules, how, over_ranks)
+            if own == "dtype" and table.requires_grad and plan.says("trainable", {name: names}).get(name) is not False:
+                raise PlanError(
+                    f"the plan stores table '{name}' as int8, and it is trained: int8 rows are for tables that are not. "
+                    "Say trainable: false for it, or dtype: fp16 or bf16"
+                )
             if reason := _too_small(table, how):
-                done.records.append(Record("compressed tables", SKIPPED, name, "compress", reason))
+                done.records.append(Record(kind[0], SKIPPED, name, kind[1], reason))
                 continue
             made = compress(modules, how)
             parts, began = made.parts(), ""
-            if optimizer is not None and _hand_over(optimizer, name, table, parts, how, undo):
+            if optimizer is not None and own == "compress" and _hand_over(optimizer, name, table, parts, how, undo):
                 began = "; its optimizer state begins anew"
             before, after = (sum(t.numel() * t.element_size() for t in each) for each in ([table], parts.values()))
             done.saved[name] = before, after
@@ -87,7 +97,7 @@ def compressed(shell: nn.Module, plan: Plan, optimizer: Optimizer | None, over_r
                 f"{_words(how)}: {after:,} bytes instead of {before:,} ({before / after:.1f} times smaller); the plain rows are met to "
                 f"{difference:.2g} of their norm{began}"
             )
-            done.records.append(Record("compressed tables", APPLIED, name, "compress", detail=detail))
+            done.records.append(Record(kind[0], APPLIED, name, kind[1], detail=detail))
         yield done
     except BaseException:
         for each in reversed(undo):
@@ -116,12 +126,15 @@ def _owners(shell: nn.Module) -> dict[str, tuple[nn.Parameter, list[str], list[n
 
 def _check(name: str, table: nn.Parameter, modules: list[nn.Module], how: Compression, over_ranks: bool) -> None:
     def refuse(why: str) -> PlanError:
-        return PlanError(f"tables: '{name}' cannot be compressed by {how.key}: {why}. Take compress out of that entry of the plan")
+        what, key = ("stored in int8", "dtype") if isinstance(how, Int8Rows) else (f"compressed by {how.key}", "compress")
+        return PlanError(f"tables: '{name}' cannot be {what}: {why}. Take {key} out of that entry of the plan")
 
     if over_ranks:
         raise refuse("the model runs over several ranks (mesh=), which is not supported yet")
     if table.is_meta or table.dtype not in (torch.float32, torch.float64):
         raise refuse(f"it is {table.dtype} on {table.device}; rows in float32 or float64 are needed, to be fitted")
+    if isinstance(how, Int8Rows) and table.dtype != torch.float32:
+        raise refuse(f"it is {table.dtype}, and int8 rows are read in float32")
     if not bool(torch.isfinite(table).all()):
         raise refuse("it holds numbers that are not finite, which would spread to other rows")
     if name == "weight":
@@ -153,6 +166,8 @@ def _too_small(table: Tensor, how: Compression) -> str:
         kept = (how.buckets - (-rows // how.buckets) + 2) * dim * size
     elif isinstance(how, MixedDim):
         kept = (rows + dim) * how.dim * size
+    elif isinstance(how, Int8Rows):
+        kept = rows * row_bytes("int8", dim)
     else:
         kept = rows * how.parts + 257 * dim * size
     whole = rows * dim * size
@@ -197,4 +212,6 @@ def _words(how: Compression) -> str:
         return f"quotient and remainder by {how.buckets:,} buckets, {'multiplied' if how.combine == 'multiply' else 'added'}"
     if isinstance(how, MixedDim):
         return f"rows of {how.dim} numbers and a projection"
+    if isinstance(how, Int8Rows):
+        return "int8 rows, with a scale and an offset each, in memory of their own"
     return f"product quantization, {how.parts} bytes a row"

@@ -73,6 +73,13 @@ class ProductQuantization(Compression):
     key: ClassVar[str] = "product_quantization"
 
 
+@dataclass(frozen=True)
+class Int8Rows(Compression):
+    """A byte a value, a scale and an offset a row (``kernels/codecs``); in a plan ``dtype: int8``. For tables that are not trained."""
+
+    key: ClassVar[str] = "int8"
+
+
 _KINDS: dict[str, type[Compression]] = {c.key: c for c in (Hashing, QuotientRemainder, MixedDim, ProductQuantization)}
 
 

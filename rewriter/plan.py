@@ -6,7 +6,7 @@ embedding_optimizer: {rowwise_adagrad: {lr: 0.01, eps: 1.0e-8, in_backward: true
 tables:                       # globs on module paths; every matching entry applies, key by key, the earlier one winning
   "user*": {embedding_optimizer: {adagrad: {lr: 0.02}}}
   "frozen.*": {trainable: false}
-  "huge.*": {dtype: bf16}     # fp32 | fp16 | bf16: in memory of their own; updates in the backward round stochastically
+  "huge.*": {dtype: bf16}     # fp32 | fp16 | bf16 | int8: in memory of their own; updates in the backward round stochastically
 passes: {group_tables: true}  # absent = default, false = off, mapping = options
 numerics: reassociated        # exact | reassociated | approximate: the loosest class of rewrite allowed
 precision: fp32               # fp32 | bf16 | fp16: of the dense part; parameters, tables and updates stay fp32
@@ -112,6 +112,7 @@ class Adam(EmbeddingOptimizer):
     eps: float = 1e-8
 
 
+_STORED = (*PRECISIONS, "int8")  # dtypes of tables
 _OPTIMIZERS: dict[str, type[EmbeddingOptimizer]] = {c.key: c for c in (SGD, Adagrad, RowwiseAdagrad, Adam)}
 
 
@@ -119,7 +120,7 @@ _OPTIMIZERS: dict[str, type[EmbeddingOptimizer]] = {c.key: c for c in (SGD, Adag
 class TablePlan:
     """What a plan says of the tables that one glob matches; ``None`` says nothing. ``trainable: false`` freezes them in the
     optimized model, whatever ``requires_grad`` says. ``dtype``: store them in it, apart from the plain model's; their optimizer then is
-    the plan's, in the backward, if they are trained. The rest places them on ranks (``placement.py``)."""
+    the plan's, in the backward, if they are trained. int8 (a byte a value, a scale and an offset a row) is for frozen tables. The rest places them on ranks (``placement.py``)."""
 
     embedding_optimizer: EmbeddingOptimizer | None = None
     trainable: bool | None = None
@@ -140,7 +141,7 @@ class TablePlan:
         ok = self.compress is None or isinstance(self.compress, Compression)
         _expect(ok, "tables.<glob>.compress", self.compress, "one of tw.Hashing, tw.QuotientRemainder, tw.MixedDim, tw.ProductQuantization")
         _expect(self.ids is None or isinstance(self.ids, DynamicIds), "tables.<glob>.ids", self.ids, "a tw.DynamicIds")
-        _expect(self.dtype is None or self.dtype in PRECISIONS, "tables.<glob>.dtype", self.dtype, " | ".join(PRECISIONS))
+        _expect(self.dtype is None or self.dtype in _STORED, "tables.<glob>.dtype", self.dtype, " | ".join(_STORED))
         ranks = check_placement(self.sharding, self.ranks, self.exchange, self.communication, self.split, "tables.<glob>")
         object.__setattr__(self, "ranks", ranks)
 
@@ -193,10 +194,12 @@ class Plan:
         tables = {k: v if isinstance(v, TablePlan) else _table_from(v, f"tables.{k}") for k, v in self.tables.items()}
         object.__setattr__(self, "tables", MappingProxyType(tables))
         smaller = next((f"{glob}.compress: {t.compress.key}" for glob, t in tables.items() if t.compress is not None), None)
+        if smaller is None:
+            smaller = next((f"{glob}.dtype: int8" for glob, t in tables.items() if t.dtype == "int8"), None)
         if smaller is not None and self.numerics != "approximate":
             raise PlanError(
-                f"tables.{smaller} gives a table fewer numbers, which is approximate, and the plan allows numerics: {self.numerics}. "
-                "Say numerics: approximate, or leave compress out"
+                f"tables.{smaller} gives a table fewer bytes for a number, or fewer numbers, which is approximate, and the plan allows numerics: {self.numerics}. "
+                f"Say numerics: approximate, or leave {smaller.partition(':')[0].rpartition('.')[2]} out"
             )
         known = {p.name: p for p in registry.DEFAULT}
         chosen: dict[str, Any] = {}

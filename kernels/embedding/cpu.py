@@ -24,7 +24,7 @@ from .reference import OptionalTensors
 from .spec import GroupSpec
 from .updates import TableUpdate
 
-_ABI = 4  # tw_abi() of native/driver.cpp
+_ABI = 5  # tw_abi() of native/driver.cpp
 _LEVELS = ("baseline", "AVX2", "AVX-512")  # of tw_level()
 _PAIRS, _COALESCED, _DENSE = range(3)  # layouts of gradients() in native/python.cpp
 _OK, _BAD_INPUT, _UNSUPPORTED, _NO_MEMORY = range(4)  # enum Result of native/call.h
@@ -65,7 +65,7 @@ def _connect() -> Any:
     except (ImportError, AttributeError):  # built without Python's headers; a torch that does not publish its tensors
         return None
     makers = torch.empty, torch.zeros, buffers.empty, buffers.SMALLEST
-    return module if module.connect(exchange, torch.Tensor, torch.nn.Parameter, *makers, torch.int64, torch.sparse_coo_tensor) else None
+    return module if module.connect(exchange, torch.Tensor, torch.nn.Parameter, *makers, torch.int64, torch.sparse_coo_tensor, torch.float32) else None
 
 
 _direct = _connect()
@@ -116,7 +116,7 @@ def forward(
         )
         if slots is not None:
             return slots
-    call = describe_call(plan, tables, indices, offsets, sample_weights)
+    call = describe_call(plan, tables, indices, offsets, sample_weights, reads=True)
     if call is None or _lib is None:
         return reference.forward(spec, tables, indices, offsets, sample_weights, extras)
     words, dtype, extra_words = call.words, call.dtype, []

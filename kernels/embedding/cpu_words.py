@@ -15,10 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..codecs.op import row_bytes
 from .reference import OptionalTensors
 from .spec import GroupSpec
 from .updates import KINDS, TableUpdate
 
+CODED = 4  # int8 rows, which are only read
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 POOLINGS = {"none": 0, "sum": 1, "mean": 2}
 _UPDATE = struct.Struct("=qqQQ6d")
@@ -93,20 +95,23 @@ class Call:
 
 
 def describe_call(
-    plan: Plan, tables: Sequence[Tensor], indices: Sequence[Tensor], offsets: OptionalTensors, sample_weights: OptionalTensors
+    plan: Plan, tables: Sequence[Tensor], indices: Sequence[Tensor], offsets: OptionalTensors, sample_weights: OptionalTensors, reads: bool = False
 ) -> Call | None:
-    """Pack tables and lookups. None where the library cannot take the call; then the reference does it, or says what is wrong."""
+    """Pack tables and lookups; ``reads``: tables are only read, and may have int8 rows. None where the library cannot take the call; then the reference does it, or says what is wrong."""
     if not tables:
         return None
-    dtype = tables[0].dtype
-    code = DTYPES.get(dtype)
+    stored = dtype = tables[0].dtype
+    code, more = DTYPES.get(dtype), 0
+    if reads and stored is torch.uint8:
+        code, dtype, more = CODED, torch.float32, row_bytes("int8", 1) - 1
     if code is None:
         return None
     keep: list[Tensor] = []
     words = [code, torch.get_num_threads()]
     for table, (size, stride, rows) in zip(tables, plan.tables):
-        if table.dtype is not dtype or not table.is_cpu:
+        if table.dtype is not stored or not table.is_cpu:
             return None
+        size, stride = size + more * rows, stride + more
         if table.numel() != size or table.size(0) != rows:
             return None
         if not table.is_contiguous():

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import gpu_small, reference
 from .gpu_backward import Finish, group_by_launch, reduce_runs
-from .gpu_launch import TYPES, Lookups, alignment, on_device, one_type, send
+from .gpu_launch import TYPES, Lookups, alignment, on_device, one_type, send, triton_type
 from .gpu_sort import Sorted, sort_ahead, sort_reads
 from .gpu_sort import join_captured as join_captured
 from .id_status import IdStatus, check_ids
@@ -50,7 +50,8 @@ def _or_reference(function):
     @functools.wraps(function)
     def call(first, *rest):
         tables = first if function.__name__ == "update_from_sparse" else rest[0 if function.__name__ == "forward" else 1]
-        return (function if takes(tables) else plain)(first, *rest)
+        coded = function.__name__ == "forward" and all(t.dtype == torch.uint8 and t.shape[1] <= MAX_DIM and t.stride(1) == 1 for t in tables)
+        return (function if coded or takes(tables) else plain)(first, *rest)
 
     return call
 
@@ -58,10 +59,7 @@ def _or_reference(function):
 def _check_shapes(spec: GroupSpec, tables, indices, offsets, sample_weights) -> None:
     """What can be checked without reading values. Raises ValueError and TypeError as ``reference.check_inputs`` does."""
     for table, tensor in zip(spec.tables, tables, strict=True):
-        if tuple(tensor.shape) != (table.rows, table.dim):
-            raise ValueError(
-                f"table {table.name!r} has shape {tuple(tensor.shape)}; its graph was built for {(table.rows, table.dim)}"
-            )
+        reference.check_table(table, tensor)
     for lookup, ids, offs, weights in zip(spec.lookups, indices, offsets, sample_weights, strict=True):
         reference.check_shapes(lookup, ids, offs, weights)
 
@@ -78,7 +76,8 @@ def forward(spec: GroupSpec, tables, indices, offsets, sample_weights, extras) -
     ``id_status.py`` says: with the next forward or at ``check_ids()``. Extras must have the tables' dtype."""
     check_ids(wait=False)
     _check_shapes(spec, tables, indices, offsets, sample_weights)
-    device, dtype, size = tables[0].device, tables[0].dtype, tables[0].element_size()
+    device, dtype = tables[0].device, reference.row_dtype(tables[0])
+    size = dtype.itemsize
     reads = Lookups(spec, tables, indices, offsets, sample_weights, [True] * len(spec.lookups))
     slots = _slots(spec, tables, indices, offsets, extras)
     steps = 4 if reads.weight_type is None else 2  # ids in flight per bag, as registers allow without spills
@@ -86,16 +85,18 @@ def forward(spec: GroupSpec, tables, indices, offsets, sample_weights, extras) -
     entries: list[LookupEntry] = []
     program = 0
 
-    def add(make, bags: int, table: Tensor, slot: Tensor, column: int, unroll: int) -> None:
+    def add(make, bags: int, table: Tensor, dim: int, slot: Tensor, column: int, unroll: int) -> None:
         nonlocal program
-        if bags == 0 or table.shape[-1] == 0:
+        if bags == 0 or dim == 0:
             return
-        dim, out = table.shape[-1], slot.data_ptr() + column * size
+        out = slot.data_ptr() + column * size
         block = triton.next_power_of_2(dim)
         vectors = (
-            alignment(size, dim, table.stride(-2), addresses=[table.data_ptr()]),
+            alignment(table.element_size(), dim, table.stride(-2), addresses=[table.data_ptr()]),
             alignment(size, dim, slot.shape[-1], addresses=[out]),
         )
+        if table.dtype == torch.uint8 and vectors[0] < 8:  # loads of single bytes take registers
+            unroll = min(unroll, 2)
         kind = kinds.setdefault((tile_rows(block), block, *vectors, unroll), len(kinds))
         entries.append(make(program, kind, out, slot.shape[-1]))
         program += triton.cdiv(bags, tile_rows(block))
@@ -103,17 +104,18 @@ def forward(spec: GroupSpec, tables, indices, offsets, sample_weights, extras) -
     for i, lookup in enumerate(spec.lookups):
         bags = math.prod(leading_shape(lookup, indices[i], offsets[i]))
         make = functools.partial(reads.entry, i, train=False)
-        add(make, bags, tables[lookup.table], slots[lookup.slot], lookup.column, 1 if lookup.pooling == "none" else steps)
+        table = tables[lookup.table]
+        add(make, bags, table, spec.tables[lookup.table].dim, slots[lookup.slot], lookup.column, 1 if lookup.pooling == "none" else steps)
     flat = [_rows_contiguous([e.detach().reshape(-1, e.shape[-1]).to(dtype)])[0] for e in extras]
     for place, extra in zip(spec.extras, flat, strict=True):
         for column in range(0, place.width, MAX_DIM):
             part = extra[:, column : column + MAX_DIM]
-            add(functools.partial(_extra_entry, part), part.shape[0], part, slots[place.slot], place.column + column, 0)
+            add(functools.partial(_extra_entry, part), part.shape[0], part, part.shape[1], slots[place.slot], place.column + column, 0)
     status = IdStatus(spec, indices, offsets, device)
     if program:
         with on_device(device):
             forward_kernel[(program,)](
-                send(entries, device), status.found, len(entries), status.found.shape[1], tuple(kinds), TYPES[dtype],
+                send(entries, device), status.found, len(entries), status.found.shape[1], tuple(kinds), triton_type(tables[0].dtype), TYPES[dtype],
                 **reads.types, WEIGHT_T=reads.weight_type,
             )  # fmt: skip
         status.send()
@@ -148,7 +150,8 @@ def _slots(spec: GroupSpec, tables, indices, offsets, extras) -> list[Tensor]:
         leading[place.slot] = held
         written[place.slot] += place.width
     new = [tables[0].new_empty if w == width else tables[0].new_zeros for w, width in zip(written, spec.slots)]
-    return [make((*(held or ((0,), ""))[0], width)) for make, held, width in zip(new, leading, spec.slots)]
+    dtype = reference.row_dtype(tables[0])
+    return [make((*(held or ((0,), ""))[0], width), dtype=dtype) for make, held, width in zip(new, leading, spec.slots)]
 
 
 SORT_AHEAD = True  # off: to measure what it brings

@@ -19,6 +19,11 @@ TYPES = {
 }  # fmt: skip
 
 
+def triton_type(dtype: torch.dtype):
+    """Triton's name of a table's dtype."""
+    return tl.uint8 if dtype == torch.uint8 else TYPES[dtype]
+
+
 def on_device(device: torch.device):
     """Kernels are launched on the current device, so make it that of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -89,6 +94,6 @@ class Lookups:
             offsets=0 if offs is None else offs.data_ptr(), n_offsets=0 if offs is None else offs.numel(),
             bag=0 if offs is not None else ids.numel() // max(1, bags), bags=bags, ends=int(lookup.include_last_offset),
             weights=0 if weights is None else weights.data_ptr(), table=table.data_ptr(), rows=table.shape[0],
-            dim=table.shape[1], stride=table.stride(0), padding=-1 if padding is None else padding, wrap=int(lookup.wrap_negative),
+            dim=self.spec.tables[lookup.table].dim, stride=table.stride(0), padding=-1 if padding is None else padding, wrap=int(lookup.wrap_negative),
             mean=int(lookup.pooling == "mean"), out=out, out_stride=out_stride, **more,
         )  # fmt: skip

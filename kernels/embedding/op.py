@@ -4,7 +4,7 @@
 
     embedding_bags(tables, indices, offsets, sample_weights, extras, spec, ticket=None, owner=-1) -> list[Tensor]
 
-``spec`` is an encoded :class:`~.spec.GroupSpec`; ``tables`` has one tensor ``[rows, dim]`` for each of its tables; ``indices``,
+``spec`` is an encoded :class:`~.spec.GroupSpec`; ``tables`` has one tensor ``[rows, dim]`` (or int8 rows, ``int8_rows.py``) for each of its tables; ``indices``,
 ``offsets`` and ``sample_weights`` have one entry for each lookup (``None`` where it has none); ``extras`` one dense tensor for
 each extra. The result has one tensor ``[*leading, width]`` for each slot, in the tables' dtype (promoted with its extras').
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..library import DIRECT, LIBRARY, tracing
 from . import cpu, in_backward
+from .reference import row_dtype
 from .spec import GroupSpec, decode
 
 LIBRARY.define(
@@ -58,7 +59,7 @@ def forward(tables, indices, offsets, sample_weights, extras, text: str) -> list
     spec = decode(text)
     if spec.unmade:
         return _unmade(spec, tables, indices, offsets)
-    dtype = tables[0].dtype
+    dtype = row_dtype(tables[0])
     same = not extras or all([e.dtype == dtype for e in extras])
     given = extras if same else [e.to(dtype) for e in extras]
     slots = implementation(tables[0].device).forward(spec, tables, indices, offsets, sample_weights, given)
@@ -68,7 +69,7 @@ def forward(tables, indices, offsets, sample_weights, extras, text: str) -> list
 
 def _unmade(spec: GroupSpec, tables, indices, offsets) -> list[Tensor]:
     """Zeros in the shape of every slot, all in one number's memory."""
-    zero = tables[0].new_zeros(())
+    zero = tables[0].new_zeros((), dtype=row_dtype(tables[0]))
     return [zero.expand(*shape, width) for shape, width in zip(leading_shapes(spec, indices, offsets), spec.slots)]
 
 
@@ -106,7 +107,7 @@ def _fake(tables, indices, offsets, sample_weights, extras, spec, ticket=None, o
     parsed = decode(spec)
     if parsed.unmade:
         return _unmade(parsed, tables, indices, offsets)
-    dtypes = [torch.float32 if parsed.wide else tables[0].dtype] * len(parsed.slots)
+    dtypes = [torch.float32 if parsed.wide else row_dtype(tables[0])] * len(parsed.slots)
     for place, extra in zip(parsed.extras, extras):
         dtypes[place.slot] = torch.promote_types(dtypes[place.slot], extra.dtype)
     shapes = leading_shapes(parsed, indices, offsets)
@@ -120,7 +121,7 @@ def _backward(slot_grads, tables, indices, offsets, sample_weights, text: str, w
     """Per wanted table (rows, values) if sparse (``whole``: one sparse tensor), else a dense gradient; then a gradient for each wanted
     sample weight."""
     spec = decode(text)
-    dtype = tables[0].dtype
+    dtype = row_dtype(tables[0])
     slot_grads = [g if g is None or g.dtype == dtype else g.to(dtype) for g in slot_grads]
     run = implementation(tables[0].device)
     args = (spec, slot_grads, tables, indices, offsets, sample_weights)
@@ -407,7 +408,7 @@ def call(tables, indices, offsets, sample_weights, extras, spec, ticket=None, ow
     """:data:`OP` without the trip through torch's dispatcher (2 us a lookup), wherever nothing needs to see the op."""
     if torch.compiler.is_compiling() or tracing():
         return OP(tables, indices, offsets, sample_weights, extras, spec, ticket, owner)
-    if len(indices) == 1 and indices[0].numel() <= _FEW and (lone := _lone(spec)) and tables[0].is_cpu:
+    if len(indices) == 1 and indices[0].numel() <= _FEW and (lone := _lone(spec)) and tables[0].is_cpu and tables[0].dtype is not torch.uint8:
         padding, grad = lone
         try:
             if grad == "dense" or not torch.is_grad_enabled():

@@ -4,7 +4,7 @@
 ``[B, L]``, each row scaled by ``sample_weights[B, L]`` where given; the result is ``[B, dim]``. The row ``padding_idx`` (-1: no
 such row) gets no gradient; it is summed like any other with ``padding_read`` (``nn.Embedding`` followed by a sum), and left out
 without (``nn.EmbeddingBag``). ATen has no call for the first of these. It consists of ``embedding_bags`` with one lookup, and
-GroupTables lets many of them share a launch.
+GroupTables lets many of them share a launch. ``weight`` may have int8 rows (``int8_rows.py``).
 
 ``embedding_row_sums(weight, ids)`` is ``weight[ids].sum(-1)`` as far as comparing with 0 goes: of the shape of ``ids``, zero where
 that sum is zero and else of its sign, not differentiable. The tensor of all looked-up rows never exists. Whether a float sum is
@@ -22,6 +22,7 @@ from torch import Tensor
 from ..library import LIBRARY
 from . import cpu
 from .op import OP
+from .reference import row_dim
 from .spec import GroupSpec, Lookup, Table
 
 LIBRARY.define(
@@ -44,7 +45,7 @@ def _spec(rows: int, dim: int, padding_idx: int, padding_read: bool, wrap_negati
 
 
 def _pool(weight, ids, sample_weights=None, padding_idx=-1, padding_read=True, wrap_negative=False, sparse=False) -> Tensor:
-    text = _spec(weight.shape[0], weight.shape[1], padding_idx, padding_read, wrap_negative, sparse)
+    text = _spec(weight.shape[0], row_dim(weight), padding_idx, padding_read, wrap_negative, sparse)
     return OP([weight], [ids], [None], [sample_weights], [], text)[0]
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..codecs.op import reference_decode, row_bytes
 from .spec import GroupSpec, Lookup, Table
 from .updates import TableUpdate
 
@@ -41,6 +42,27 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def row_dtype(table: Tensor) -> torch.dtype:
+    """The dtype of a table's rows as they are read: its own, and float32 of int8 rows (``int8_rows.py``)."""
+    return torch.float32 if table.dtype == torch.uint8 else table.dtype
+
+
+def row_dim(table: Tensor) -> int:
+    """How many numbers a row of a table has."""
+    return table.shape[1] - row_bytes("int8", 1) + 1 if table.dtype == torch.uint8 else table.shape[1]
+
+
+def row_width(dim: int, table: Tensor) -> int:
+    """How wide a ``table`` of ``dim`` columns is in memory, in elements."""
+    return row_bytes("int8", dim) if table.dtype == torch.uint8 else dim
+
+
+def read_rows(table: Tensor, dim: int, rows: Tensor) -> Tensor:
+    """``[n, dim]`` of :func:`row_dtype`: the table's ``rows`` (int64 ``[n]``)."""
+    found = table.detach()[rows]
+    return reference_decode(found, "int8", dim, torch.float32) if table.dtype == torch.uint8 else found
+
+
 def check_inputs(
     spec: GroupSpec, tables: Sequence[Tensor], indices: Sequence[Tensor], offsets: OptionalTensors, sample_weights: OptionalTensors
 ) -> None:
@@ -51,10 +73,7 @@ def check_inputs(
     messages count in the flattened tensor. Reads values, so it synchronises on a GPU.
     """
     for table, tensor in zip(spec.tables, tables, strict=True):
-        if tuple(tensor.shape) != (table.rows, table.dim):
-            raise ValueError(
-                f"table {table.name!r} has shape {tuple(tensor.shape)}; its graph was built for {(table.rows, table.dim)}"
-            )
+        check_table(table, tensor)
     for lookup, ids, offs, weights in zip(spec.lookups, indices, offsets, sample_weights, strict=True):
         check_shapes(lookup, ids, offs, weights)
         if offs is not None:
@@ -63,6 +82,13 @@ def check_inputs(
     leading: dict[int, tuple[tuple[int, ...], str]] = {}
     for lookup, ids, offs in zip(spec.lookups, indices, offsets, strict=True):
         check_leading(lookup, ids, offs, leading)
+
+
+def check_table(table: Table, tensor: Tensor) -> None:
+    """Raise ValueError for a table of another shape."""
+    wanted = table.rows, row_width(table.dim, tensor)
+    if tuple(tensor.shape) != wanted:
+        raise ValueError(f"table {table.name!r} has shape {tuple(tensor.shape)}; its graph was built for {wanted}")
 
 
 def check_leading(lookup: Lookup, ids: Tensor, offsets: Tensor | None, seen: dict[int, tuple[tuple[int, ...], str]]) -> None:
@@ -92,26 +118,26 @@ def forward(
     sample_weights: OptionalTensors,
     extras: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Look everything up: one tensor ``[*leading, width]`` per slot, in the tables' dtype; columns nobody writes are zero.
+    """Look everything up: one tensor ``[*leading, width]`` per slot, in the tables' :func:`row_dtype`; columns nobody writes are zero.
 
     Raises what :func:`check_inputs` raises, and ValueError for an extra whose shape does not fit its slot.
     """
     check_inputs(spec, tables, indices, offsets, sample_weights)
-    dtype = tables[0].dtype
+    dtype = row_dtype(tables[0])
     acc = accumulation_dtype(dtype)
     out: list[Tensor | None] = [None] * len(spec.slots)
 
     def slot(index: int, leading: tuple[int, ...]) -> Tensor:
         held = out[index]
         if held is None:
-            held = out[index] = tables[0].new_zeros((*leading, spec.slots[index]))
+            held = out[index] = tables[0].new_zeros((*leading, spec.slots[index]), dtype=dtype)
         return held
 
     for lookup, ids, offs, weights in zip(spec.lookups, indices, offsets, sample_weights, strict=True):
         table, dim = tables[lookup.table], spec.tables[lookup.table].dim
         reads = unroll(spec, lookup, ids, offs, weights, acc)
         target = slot(lookup.slot, reads.leading).narrow(-1, lookup.column, dim)
-        rows = table.detach()[reads.rows]
+        rows = read_rows(table, dim, reads.rows)
         if lookup.pooling == "none":
             target.copy_(rows.view(*reads.leading, dim))
             continue
@@ -190,7 +216,7 @@ def sample_weight_gradients(
         grad = _lookup_gradient(spec, lookup, slot_grads, acc)
         reads = unroll(spec, lookup, ids, offs, None, acc, keep_padding=True)
         left_out = None if lookup.left_out is None else reads.rows == lookup.left_out
-        dots = (grad[reads.bag] * tables[lookup.table].detach()[reads.rows].to(acc)).sum(-1)
+        dots = (grad[reads.bag] * read_rows(tables[lookup.table], grad.shape[1], reads.rows).to(acc)).sum(-1)
         if left_out is not None:
             dots = torch.where(left_out, 0, dots)
         gradient.view(-1)[: dots.numel()] = dots.to(weights.dtype)

@@ -42,6 +42,21 @@ from .triton_common import (
 
 
 @triton.jit
+def _scale_and_offset(tail, use, VEC: tl.constexpr):
+    """The float32 numbers (each [R]) at and behind bytes ``tail`` (uint8 pointers [R]), 0 where not ``use``; VEC: their alignment."""
+    if VEC % 4 == 0:
+        words = tail.to(tl.pointer_type(tl.float32))
+        return tl.load(words, mask=use, other=0.0), tl.load(words + 1, mask=use, other=0.0)
+    byte = tl.arange(0, 4)
+    held = use[:, None] & (byte >= 0)[None, :]
+    shift = (byte * 8)[None, :]
+    places = tail[:, None] + byte[None, :]
+    scale = tl.sum(tl.load(places, mask=held, other=0).to(tl.int32) << shift, 1).to(tl.float32, bitcast=True)
+    offset = tl.sum(tl.load(places + 4, mask=held, other=0).to(tl.int32) << shift, 1).to(tl.float32, bitcast=True)
+    return scale, offset
+
+
+@triton.jit
 def _sum_rows(
     entry, first, count, step, cols, R: tl.constexpr, D: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
     TABLE_T: tl.constexpr, ID_T: tl.constexpr, WEIGHT_T: tl.constexpr,
@@ -68,9 +83,11 @@ def _sum_rows(
             row, good = read_rows(ids, rows, wrap, at, live, ID_T)
             bad_at = tl.minimum(bad_at, tl.where(live & (good == 0), at, NOTHING))
             use = live & good & (row != padding)
-            value = tl.load(
-                table + (row.to(tl.int64) * stride)[:, None] + cols[None, :], mask=use[:, None] & (cols < dim)[None, :], other=0.0
-            ).to(tl.float32)
+            place = table + row.to(tl.int64) * stride
+            value = tl.load(place[:, None] + cols[None, :], mask=use[:, None] & (cols < dim)[None, :], other=0).to(tl.float32)
+            if TABLE_T == tl.uint8:
+                scale, offset = _scale_and_offset(place + dim, use, VEC)
+                value = value * scale[:, None] + offset[:, None]
             if WEIGHT_T is not None:
                 pointer = weights.to(tl.pointer_type(WEIGHT_T)) + at
                 value *= tl.load(pointer, mask=use & (weights != 0), other=1.0).to(tl.float32)[:, None]
@@ -90,7 +107,7 @@ def _report(place, position):
 @triton.jit
 def _forward_tile(
     entry, tile, found, N_LOOKUPS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, TABLE_VEC: tl.constexpr, OUT_VEC: tl.constexpr,
-    UNROLL: tl.constexpr, TABLE_T: tl.constexpr, ID_T: tl.constexpr, OFFSET_T: tl.constexpr, WEIGHT_T: tl.constexpr,
+    UNROLL: tl.constexpr, TABLE_T: tl.constexpr, OUT_T: tl.constexpr, ID_T: tl.constexpr, OFFSET_T: tl.constexpr, WEIGHT_T: tl.constexpr,
 ):  # fmt: skip
     """Write bags ``tile * R`` to ``tile * R + R`` of one lookup; UNROLL 0: copy these rows of a dense extra."""
     number = tl.load(entry + NUMBER)
@@ -100,7 +117,7 @@ def _forward_tile(
     bag = tile * R + lane
     live = bag < bags
     if UNROLL == 0:
-        source = aligned(tl.load(entry + TABLE), TABLE_T, TABLE_VEC)
+        source = aligned(tl.load(entry + TABLE), OUT_T, TABLE_VEC)
         stride = tl.multiple_of(tl.load(entry + STRIDE), TABLE_VEC)
         width = tl.multiple_of(tl.load(entry + DIM), TABLE_VEC)
         total = tl.load(
@@ -118,12 +135,12 @@ def _forward_tile(
         if UNROLL > 1:  # noqa: SIM102 - `and` would join a compile-time with a run-time condition
             if tl.load(entry + MEAN) != 0:
                 total = total / tl.maximum(kept, 1).to(tl.float32)[:, None]
-    out = aligned(tl.load(entry + OUT), TABLE_T, OUT_VEC)
+    out = aligned(tl.load(entry + OUT), OUT_T, OUT_VEC)
     out_stride = tl.multiple_of(tl.load(entry + OUT_STRIDE), OUT_VEC)
     dim = tl.multiple_of(tl.load(entry + DIM), OUT_VEC)
     tl.store(
         out + (bag.to(tl.int64) * out_stride)[:, None] + cols[None, :],
-        total.to(TABLE_T),
+        total.to(OUT_T),
         mask=live[:, None] & (cols < dim)[None, :],
     )
     if UNROLL > 1:  # noqa: SIM102
@@ -139,15 +156,15 @@ def _forward_tile(
                     row = tl.sum(parts, 0)
                     if tl.load(entry + MEAN) != 0:
                         row = row / tl.maximum(tl.sum(kept), 1).to(tl.float32)
-                    tl.store(out + (tile * R + r).to(tl.int64) * out_stride + cols, row.to(TABLE_T), mask=cols < dim)
+                    tl.store(out + (tile * R + r).to(tl.int64) * out_stride + cols, row.to(OUT_T), mask=cols < dim)
 
 
 @triton.jit
 def forward_kernel(
-    entries, found, COUNT: tl.constexpr, N_LOOKUPS: tl.constexpr, KINDS: tl.constexpr, TABLE_T: tl.constexpr, ID_T: tl.constexpr,
-    OFFSET_T: tl.constexpr, WEIGHT_T: tl.constexpr,
+    entries, found, COUNT: tl.constexpr, N_LOOKUPS: tl.constexpr, KINDS: tl.constexpr, TABLE_T: tl.constexpr, OUT_T: tl.constexpr,
+    ID_T: tl.constexpr, OFFSET_T: tl.constexpr, WEIGHT_T: tl.constexpr,
 ):  # fmt: skip
-    """Grid: one program per tile of bags. ``entries``: int64 [COUNT, LOOKUP_FIELDS]. ``found``: int32 [2, N_LOOKUPS], lowered to
+    """Grid: one program per tile of bags. Slots and extras are OUT_T: TABLE_T, or float32 over int8 rows (uint8). ``entries``: int64 [COUNT, LOOKUP_FIELDS]. ``found``: int32 [2, N_LOOKUPS], lowered to
     the first position with a bad id (row 0) and the first bag with bad offsets (row 1) of each lookup.
 
     KINDS: (tile rows, tile width, alignment of table and slot in elements, ids read per step: 0 extra, 1 plain, more: bags)."""
@@ -159,7 +176,7 @@ def forward_kernel(
         if kind == k:
             _forward_tile(
                 entry, tile, found, N_LOOKUPS, KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], KINDS[k][4],
-                TABLE_T, ID_T, OFFSET_T, WEIGHT_T,
+                TABLE_T, OUT_T, ID_T, OFFSET_T, WEIGHT_T,
             )  # fmt: skip
 
 

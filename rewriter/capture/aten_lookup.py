@@ -4,6 +4,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ...kernels.embedding.int8_rows import OP as INT8
 from .aten_special import lowers
 from .value import GiveUp, NumberValue, TensorValue
 
@@ -58,6 +59,11 @@ def embedding_bag(tracer, input, weight, offsets=None, max_norm=None, norm_type=
         padding_idx += tracer.parameter_shape(weight)[0]
     return tracer.emit(aten.embedding_bag.padding_idx, weight, input, offsets, scale_grad_by_freq, _MODES[mode], sparse,
                        per_sample_weights, include_last_offset, padding_idx)[0]
+
+
+@lowers(INT8)
+def embedding_int8(tracer, table, ids, offsets=None, sample_weights=None, pooling="none", padding_idx=-1, include_last_offset=False):
+    return tracer.emit(INT8, table, ids, offsets, sample_weights, pooling, padding_idx, include_last_offset)
 
 
 @lowers(torch.Tensor.__getitem__)

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import compression as fits
-from ..compression import Compression, Hashing, MixedDim, ProductQuantization, QuotientRemainder
+from ...kernels.codecs.op import decode, encode
+from ...kernels.embedding.int8_rows import OP as INT8
+from ..compression import Compression, Hashing, Int8Rows, MixedDim, ProductQuantization, QuotientRemainder
 from .stored import OwnStorage
 
 Look = Callable[[Tensor, Tensor, "int | None"], Tensor]  # (table, ids, padding_idx) -> rows or bags
@@ -165,6 +167,22 @@ class _Quantized(Compressed):
         return torch.cat(found, -1)
 
 
+class Int8(Compressed):
+    """Rows of int8 codes with a scale and an offset, which lookups read as they are."""
+
+    tables = ("int8",)
+    kept, key = "stored in int8", "dtype"
+    int8: Tensor
+    embedding_dim: int
+
+    def fit(self, weight: Tensor) -> dict[str, Tensor]:
+        return {"int8": encode(weight, "int8")}
+
+    @property
+    def weight(self) -> Tensor:
+        return decode(self.int8, "int8", self.embedding_dim)
+
+
 class _Rows(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         return self.read(input, lambda table, ids, padding: F.embedding(ids, table, padding, sparse=self.sparse))  # type: ignore[attr-defined]
@@ -213,11 +231,27 @@ class QuantizedBag(_Quantized, _Bags):
     """nn.EmbeddingBag of product-quantized rows."""
 
 
+class Int8Embedding(Int8, nn.Embedding):
+    """nn.Embedding over int8 rows."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return INT8(self.int8, input)
+
+
+class Int8Bag(Int8, nn.EmbeddingBag):
+    """nn.EmbeddingBag over int8 rows: sums and means."""
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        padding = -1 if self.padding_idx is None else self.padding_idx
+        return INT8(self.int8, input, offsets, per_sample_weights, self.mode, padding, self.include_last_offset)
+
+
 _FORMS: dict[type[Compression], tuple[type, type]] = {
     Hashing: (HashedEmbedding, HashedBag),
     QuotientRemainder: (QuotientRemainderEmbedding, QuotientRemainderBag),
     MixedDim: (ProjectedEmbedding, ProjectedBag),
     ProductQuantization: (QuantizedEmbedding, QuantizedBag),
+    Int8Rows: (Int8Embedding, Int8Bag),
 }
 
 
@@ -230,7 +264,7 @@ def compress(modules: list[nn.Module], how: Compression) -> Compressed:
     facts: dict[str, Any] = {"trains": table.requires_grad}
     facts |= {
         Hashing: lambda: {"buckets": how.rows}, QuotientRemainder: lambda: {"buckets": how.buckets, "multiply": how.combine == "multiply"},
-        MixedDim: lambda: {"narrow": how.dim}, ProductQuantization: lambda: {"pieces": how.parts},
+        MixedDim: lambda: {"narrow": how.dim}, ProductQuantization: lambda: {"pieces": how.parts}, Int8Rows: dict,
     }[type(how)]()  # fmt: skip
     made: tuple[dict, dict] | None = None
     for module in modules:
@@ -239,17 +273,17 @@ def compress(modules: list[nn.Module], how: Compression) -> Compressed:
         assert isinstance(module, Compressed)
         if made is None:
             parts = module.fit(table.detach())
-            frozen = isinstance(module, _Quantized)
+            frozen = isinstance(module, (_Quantized, Int8))
             made = ({}, parts) if frozen else ({n: nn.Parameter(p, requires_grad=table.requires_grad) for n, p in parts.items()}, {})
         module.__dict__["_parameters"], module.__dict__["_buffers"] = dict(made[0]), dict(made[1])
     return modules[0]  # type: ignore[return-value]
 
 
-def restore_plain(model: nn.Module) -> None:
-    """Undo :func:`compress` in a copy of a shell: plain modules, with tables as the model reads them."""
+def restore_plain(model: nn.Module, kinds: type[Compressed] = Compressed) -> None:
+    """Undo :func:`compress` in a copy of a shell, for these ``kinds``: plain modules, with tables as the model reads them."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        if isinstance(module, Compressed):
+        if isinstance(module, kinds):
             first = next(iter(module.parts().values()))
             trains = first.requires_grad if isinstance(first, nn.Parameter) else module.trains
             if id(first) not in made:

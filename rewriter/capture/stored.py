@@ -1,4 +1,4 @@
-"""Tables that a plan stores in another dtype than the plain model's: float16 or bfloat16, in memory of their own.
+"""Tables that a plan stores in another dtype than the plain model's: float16 or bfloat16, in memory of their own (int8: ``compressed.py``).
 
 In the shell the module that owns such a table becomes a :class:`StoredEmbedding` or :class:`StoredBag`: its weight is a parameter of
 the low dtype, its result has the plain dtype, and its part of a ``state_dict`` is in the plain dtype, both ways. Everything that runs
@@ -78,7 +78,7 @@ def store_tables(shell: nn.Module, plan: Any) -> dict[str, tuple[int, int]]:
     aliases: dict[str, list[str]] = {name: [] for name in first.values()}
     for name, param in shell.named_parameters(remove_duplicate=False):
         aliases[first[id(param)]].append(name)
-    dtype_of = {name: word for name, word in plan.says("dtype", aliases).items() if word != "fp32"}
+    dtype_of = {name: word for name, word in plan.says("dtype", aliases).items() if word in DTYPES}
     named = dict(shell.named_parameters())
     sizes = {}
     for name, word in dtype_of.items():

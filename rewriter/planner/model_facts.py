@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.optim import Optimizer
 
+from ...kernels.codecs.op import row_bytes
 from ...passes.cost import Cost, graph_cost, node_cost
 from ...passes.graph import Writes, ancestors, fetch, packet_name, stored_tensor
 from ...passes.lookups import LookupNode, read_lookup, tables_read
@@ -201,7 +202,8 @@ def _table(name: str, table: Tensor, reads: list[LookupNode], ids: dict[Node, Te
     kind = wish.embedding_optimizer.key if isinstance(wish.embedding_optimizer, EmbeddingOptimizer) else _state_kind(optimizer)
     assumed = "" if kind or not trained else "no optimizer was given: tables are counted with AdaGrad's state"
     per_value, per_row = _STATE[kind or "adagrad"] if trained else (0, 0)
-    itemsize = PRECISIONS[wish.dtype].itemsize if wish.dtype else table.element_size()
+    itemsize = table.element_size() if wish.dtype is None else 1 if wish.dtype == "int8" else PRECISIONS[wish.dtype].itemsize
+    per_row += row_bytes("int8", 1) - 1 if wish.dtype == "int8" else 0
     more = {"itemsize": itemsize, "state": per_value, "row_state": per_row, "trained": trained, "assumed": assumed}
     drawn, bags, unknown = [], 0.0, 0.0
     for read in reads:

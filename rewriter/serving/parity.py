@@ -16,13 +16,13 @@ from ...kernels.codecs.op import decode
 from ...kernels.gather.request import Store
 from ...kernels.gather.tables import CODECS, Table
 from ...passes.lower_to_serving import table_names
-from ..capture import clone_shell
 from ..errors import ExportError, VerifyError
 from ..optimized_model import OptimizedModel
 from ..samples import Samples
 from .export import TOLERANCE
 from .predictor import PARITY, apart, load_serving
 from .rows_writer import encoded
+from .serving_graph import served_shell
 from .table_sources import step_of
 
 
@@ -70,7 +70,7 @@ def check_parity(
         model._alone("check_parity")
         model._follow_plain_model()
         model = model._shell
-    shell = clone_shell(model).eval()
+    shell = served_shell(model)
     names = table_names(shell)
     tensors = {names[id(t)]: t.detach() for t in [*shell.buffers(), *shell.parameters()] if id(t) in names}
     p = load_serving(directory, store, deadline_ms=deadline_ms)

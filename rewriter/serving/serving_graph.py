@@ -25,6 +25,7 @@ from ...passes.records import APPLIED, Record
 from ...passes.rule import Context
 from ..capture import capture, clone_shell
 from ..capture.check import modes_kept
+from ..capture.compressed import Int8, restore_plain
 from ..capture.export_frontend import quiet
 from ..dynamic_tables import AnyIds
 from ..errors import ExportError, explain
@@ -74,7 +75,7 @@ def serving_graph(model: nn.Module, samples: Samples, plan: Plan | None, togethe
         model._follow_plain_model()
         plan = plan or model.plan
     own = (model._sharded or model._tiered) if isinstance(model, OptimizedModel) else None
-    shell = clone_shell(model._shell if isinstance(model, OptimizedModel) else model).eval()
+    shell = served_shell(model._shell if isinstance(model, OptimizedModel) else model)
     batches = [(samples.args, samples.kwargs or {}), *samples.more]
     if own is None:
         return _graph_of(shell, batches, plan or Plan(), shell, {}, {}, together)
@@ -82,6 +83,13 @@ def serving_graph(model: nn.Module, samples: Samples, plan: Plan | None, togethe
     with own.whole_tables(shell), AnyIds(shell, model.plan):  # type: ignore[arg-type]
         stand_ins = {name: shell.get_parameter(name) for name in own.whole if name not in dynamic}
         return _graph_of(shell, batches, plan or Plan(), model if dynamic else shell, dynamic, stand_ins, together)
+
+
+def served_shell(model: nn.Module) -> nn.Module:
+    """A shell in evaluation mode whose rows can be fetched: int8 tables (``dtype: int8``) are float32 again, in the plain modules."""
+    shell = clone_shell(model).eval()
+    restore_plain(shell, Int8)
+    return shell
 
 
 def _graph_of(

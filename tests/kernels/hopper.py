@@ -103,7 +103,7 @@ def embedding_cases():
         of = f"{kind} D{dim}"
         common = {"COUNT": 26, "TABLE_T": dtype, **LOOKUP_TYPES}
         for form, steps, weight in (("plain", 1, None), ("bags", 4, None), ("weighted bags", 2, dtype)):
-            constants = {"N_LOOKUPS": 26, "KINDS": ((*shape, steps),), "WEIGHT_T": weight, **common}
+            constants = {"N_LOOKUPS": 26, "KINDS": ((*shape, steps),), "WEIGHT_T": weight, "OUT_T": dtype, **common}
             yield case(f"forward {form} {of}", triton_forward.forward_kernel, **constants)
         kernel = triton_forward.weight_grads_kernel
         yield case(f"weight gradients {of}", kernel, KINDS=((*shape, 2),), GRAD_T=dtype, WEIGHT_T=dtype, **common)
@@ -119,6 +119,10 @@ def embedding_cases():
                 yield case(f"{name} rounded", kernel, KINDS=kinds, GRAD_T=dtype, SCALED=scaled, RANKED=ranked, **held)
             if dim == 128 and rule == "adam":
                 yield case(f"update {rule} {of}", triton_backward.update_kernel, KINDS=kinds, GRAD_T=dtype, **constants)
+    for form, steps, vector, weight in (("plain", 1, 8, None), ("bags", 4, 8, None), ("bags", 2, 1, None), ("weighted bags", 2, 8, tl.float32), ("weighted bags", 2, 1, tl.float32)):
+        kinds = ((tile_rows(128), 128, vector, 4, steps),)  # rows of width 128 begin at multiples of 8 bytes; of odd widths anywhere
+        held = {"N_LOOKUPS": 26, "KINDS": kinds, "COUNT": 26, "TABLE_T": tl.uint8, "OUT_T": tl.float32, "WEIGHT_T": weight, **LOOKUP_TYPES}
+        yield case(f"int8 rows {form} VEC{vector}", triton_forward.forward_kernel, **held)
     yield from small_table_cases(case)
     for scaled in (False, True):
         constants = {"COUNT": 26, "GRAD_T": tl.float16, "KEY_T": tl.int32, "SCALED": scaled, "TILES": triton_keys.KEY_TILES}
@@ -130,7 +134,7 @@ def embedding_cases():
     yield case("count", triton_keys.count_kernel)
     yield case("pieces", triton_keys.pieces_kernel, RANKED=True)
     mixed = tuple((tile_rows(d), d, 4, 4, 4) for d in (16, 64, 256))
-    constants = {"COUNT": 26, "N_LOOKUPS": 26, "KINDS": mixed, "TABLE_T": tl.float32, "WEIGHT_T": None, **LOOKUP_TYPES}
+    constants = {"COUNT": 26, "N_LOOKUPS": 26, "KINDS": mixed, "TABLE_T": tl.float32, "OUT_T": tl.float32, "WEIGHT_T": None, **LOOKUP_TYPES}
     yield case("forward bags fp32 D16+D64+D256", triton_forward.forward_kernel, **constants)
 
 

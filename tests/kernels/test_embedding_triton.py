@@ -17,7 +17,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="NOT TESTED: the Triton kernels, because triton is not installed")
 
-CASES = [Path(__file__).with_name(name) for name in ("embedding_triton_cases.py", "embedding_small_triton_cases.py", "embedding_sort_triton_cases.py")]
+CASES = [Path(__file__).with_name(name) for name in ("embedding_triton_cases.py", "embedding_small_triton_cases.py", "embedding_sort_triton_cases.py", "embedding_int8_triton_cases.py")]
 
 
 def run_cases(cases: Path, **environment: str) -> None:

@@ -263,7 +263,7 @@ def test_the_report_says_what_was_saved():
     (done,) = [r for r in opt.report.records if r.kind == "compressed tables" and r.status == "APPLIED"]
     after = (18 + 40) * DIM * 4
     assert done.subject == "user.weight" and f"{after:,} bytes instead of {USERS * DIM * 4:,}" in done.detail
-    assert opt.report.copied_bytes == after and f"1 compressed tables have {after:,} bytes" in str(opt.report)
+    assert opt.report.copied_bytes == after and f"1 tables in smaller forms have {after:,} bytes" in str(opt.report)
     (left,) = [r for r in opt.report.skipped() if r.kind == "compressed tables"]
     assert left.subject == "tags.weight" and "by hashing it would have" in left.reason and type(opt.tags) is nn.EmbeddingBag
     assert "quotient and remainder by 40 buckets, added" in opt.explain("user")

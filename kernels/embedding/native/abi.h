@@ -8,7 +8,9 @@
 
 namespace tw {
 
-enum Dtype : int64_t { F32 = 0, F64 = 1, F16 = 2, BF16 = 3 };
+// I8: rows of dim codes with a scale and an offset (dim + 8 bytes, kernels/codecs), which only the forward reads; everything else of
+// such a call is F32.
+enum Dtype : int64_t { F32 = 0, F64 = 1, F16 = 2, BF16 = 3, I8 = 4 };
 enum Pooling : int64_t { POOL_NONE = 0, POOL_SUM = 1, POOL_MEAN = 2 };
 enum UpdateKind : int64_t { UPDATE_NONE = -1, UPDATE_SGD = 0, UPDATE_ADAGRAD = 1, UPDATE_ROWWISE_ADAGRAD = 2, UPDATE_ADAM = 3 };
 
@@ -32,7 +34,7 @@ struct LookupArg {
     int64_t id_count, id_bytes;
     const void* offsets;  // null: every bag has `length` ids
     int64_t offset_bytes, bags, length;
-    const void* weights;  // null or id_count values of the table's dtype
+    const void* weights;  // null or id_count values of the table's dtype (F32 for I8)
 };
 struct SlotArg { char* data; int64_t stride; };  // data is null for a slot without gradient
 struct ExtraArg { const char* data; int64_t stride, rows; };
@@ -117,7 +119,7 @@ struct ProbeJob {
 
 // One table of entry points per instruction set, indexed by Dtype. Those that read ids return nonzero on an id out of range.
 struct Kernels {
-    int (*forward[4])(const ForwardJob*);
+    int (*forward[5])(const ForwardJob*);
     void (*rows[4])(const RowsJob*);
     void (*sparse[4])(const SparseJob*);
     int (*dots[4])(const DotJob*);

@@ -96,7 +96,7 @@ struct Call {
         lookup_args = reinterpret_cast<const LookupArg*>(table_args + spec->tables);
         slot_args = reinterpret_cast<const SlotArg*>(lookup_args + spec->lookups);
         extra_args = reinterpret_cast<const ExtraArg*>(slot_args + spec->slots);
-        element = head->dtype == F64 ? 8 : head->dtype == F32 ? 4 : 2;
+        element = head->dtype == F64 ? 8 : head->dtype == F32 || head->dtype == I8 ? 4 : 2;
         max_dim = 1;
         for (int64_t t = 0; t < spec->tables; ++t)
             if (tables[t].dim > max_dim) max_dim = tables[t].dim;

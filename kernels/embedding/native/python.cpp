@@ -31,7 +31,7 @@ PyObject* make_matrix(int64_t rows, int64_t columns, int64_t bytes, PyObject* dt
     const int64_t shape[] = {rows};
     return make_slot(Leading{shape, 1, rows}, columns, bytes, true, dtype);
 }
-int64_t element_of(int64_t dtype) { return dtype == F64 ? 8 : dtype == F32 ? 4 : 2; }
+int64_t element_of(int64_t dtype) { return dtype == F64 ? 8 : values_of(dtype) == F32 ? 4 : 2; }
 
 // ---- the functions ----
 
@@ -50,13 +50,13 @@ PyObject* forward(PyObject*, PyObject* const* a, Py_ssize_t n) {
     Words w(*spec.head);
     if (!w.arena.data) return PyErr_NoMemory();
     PyObject **e = items_of(a[6], spec.head->extras), **widths = items_of(a[7], spec.head->slots);
-    if (!e || !widths || !read_call(spec, w, PyLong_AsLongLong(a[1]), a[2], a[3], a[4], a[5]))
+    if (!e || !widths || !read_call(spec, w, PyLong_AsLongLong(a[1]), a[2], a[3], a[4], a[5], true))
         return PyErr_Occurred() ? nullptr : none();
     const int64_t element = element_of(w.head->dtype);
     for (int64_t k = 0; k < spec.head->extras; ++k) {
         const ExtraInfo& info = spec.extras[k];
         View v;
-        if (!view_of(e[k], v) || dtype_of(v) != w.head->dtype || v.dims < 1 || v.shape[v.dims - 1] != info.width) return none();
+        if (!view_of(e[k], v) || dtype_of(v) != values_of(w.head->dtype) || v.dims < 1 || v.shape[v.dims - 1] != info.width) return none();
         w.extras[k].stride = info.width;
         if (!is_packed(v)) {
             if (v.dims != 2 || v.strides[1] != 1) return none();
@@ -67,7 +67,8 @@ PyObject* forward(PyObject*, PyObject* const* a, Py_ssize_t n) {
         if (!join(w.leading[info.slot], v.shape, v.dims - 1, w.extras[k].rows)) return none();
         w.written[info.slot] += info.width;
     }
-    PyObject* dtype = PyObject_GetAttr(PySequence_Fast_GET_ITEM(a[2], 0), text_dtype);
+    PyObject* dtype = w.head->dtype == I8 ? float_dtype : PyObject_GetAttr(PySequence_Fast_GET_ITEM(a[2], 0), text_dtype);
+    if (dtype == float_dtype) Py_INCREF(dtype);
     PyObject* out = dtype ? PyList_New(spec.head->slots) : nullptr;
     for (int64_t k = 0; out && k < spec.head->slots; ++k) {
         const int64_t width = PyLong_AsLongLong(widths[k]);
@@ -241,10 +242,10 @@ PyObject* count_up(PyObject*, PyObject* const* a, Py_ssize_t n) {
     Py_RETURN_TRUE;
 }
 
-// connect(exchange capsule, Tensor, Parameter, empty, zeros, large_empty, large_from, int64, sparse_coo_tensor)
+// connect(exchange capsule, Tensor, Parameter, empty, zeros, large_empty, large_from, int64, sparse_coo_tensor, float32)
 // -> whether calls can be taken
 PyObject* connect(PyObject*, PyObject* const* a, Py_ssize_t n) {
-    if (!has(n, 9)) return nullptr;
+    if (!has(n, 10)) return nullptr;
     const Exchange* given = static_cast<const Exchange*>(PyCapsule_GetPointer(a[0], "dlpack_exchange_api"));
     if (!given) return nullptr;
     if (given->major != 1) Py_RETURN_FALSE;
@@ -258,8 +259,9 @@ PyObject* connect(PyObject*, PyObject* const* a, Py_ssize_t n) {
     static const char* const fields[] = {"kind", "lr", "eps", "beta1", "beta2", "weight_decay", "step", "maximize", "state"};
     for (int k = 0; k < RULE_FIELDS; ++k) rule_fields[k] = PyUnicode_InternFromString(fields[k]);
     large_from = PyLong_AsLongLong(a[6]);
-    for (int k = 0; k < 9; ++k) Py_INCREF(a[k]);
-    tensor_type = a[1], parameter_type = a[2], empty = a[3], zeros = a[4], large_empty = a[5], int64_dtype = a[7], sparse = a[8];
+    for (int k = 0; k < 10; ++k) Py_INCREF(a[k]);
+    tensor_type = a[1], parameter_type = a[2], empty = a[3], zeros = a[4], large_empty = a[5], int64_dtype = a[7], sparse = a[8],
+    float_dtype = a[9];
     if (PyErr_Occurred()) return nullptr;
     exchange = given;
     Py_RETURN_TRUE;

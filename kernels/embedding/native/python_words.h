@@ -32,11 +32,11 @@ struct Exchange {  // DLPackExchangeAPI
     void* not_used[3];
     int (*view)(void* object, View* out);
 };
-enum { DL_CPU = 1, DL_INT = 0, DL_FLOAT = 2, DL_BFLOAT = 4 };
+enum { DL_CPU = 1, DL_INT = 0, DL_UINT = 1, DL_FLOAT = 2, DL_BFLOAT = 4 };
 
 // What connect() is given. They live as long as the process.
 const Exchange* exchange = nullptr;
-PyObject *tensor_type, *parameter_type, *empty, *zeros, *large_empty, *int64_dtype, *sparse;
+PyObject *tensor_type, *parameter_type, *empty, *zeros, *large_empty, *int64_dtype, *sparse, *float_dtype;
 int64_t large_from;
 PyObject *text_dtype, *text_contiguous, *names_dtype, *names_coalesced, *text_indices, *text_values, *text_is_coalesced;
 enum { KIND, LR, EPS, BETA1, BETA2, WEIGHT_DECAY, STEP, MAXIMIZE, STATE, RULE_FIELDS };
@@ -56,6 +56,9 @@ int64_t dtype_of(const View& v) {
     if (v.code == DL_FLOAT) return v.bits == 32 ? F32 : v.bits == 64 ? F64 : v.bits == 16 ? F16 : -1;
     return v.code == DL_BFLOAT && v.bits == 16 ? BF16 : -1;
 }
+// The dtype of a table that is only read, and of what such a table is read with.
+int64_t read_dtype_of(const View& v) { return v.code == DL_UINT && v.bits == 8 ? int64_t(I8) : dtype_of(v); }
+int64_t values_of(int64_t dtype) { return dtype == I8 ? int64_t(F32) : dtype; }
 int64_t id_bytes(const View& v) { return v.code == DL_INT && (v.bits == 64 || v.bits == 32) ? v.bits / 8 : 0; }
 int64_t count_of(const int64_t* shape, int dims) {
     int64_t n = 1;
@@ -163,11 +166,12 @@ bool join(Leading& held, const int64_t* shape, int64_t dims, int64_t rows) {
 
 bool read_table(PyObject* object, const TableInfo& info, int64_t dtype, TableArg& arg) {
     View v;
-    if (!view_of(object, v) || dtype_of(v) != dtype || v.dims != 2 || v.shape[0] != info.rows || v.shape[1] != info.dim) return false;
+    const int64_t width = dtype == I8 ? info.dim + 8 : info.dim;
+    if (!view_of(object, v) || read_dtype_of(v) != dtype || v.dims != 2 || v.shape[0] != info.rows || v.shape[1] != width) return false;
     arg.data = v.data;
-    arg.stride = info.dim;
+    arg.stride = width;
     if (!is_packed(v)) {
-        if (info.dim > 1 && v.strides[1] != 1) return false;
+        if (width > 1 && v.strides[1] != 1) return false;
         arg.stride = v.strides[0];
     }
     return true;
@@ -183,7 +187,7 @@ bool read_lookup(const LookupInfo& info, PyObject* ids, PyObject* offsets, PyObj
     arg.length = 1;
     if (weights != Py_None) {
         View w;
-        if (info.pooling != POOL_SUM || !view_of(weights, w) || dtype_of(w) != dtype || !is_packed(w) || w.dims != v.dims ||
+        if (info.pooling != POOL_SUM || !view_of(weights, w) || dtype_of(w) != values_of(dtype) || !is_packed(w) || w.dims != v.dims ||
             memcmp(w.shape, v.shape, size_t(v.dims) * sizeof(int64_t)))
             return false;
         arg.weights = w.data;
@@ -212,14 +216,15 @@ bool read_lookup(const LookupInfo& info, PyObject* ids, PyObject* offsets, PyObj
     return join(leading, &arg.bags, 1, arg.bags);
 }
 
+// `reads`: the tables are only read.
 bool read_call(const Spec& spec, Words& w, int64_t threads, PyObject* tables, PyObject* indices, PyObject* offsets,
-               PyObject* weights) {
+               PyObject* weights, bool reads = false) {
     const SpecHead& s = *spec.head;
     PyObject **t = items_of(tables, s.tables), **i = items_of(indices, s.lookups), **o = items_of(offsets, s.lookups),
              **p = items_of(weights, s.lookups);
     View first;
     if (!t || !i || !o || !p || !s.tables || !view_of(t[0], first)) return false;
-    w.head->dtype = dtype_of(first);
+    w.head->dtype = reads ? read_dtype_of(first) : dtype_of(first);
     w.head->threads = threads;
     if (w.head->dtype < 0) return false;
     for (int64_t k = 0; k < s.tables; ++k)
