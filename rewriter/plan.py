@@ -193,13 +193,12 @@ class Plan:
             _expect(isinstance(glob, str), "a key of tables", glob, "a glob on module paths")
         tables = {k: v if isinstance(v, TablePlan) else _table_from(v, f"tables.{k}") for k, v in self.tables.items()}
         object.__setattr__(self, "tables", MappingProxyType(tables))
-        smaller = next((f"{glob}.compress: {t.compress.key}" for glob, t in tables.items() if t.compress is not None), None)
-        if smaller is None:
-            smaller = next((f"{glob}.dtype: int8" for glob, t in tables.items() if t.dtype == "int8"), None)
-        if smaller is not None and self.numerics != "approximate":
+        loose = [(f"{g}.compress: {t.compress.key} gives a table fewer numbers", "compress") for g, t in tables.items() if t.compress is not None]
+        loose += [(f"{g}.dtype: int8 keeps a byte of a number", "dtype") for g, t in tables.items() if t.dtype == "int8"]
+        if loose and self.numerics != "approximate":
+            what, key = loose[0]
             raise PlanError(
-                f"tables.{smaller} gives a table fewer bytes for a number, or fewer numbers, which is approximate, and the plan allows numerics: {self.numerics}. "
-                f"Say numerics: approximate, or leave {smaller.partition(':')[0].rpartition('.')[2]} out"
+                f"tables.{what}, which is approximate, and the plan allows numerics: {self.numerics}. Say numerics: approximate, or leave {key} out"
             )
         known = {p.name: p for p in registry.DEFAULT}
         chosen: dict[str, Any] = {}
