@@ -26,6 +26,7 @@ from .rule import Pass
 from .shard_tables import ShardTables
 from .share_repeats import ShareRepeats
 from .short_softmax import ShortSoftmax
+from .small_products import SmallProducts
 from .table_gradients import TableGradients
 from .tier_tables import TierTables
 from .wide_rows import WideRows
@@ -33,7 +34,7 @@ from .wide_rows import WideRows
 DEFAULT: tuple[type[Pass], ...] = (
     RemoveZeroDropout, FuseFm, FuseDotInteraction, FusePairProducts, FuseCin, FieldProducts, PoolSequences, ConcatenatedLookups,
     ShareRepeats, IdColumns, GroupTables, TableGradients, WideRows, FuseCross,
-    BatchExperts, FuseGelu, MixedPrecision, DenseChains, FuseDice, ShortSoftmax, FastDropout, FuseMlp, FuseLookupDots, RecomputeModules,
+    BatchExperts, FuseGelu, MixedPrecision, DenseChains, FuseDice, SmallProducts, ShortSoftmax, FastDropout, FuseMlp, FuseLookupDots, RecomputeModules,
 )  # fmt: skip
 OVER_RANKS: tuple[type[Pass], ...] = (ShardTables, OverlapCommunication)  # then, where a model runs over several ranks; no plan leaves them out
 IN_TIERS: tuple[type[Pass], ...] = (TierTables,)  # then, where tables are larger than memory
