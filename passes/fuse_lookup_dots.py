@@ -56,6 +56,9 @@ class FuseLookupDots(Measured):
         reason, gain = _unfit(node, path, writes), ""
         if context.sharding is not None:
             reason = "the tables live on several ranks, and rows come by exchange; tables of this process were needed"
+        slots = next((t.name for t in _spec(source).tables if t.name in (context.tiers or ())), None)
+        if reason is None and slots is not None:
+            reason = f"table '{slots}' is in tiers or has dynamic ids, and its ids become slots for the lookup alone; tables in memory were needed"
         if reason is None and self.measure:
             timing = _timing(node, source, context)
             gain = f"; measured {timing.gain:.2f}x on {timing.rows} rows" if timing is not None else ""

@@ -26,7 +26,7 @@ class Context:
     """What a pass works on. ``root`` holds the parameters that ``get_attr`` nodes name. ``tables`` says how each table is to be
     updated (see ``table_gradients.py``). ``budget`` limits how many rewrites may still be made (bisection); ``None`` is no limit.
     ``timings``: what ``measure.py`` has timed. ``sharding``: where tables live (``shard_tables.py``), over several ranks;
-    ``tiers``: the caches of tables larger than memory (``tier_tables.py``)."""
+    ``tiers``: by name, tables whose ids become slots in the end; for ``tier_tables.py`` their caches."""
 
     graph: Graph
     root: nn.Module

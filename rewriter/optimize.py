@@ -344,7 +344,8 @@ class Compiler:
     def rewrite(self, graph: Graph, budget: int | None = None, check: Check | None = None) -> tuple[Graph, list[Step]]:
         """Run the passes on a captured graph; ``budget`` limits how many rewrites are made."""
         passes = self.plan.make_passes()
-        return run_passes(graph, self.shell, passes, self.choices, budget=budget, numeric_check=check)
+        tiers: Any = None if self.tiered is None else self.tiered.wanted
+        return run_passes(graph, self.shell, passes, self.choices, budget=budget, numeric_check=check, tiers=tiers)
 
     def _decide(self, read: dict[str, Tensor], optimizer: Optimizer | None) -> None:
         modules = dict(self.shell.named_modules())

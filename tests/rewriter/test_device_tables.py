@@ -282,6 +282,36 @@ def test_a_table_on_the_meta_device_starts_from_its_seed(tmp_path):
     assert torch.equal(opt(items.int(), users), opt(items, users)) and len(opt._variants) == 2  # captured anew, with a stand-in again
 
 
+def test_lookups_stay_apart_from_the_interaction_that_reads_them():
+    class Dots(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.item, self.user, self.bottom = nn.Embedding(1000, 8), nn.Embedding(500, 8), nn.Linear(1, 8)
+            i, j = torch.tril_indices(3, 3, -1)
+            self.register_buffer("i", i)
+            self.register_buffer("j", j)
+
+        def forward(self, items, users):
+            x = self.bottom(items[:, :1] / 1000)
+            z = torch.stack([x, self.item(items[:, 1]), self.user(users[:, 0])], 1)
+            return torch.cat([x, torch.bmm(z, z.transpose(1, 2))[:, self.i, self.j]], 1).sum(1)
+
+    made = []
+    for storage in ({"storage": _storage(None)}, {}):
+        torch.manual_seed(0)
+        model = Dots()
+        passes = {name: {"measure": False} for name in ("fuse_dot_interaction", "fuse_lookup_dots")}
+        plan = tw.Plan.from_dict({"version": 1, "tables": {"item": storage} if storage else {}, "passes": passes})
+        made.append(tw.optimize(model, plan, optimizer=torch.optim.Adagrad(model.parameters(), lr=0.1), sample_inputs=batch(0)[:2]))
+    for opt, optimizer in made:
+        train(opt, optimizer, 0, 10)
+    (row,) = made[0][0].report.skipped("fuse_lookup_dots")
+    assert "table 'item.weight' is in tiers or has dynamic ids" in row.reason
+    assert made[1][0].report.coverage["looked-up interactions"] == (1, 1)
+    for name, value in made[1][0].state_dict().items():
+        torch.testing.assert_close(made[0][0].state_dict()[name], value)
+
+
 def test_the_report_counts_what_was_moved():
     (opt, optimizer), _ = _pair(_storage(None))
     train(opt, optimizer, 0, 10)
