@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from ..kernels.small_products import cpu
 from ..kernels.small_products.op import OP
-from .graph import Editor, Writes, aten, is_op, value_of
+from .graph import Editor, aten, is_op, value_of
 from .measure import Measured
 from .records import APPLIED, DISABLED, SKIPPED, Record, record
 from .rule import Context
@@ -39,14 +39,11 @@ class SmallProducts(Measured):
     numerics: ClassVar[str] = "reassociated"
 
     def run(self, context: Context) -> list[Record]:
-        writes = Writes(context.graph, context.root)
         found = [f for n in list(context.graph.nodes) if (f := _product(n)) is not None]
-        return [self._rewrite(f, context, writes) for f in found]
+        return [self._rewrite(f, context) for f in found]
 
-    def _rewrite(self, found: _Product, context: Context, writes: Writes) -> Record:
+    def _rewrite(self, found: _Product, context: Context) -> Record:
         node = found.node
-        if (written := writes.to(node)) is not None:  # an einsum may be a view of what it is made of, and a view of the op's result is none of it
-            return record(self.name, self.kind, SKIPPED, node, f"{written.name} writes to its result in place")
         refusal = self.no_gain(context, [node], lambda editor, copy_of: _replace(editor, copy_of[node], found.orders))
         if refusal is not None:
             return record(self.name, self.kind, SKIPPED, node, refusal.reason)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import pytest
+import tablewright as tw
 import torch
 from pass_harness import assert_sound, rewrite
 from tablewright.passes.small_products import SmallProducts
@@ -73,9 +74,26 @@ def test_look_alikes_stay(form):
     assert not done.records and not done.nodes("small_products")
 
 
-def test_a_result_that_is_written_to():
-    done = rewrite(Other(lambda x, w: torch.bmm(x, x.mT).add_(1)), (torch.randn(4, 6, 8),), FUSE)
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x, w: (x @ w).bmm(x.mT).mul_(w[:6, :6]).add_(1).tanh(),
+        lambda x, w: torch.einsum("bid,bjd->bji", x @ w, x).mul_(w[:6, :6]).add_(1).tanh(),
+    ],
+    ids=["bmm", "einsum, turned result"],
+)
+def test_a_result_that_is_written_to(form):
+    """It is the op's own, so that writing to it is as in the plain model."""
+    torch.manual_seed(0)
+    model, x = Other(form), torch.randn(4, 6, 8)
+    done = rewrite(model, (x,), FUSE)
+    assert len(done.of("APPLIED")) == 1
     assert_sound(done)
+    (a,) = torch.autograd.grad(model(x).sum(), model.weight)
+    opt = tw.optimize(model, tw.Plan(passes={"small_products": {"measure": False}}), sample_inputs=(x,))
+    (b,) = torch.autograd.grad(opt(x).sum(), model.weight)
+    torch.testing.assert_close(a, b)
+    assert opt.report.coverage["small products"] == (1, 1)
 
 
 def test_budget_and_missing_inputs():
