@@ -20,6 +20,7 @@ _WORDS = {
     "looked-up interactions": "made without rows in memory",
     "pooled": "sequences fused",
     "concatenations": "merged",
+    "small products": "made without copies",
     "repeats": "computed once",
     "id columns": "cut at once",
     "tiers": "tables kept in tiers",

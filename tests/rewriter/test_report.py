@@ -55,12 +55,12 @@ def test_the_text_says_what_where_and_why():
     text = str(report())
     first, *lines = text.splitlines()
     assert first.startswith("2/3 lookups fused into 1 group; 0/3 tables updated row by row; 0/1 mlps fused; ")
-    assert first.endswith("; 1/1 concatenations merged") and re.search(r"; [01]/1 interactions fused", first)  # measured
+    assert "; 1/1 concatenations merged" in first and re.search(r"; [01]/1 interactions fused", first)  # measured
     assert len(lines) >= 5
     skipped = next(line for line in lines if "of lookups skipped" in line)
     assert re.search(rf"1 of lookups skipped: best: scale_grad_by_freq=True; .* \(test_report\.py:{LINE}\)", skipped), skipped
     assert any("pass optimizer= to optimize()" in line for line in lines)
-    assert lines[-1] == "  tables: 432 B, of which 0 B copied"
+    assert lines[-1].split(";")[0] == "  tables: 432 B, of which 0 B copied"
 
 
 def test_copied_bytes_are_honest():
