@@ -148,6 +148,34 @@ def test_starting_values_depend_on_seed_and_row_alone(tmp_path):
     assert uniform.min() >= -2 and uniform.max() < 1 and abs(uniform.mean() + 0.5) < 0.02
 
 
+@pytest.mark.parametrize(("rows", "slots"), [(1, 16), (17, 48), (256, 64), (257, 16), (100_003, 7 * 16), (2**27 + 3, 80), (2**29, 16)])
+def test_a_row_is_known_again_whatever_the_sizes(tmp_path, rows, slots):
+    """A slot says its row by 32 bits: rows that leave go to the store under their own number, also from their second set."""
+    cache, whole, generator = RowCache(tmp_path, rows, [Part(1)], slots), {}, torch.Generator().manual_seed(rows)
+    under_way, seen = [], torch.randint(0, rows, (300,), generator=generator)
+    for step in range(1, 200):
+        ids = torch.unique(seen[torch.randint(0, 300, (slots // 5,), generator=generator)])
+        try:
+            if step % 3 == 0:
+                under_way.append(cache.fetch(ids)[1])  # so that rows go to their second sets
+            slots_of, ticket = cache.fetch(ids)
+        except TierError:
+            [cache.release(under_way.pop()) for _ in range(len(under_way))]
+            slots_of, ticket = cache.fetch(ids)
+        assert cache.parts[0][slots_of, 0].tolist() == [whole.get(row, 0.0) for row in ids.tolist()]
+        cache.parts[0][slots_of] = float(step)
+        whole.update(dict.fromkeys(ids.tolist(), float(step)))
+        cache.release(ticket)
+        if len(under_way) > 2:
+            cache.release(under_way.pop(0))
+    assert cache.read(seen)[:, 0].tolist() == [whole.get(row, 0.0) for row in seen.tolist()]
+
+
+def test_a_cache_may_be_too_small_for_its_table(tmp_path):
+    with pytest.raises(TierError, match="a cache of 16 slots is too small for a table of 536870913 rows"):
+        RowCache(tmp_path, 2**29 + 1, [Part(1)], 16)
+
+
 def test_a_huge_table_starts_in_no_time_and_takes_no_room(tmp_path):
     cache = RowCache(tmp_path, 2**31, [Part(64, "normal", 0.0, 0.01), Part(64)], 1024)
     ids = torch.tensor([0, 2**31 - 1, 12345])

@@ -29,13 +29,20 @@ const int READERS = 8;  // threads that wait for the disk
 const size_t SAVED = 1024;  // rows that are written at once: they stay in the CPU's caches from their slots to the system
 const size_t MOVED = 1 << 15;  // rows that go through a buffer at once in a snapshot
 const int64_t AHEAD = 64;   // ids whose sets are asked for before they are looked at
-const int64_t NEAR = 32;    // and whose slots are
+const int64_t NEAR = 32;    // slots, and rows of the store, that are asked for before they are looked at
 const int64_t LEAVING = 6;  // rows whose values are asked for before they are copied
 
 struct Slot {
-    uint64_t stamp;        // the fetch that used it last
-    uint32_t count;        // fetches that used it
-    uint32_t pins : 31, dirty : 1;
+    uint32_t stamp;  // the fetch that used it last
+    uint16_t count;  // fetches that used it, as far as that can count
+    uint16_t pins : 15, dirty : 1;
+};
+
+const size_t PINS = 32767;  // batches that may be under way
+
+struct Set {  // three lines of the CPU's caches, on one page
+    uint32_t tags[WAYS];  // 0: nothing is there
+    Slot slots[WAYS];
 };
 
 struct Miss {
@@ -128,7 +135,7 @@ class Cache {
   public:
     Cache(std::unique_ptr<Rows> store, std::vector<Part> parts, uint64_t seed, int64_t slots, bool lfu)
         : store_(std::move(store)), parts_(std::move(parts)), seed_(seed), sets_(slots / WAYS), lfu_(lfu), places_(store_->rows(), sets_),
-          tags_(size_t(sets_)), slots_(size_t(sets_ * WAYS)) {
+          sets_of_(size_t(sets_)) {
         count();
     }
 
@@ -138,18 +145,17 @@ class Cache {
         for (int64_t i = 0; i < n; i++)
             if (ids[i] < 0 || ids[i] >= store_->rows())
                 throw Failure{"id " + std::to_string(ids[i]) + " is out of range: the table has " + std::to_string(store_->rows()) + " rows"};
-        unpin();
-        clock_++;
+        if (unpin() >= PINS) throw Failure{std::to_string(PINS) + " batches are under way: release() those that are done"};
+        tick();
         std::vector<int64_t> held;
         std::vector<Miss> misses;
         int64_t hits = 0;
         char *from[MAX_PARTS] = {}, *to[MAX_PARTS] = {};
         try {
-            Sought sought[AHEAD];
+            Places::Place sought[AHEAD];
             for (int64_t i = -AHEAD; i < n; i++) {
-                if (i >= 0) slots[i] = take(ids[i], sought[i % AHEAD], held, misses, hits);
+                if (i >= 0) slots[i] = take(ids[i], sought[i % AHEAD], train, held, misses, hits);
                 if (i + AHEAD < n) ask(ids[i + AHEAD], sought[(i + AHEAD) % AHEAD]);
-                if (i >= -NEAR && i + NEAR < n) ask_slot(sought[(i + NEAR) % AHEAD]);
             }
             std::vector<Kept> leaving;
             for (const Miss& miss : misses)
@@ -162,25 +168,23 @@ class Cache {
             save(leaving, move ? from : arrays);
             written_ += int64_t(leaving.size());
         } catch (...) {
-            for (int64_t slot : held) slots_[size_t(slot)].pins--;
+            for (int64_t slot : held) at(slot).pins--;
             for (const Miss& miss : misses) {  // nothing was moved yet: the rows that were to leave are still there
                 tag(miss.slot) = miss.tag;
-                slots_[size_t(miss.slot)].dirty = miss.dirty;
+                at(miss.slot).dirty = miss.dirty;
             }
             throw;
         }
         try {
             fill(misses, move ? to : arrays);
         } catch (...) {
-            for (int64_t slot : held) slots_[size_t(slot)].pins--;
+            for (int64_t slot : held) at(slot).pins--;
             for (const Miss& miss : misses) {  // what could not be read is not there
-                tag(miss.slot) = 0;
+                tag(miss.slot) = 0, at(miss.slot).dirty = 0;
                 present_ -= miss.before >= 0;
             }
             throw;
         }
-        if (train)
-            for (int64_t slot : held) slots_[size_t(slot)].dirty = 1;
         hits_ += hits;
         misses_ += int64_t(misses.size());
         for (const Miss& miss : misses) present_ += miss.before < 0;
@@ -205,8 +209,8 @@ class Cache {
         std::lock_guard<std::mutex> guard(lock_);
         unpin();
         std::vector<Kept> changed;
-        for (size_t slot = 0; slot < slots_.size(); slot++)
-            if (slots_[slot].dirty) changed.push_back({row_of(int64_t(slot)), int64_t(slot)});
+        for (int64_t slot = 0; slot < sets_ * WAYS; slot++)
+            if (at(slot).dirty) changed.push_back({row_of(slot), slot});
         for (size_t first = 0; move && first < changed.size(); first += MOVED) {
             std::vector<Kept> some(changed.begin() + long(first), changed.begin() + long(std::min(first + MOVED, changed.size())));
             char *from[MAX_PARTS] = {}, *to[MAX_PARTS] = {};
@@ -214,7 +218,7 @@ class Cache {
             save(some, from);
         }
         if (!move) save(changed, arrays);
-        for (const Kept& each : changed) slots_[size_t(each.slot)].dirty = slots_[size_t(each.slot)].pins != 0;  // what a batch still holds may change again
+        for (const Kept& each : changed) at(each.slot).dirty = at(each.slot).pins != 0;  // what a batch still holds may change again
         store_->prepare();
         std::lock_guard<std::mutex> tickets(tickets_lock_);
         count();
@@ -233,7 +237,7 @@ class Cache {
         for (int64_t i = 0; i < n; i++) {
             if (ids[i] < 0 || ids[i] >= store_->rows()) throw Failure{"id " + std::to_string(ids[i]) + " is out of range"};
             slots[i] = find(ids[i]);
-            if (change && slots[i] >= 0) slots_[size_t(slots[i])].dirty = 1;
+            if (change && slots[i] >= 0) at(slots[i]).dirty = 1;
         }
     }
 
@@ -241,9 +245,9 @@ class Cache {
     void forget() {
         std::lock_guard<std::mutex> guard(lock_);
         unpin();
-        for (size_t slot = 0; slot < slots_.size(); slot++)
-            if (slots_[slot].pins) throw Failure{"rows are replaced while batches are under way: step() first, and end the pipeline"};
-        for (size_t slot = 0; slot < slots_.size(); slot++) tag(int64_t(slot)) = 0, slots_[slot] = Slot{};
+        for (int64_t slot = 0; slot < sets_ * WAYS; slot++)
+            if (at(slot).pins) throw Failure{"rows are replaced while batches are under way: step() first, and end the pipeline"};
+        for (int64_t slot = 0; slot < sets_ * WAYS; slot++) tag(slot) = 0, at(slot) = Slot{};
         present_ = 0;
         if (Memory* memory = dynamic_cast<Memory*>(store_.get())) memory->recount();
         std::lock_guard<std::mutex> tickets(tickets_lock_);
@@ -279,7 +283,7 @@ class Cache {
             int64_t slot = find(ids[i]);
             if (slot >= 0) {
                 memcpy(arrays[part] + slot * bytes, from + i * bytes, size_t(bytes));
-                slots_[size_t(slot)].dirty = 1;
+                at(slot).dirty = 1;
                 continue;
             }
             fetch_record(ids[i], record.data());
@@ -303,33 +307,33 @@ class Cache {
         memcpy(counted_, all, sizeof all);
     }
 
-    struct Tags {
-        uint32_t way[WAYS];  // 0: nothing is there
-    };
-
-    struct Sought {  // an id on its way
-        Places::Place place;
-        int64_t slot;  // where it was when it was asked for, or -1
-    };
-
-    void unpin() {
-        std::lock_guard<std::mutex> guard(tickets_lock_);
-        for (size_t i = 0; i < free_.size(); i++) {
-            if (i + NEAR < free_.size()) __builtin_prefetch(&slots_[size_t(free_[i + NEAR])]);
-            slots_[size_t(free_[i])].pins--;
-        }
-        free_.clear();
+    void tick() {
+        if (++clock_ != 0) return;
+        for (int64_t slot = 0; slot < sets_ * WAYS; slot++) at(slot).stamp = 0;  // all are as old as the count is long
+        clock_ = 1;
     }
 
-    uint32_t& tag(int64_t slot) { return tags_[size_t(slot / WAYS)].way[slot % WAYS]; }
+    size_t unpin() {  // how many batches are under way
+
+        std::lock_guard<std::mutex> guard(tickets_lock_);
+        for (size_t i = 0; i < free_.size(); i++) {
+            if (i + NEAR < free_.size()) __builtin_prefetch(&at(free_[i + NEAR]));
+            at(free_[i]).pins--;
+        }
+        free_.clear();
+        return held_.size();
+    }
+
+    Slot& at(int64_t slot) { return sets_of_[size_t(slot / WAYS)].slots[slot % WAYS]; }
+    uint32_t& tag(int64_t slot) { return sets_of_[size_t(slot / WAYS)].tags[slot % WAYS]; }
 
     int64_t row_of(int64_t slot) const {  // -1: nothing is there
-        uint32_t tag = tags_[size_t(slot / WAYS)].way[slot % WAYS];
+        uint32_t tag = sets_of_[size_t(slot / WAYS)].tags[slot % WAYS];
         return tag ? places_.row(slot / WAYS, tag) : -1;
     }
 
     int64_t find(Places::Place place) const {
-        uint32_t found = same(tags_[size_t(place.set)].way, place.tag);
+        uint32_t found = same(sets_of_[size_t(place.set)].tags, place.tag);
         return found ? place.set * WAYS + __builtin_ctz(found) : -1;
     }
 
@@ -338,32 +342,21 @@ class Cache {
         return slot < 0 && spilled_ ? find(places_.of(id, 1)) : slot;
     }
 
-    // Ask for the memory that take() will look at: first its sets, then the slot, if it is there, or those that may leave. Inline: GCC drops
-    // calls of functions that only prefetch.
-    __attribute__((always_inline)) void ask(int64_t id, Sought& sought) const {
-        sought.place = places_.of(id, 0);
-        __builtin_prefetch(&tags_[size_t(sought.place.set)]);
-    }
-
-    __attribute__((always_inline)) void ask_slot(Sought& sought) const {
-        sought.slot = find(sought.place);
-        const char* slots = reinterpret_cast<const char*>(&slots_[size_t(sought.slot < 0 ? sought.place.set * WAYS : sought.slot)]);
-        __builtin_prefetch(slots);
-        if (sought.slot < 0)
-            for (int line = 1; line < 4; line++) __builtin_prefetch(slots + 64 * line);
+    // Ask for the memory that take() will look at. Inline: GCC drops calls of functions that only prefetch.
+    __attribute__((always_inline)) void ask(int64_t id, Places::Place& sought) const {
+        sought = places_.of(id, 0);
+        const char* set = reinterpret_cast<const char*>(&sets_of_[size_t(sought.set)]);
+        __builtin_prefetch(set), __builtin_prefetch(set + 64), __builtin_prefetch(set + 128);
     }
 
     // The slot of `id`, pinned once for this call.
-    int64_t take(int64_t id, const Sought& sought, std::vector<int64_t>& held, std::vector<Miss>& misses, int64_t& hits) {
-        int64_t place = sought.slot;
-        if (place < 0 || tag(place) != sought.place.tag) {  // not there then, or gone since
-            place = find(sought.place);
-            if (place < 0 && spilled_) place = find(places_.of(id, 1));
-        }
+    int64_t take(int64_t id, Places::Place sought, bool train, std::vector<int64_t>& held, std::vector<Miss>& misses, int64_t& hits) {
+        int64_t place = find(sought);
+        if (place < 0 && spilled_) place = find(places_.of(id, 1));
         bool missing = place < 0;
-        uint32_t fresh = sought.place.tag;
+        uint32_t fresh = sought.tag;
         if (missing) place = victim(id, fresh);
-        Slot& slot = slots_[size_t(place)];
+        Slot& slot = at(place);
         if (missing) {
             misses.push_back({place, id, row_of(place), tag(place), slot.dirty != 0, place});
             tag(place) = fresh;
@@ -372,8 +365,9 @@ class Cache {
         if (slot.stamp != clock_) {
             hits += !missing;
             slot.stamp = clock_;
-            slot.count += slot.count < UINT32_MAX;
+            slot.count += slot.count < UINT16_MAX;
             slot.pins++;
+            slot.dirty |= train;
             held.push_back(place);
         }
         return place;
@@ -386,8 +380,8 @@ class Cache {
             Places::Place place = places_.of(id, which);
             spilled_ |= which == 1;
             tag = place.tag;
-            const Slot* slots = &slots_[size_t(place.set * WAYS)];
-            const uint32_t* tags = tags_[size_t(place.set)].way;
+            const Slot* slots = sets_of_[size_t(place.set)].slots;
+            const uint32_t* tags = sets_of_[size_t(place.set)].tags;
             int64_t best = -1;
             for (int64_t way = 0; way < WAYS; way++) {
                 if (slots[way].pins) continue;
@@ -397,7 +391,7 @@ class Cache {
             if (best >= 0) return place.set * WAYS + best;  // the second set only where all of the first is held
         }
         throw Failure{"the cache is too small: the rows of the batches under way fill the sets of id " + std::to_string(id) + " (" +
-                      std::to_string(slots_.size()) + " slots): give `cache` more memory, or prefetch fewer batches"};
+                      std::to_string(sets_ * WAYS) + " slots): give `cache` more memory, or prefetch fewer batches"};
     }
 
     bool before(const Slot& one, const Slot& other) const {
@@ -517,13 +511,12 @@ class Cache {
     int64_t sets_;
     bool lfu_;
     Places places_;
-    Zeros<Tags> tags_;
-    Zeros<Slot> slots_;
+    Zeros<Set> sets_of_;
     std::unordered_map<int64_t, std::vector<int64_t>> held_;  // by ticket; with free_, under tickets_lock_
     std::vector<int64_t> free_;  // slots of tickets that were released, still pinned
     std::mutex tickets_lock_;
     std::mutex lock_;
-    uint64_t clock_ = 0;
+    uint32_t clock_ = 0;
     bool spilled_ = false;  // a row was ever put into its second set
     int64_t tickets_ = 0, hits_ = 0, misses_ = 0, made_ = 0, read_ = 0, written_ = 0, present_ = 0;
     int64_t counted_[10] = {};  // under tickets_lock_, as is held_
