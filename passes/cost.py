@@ -35,20 +35,21 @@ _LOOKUPS = (aten.embedding.default, *BAG_OPS, POOL, INT8, MAX, ROW_SUMS, OP)
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast one rank is. ``memory``: bytes/s; ``flops``: operations/s in the model's dtype; ``wire``: bytes/s that one rank sends;
-    ``call``: seconds that any call takes; ``message``: seconds that any collective takes."""
+    """How fast one rank is. ``memory``: bytes/s; ``flops``: operations/s in the model's dtype; ``wire``: bytes/s that one rank sends, and
+    ``inside`` to ranks of its node (0: the same); ``call``: seconds that any call takes; ``message``: seconds that any collective takes."""
 
     memory: float
     flops: float
     wire: float
     call: float = 0.0
     message: float = 0.0
+    inside: float = 0.0
 
 
 @dataclass(frozen=True)
 class Cost:
     """``read`` and ``written``: bytes of this rank's memory. ``flops``: operations. ``wire``: bytes sent to other ranks in
-    ``messages`` collectives. ``calls``: ops that run."""
+    ``messages`` collectives, without those that are known to stay ``inside`` the node. ``calls``: ops that run."""
 
     read: float = 0.0
     written: float = 0.0
@@ -56,6 +57,7 @@ class Cost:
     wire: float = 0.0
     calls: int = 0
     messages: int = 0
+    inside: float = 0.0
 
     @property
     def moved(self) -> float:
@@ -65,13 +67,14 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(
             self.read + other.read, self.written + other.written, self.flops + other.flops, self.wire + other.wire,
-            self.calls + other.calls, self.messages + other.messages,
+            self.calls + other.calls, self.messages + other.messages, self.inside + other.inside,
         )  # fmt: skip
 
     def seconds(self, rates: Rates) -> float:
-        """The time of one call: memory and arithmetic overlap, so the longer counts (the roofline); the wire comes on top."""
+        """The time of one call: memory and arithmetic overlap, so the longer counts (the roofline), and so do the links inside and
+        between nodes; the wire comes on top."""
         local = max(self.moved / rates.memory, self.flops / rates.flops) + self.calls * rates.call
-        return local + self.wire / rates.wire + self.messages * rates.message
+        return local + max(self.wire / rates.wire, self.inside / (rates.inside or rates.wire)) + self.messages * rates.message
 
 
 FREE = Cost()

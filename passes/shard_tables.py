@@ -15,38 +15,68 @@ One exchange of ids and one of rows serve all tables of a launch, however each o
 blocks (``kernels/collectives/spec.py``) and the exchange knows only blocks. ``data_parallel`` tables stay in a plain launch.
 Deduplicated lookups are pooled here, by ATen's embedding_bag over the rows that came back; so are lookups with sample weights, whose
 gradient needs the rows.
+
+Where ranks of one node hold ranges of a table's rows, pooled lookups of it are exchanged in two stages (``TableLayout.by_node``). First
+across nodes, between ranks of equal place in them, as if each node were one rank that holds the whole range; the ``embedding_bags``
+that such a "rank" then makes is an exchange again, inside the node: it hands ids to the owners and adds up their parts of each bag. So
+a bag crosses nodes once for each node that has a part of it, and not once for each rank; ids cross once, as they do anyway. The
+backward is the mirror of it, as it is of every exchange.
 """
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch.fx import Node
 
+from ..kernels.codecs.op import row_bytes
 from ..kernels.collectives import exchange_ids, exchange_rows, merge_rows, route_ids
 from ..kernels.collectives.spec import ExchangeSpec, Stream, TableLayout
+from ..kernels.collectives.wire import AS_IS
 from ..kernels.embedding.op import OP
 from ..kernels.embedding.spec import Extra, GroupSpec, Lookup, Table, decode
 from .cost import KEY as COST
 from .cost import Cost
 from .graph import Editor, aten, is_op, packet_name, stored_tensor, value_of
-from .records import APPLIED, SKIPPED, Record, record
+from .records import APPLIED, DISABLED, SKIPPED, Record, record
 from .rule import Context, Pass
 
+BY_NODE = ("table_row_wise", "grid_shard")  # shardings whose bags are added up inside nodes first, where there are nodes
 ANCHOR = "_tablewright_anchor"  # an attribute of the root: a tensor that requires a gradient
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """Where all tables live, by plain name; this ``rank`` of ``world``; ``group``: the process group's name."""
+    """Where all tables live, by plain name; this ``rank`` of ``world``; ``group``: the process group's name. ``per_node``: ranks of a
+    node, where there are several nodes of several ranks; then ``inside`` names the group of this rank's node, and ``across`` that of the ranks
+    with its place in all nodes. ``everyone``: see ``exchange_ids``; ``stage``: how what this rank is asked for is looked up, if not here."""
 
     layouts: Mapping[str, TableLayout]
     rank: int
     world: int
     group: str
+    per_node: int = 0
+    inside: str = ""
+    across: str = ""
+    everyone: str = ""
+    stage: Sharding | None = None
+
+    def of_nodes(self) -> Sharding:
+        """The stage across nodes, whose ranks are the nodes; inside them is its own ``stage``."""
+        node, each = self.rank // self.per_node, self.per_node
+        cut = {name: layout for name, layout in self.layouts.items() if layout.by_node}
+        inside = Sharding({n: t.inside(node, each) for n, t in cut.items()}, self.rank % each, each, self.inside, per_node=each)
+        layouts = {**self.layouts, **{n: t.across(each) for n, t in cut.items()}}
+        return Sharding(layouts, node, self.world // each, self.across, everyone=self.group, stage=inside)
+
+    def sent(self, count: float) -> tuple[float, float]:
+        """Of ``count`` bytes for all ranks alike: what leaves the node, and what goes to its other ranks. Without nodes all that leaves the
+        rank leaves the node."""
+        each = self.per_node or 1
+        return count * (self.world - each) / self.world, count * (each - 1) / self.world
 
 
 class CannotShard(ValueError):
@@ -69,14 +99,17 @@ class ShardTables(Pass):
         _refuse_other_readers(context, sharding)
         editor = Editor(context.graph, self.name)
         done: dict[str, TableLayout] = {}
+        records: list[Record] = []
         for node in [n for n in context.graph.nodes if n.target is OP]:
             spec = decode(node.args[5])  # type: ignore[arg-type]
             mine = [t.name for t in spec.tables if not sharding.layouts[t.name].replicated]
             done.update((t.name, sharding.layouts[t.name]) for t in spec.tables)
             if mine and context.allowed():
-                _Exchange(editor, node, spec, sharding, context).make()
+                made = _Exchange(editor, node, spec, sharding, context)
+                records += made.records(self.name)
+                made.make()
         editor.remove_dead()
-        records = [Record(self.kind, APPLIED, name, self.name, detail=describe(layout)) for name, layout in done.items()]
+        records += [Record(self.kind, APPLIED, name, self.name, detail=describe(layout)) for name, layout in done.items()]
         norms = [n for n in context.graph.nodes if is_op(n, aten.batch_norm.default)]
         return records + [record(self.name, "batch norms over ranks", SKIPPED, n, _NORM) for n in norms]
 
@@ -85,6 +118,8 @@ _NORM = (
     "it normalises by its rank's batch, and its running statistics are its rank's own (a checkpoint holds those of one rank), as under "
     "DistributedDataParallel(broadcast_buffers=False); statistics over all ranks would be needed to equal one process"
 )
+_NO_SUM = "its rows travel one by one (no bags, or deduplicated or weighted ones), so nothing is added up by their owners; sums or means of bags were needed"
+_NO_NODE = "the plan says so, or no node has several ranges of its rows: each rank sends its part of a bag straight to the rank that asked"
 
 
 def describe(layout: TableLayout) -> str:
@@ -97,7 +132,8 @@ def describe(layout: TableLayout) -> str:
     )
     more = f", and {len(layout.shards) - 4} more" if len(layout.shards) > 4 else ""
     travel = "" if (layout.forward, layout.backward) == ("fp32", "fp32") else f", rows as {layout.forward}, gradients as {layout.backward}"
-    return f"{layout.sharding} ({parts}{more}), {layout.exchange} exchange{travel}"
+    first = ", reduced inside the node first" if layout.by_node else ""
+    return f"{layout.sharding} ({parts}{more}), {layout.exchange} exchange{first}{travel}"
 
 
 def _refuse_other_readers(context: Context, sharding: Sharding) -> None:
@@ -118,63 +154,121 @@ def _refuse_other_readers(context: Context, sharding: Sharding) -> None:
 
 
 class _Exchange:
-    """The rewrite of one launch."""
+    """The rewrite of one launch. ``at``: where its nodes go (by default where the launch is); ``asked``: (ids, bags) that this rank has for each
+    lookup, where their shapes do not say so."""
 
-    def __init__(self, editor: Editor, node: Node, spec: GroupSpec, sharding: Sharding, context: Context) -> None:
-        self.editor, self.node, self.spec, self.sharding = editor, node, spec, sharding
+    def __init__(
+        self, editor: Editor, node: Node, spec: GroupSpec, sharding: Sharding, context: Context, at: Node | None = None,
+        asked: Sequence[tuple[float, float] | None] = (),
+    ) -> None:  # fmt: skip
+        self.editor, self.node, self.spec, self.sharding, self.context, self.at = editor, node, spec, sharding, context, at or node
         self.tables, self.ids, self.offsets, self.weights, self.extras = (list(a) for a in node.args[:5])  # type: ignore[arg-type]
         stored = [t for n in self.tables if (t := stored_tensor(n, context.root)) is not None]
         self.dtype, self.trains = stored[0].dtype, [t.requires_grad for t in stored]
         self.rest = node.args[6:]  # ticket and owner of updates in the backward
-        layouts = [sharding.layouts[t.name] for t in spec.tables]
-        self.far = [i for i, lookup in enumerate(spec.lookups) if not layouts[lookup.table].replicated]
-        self.near = [i for i, lookup in enumerate(spec.lookups) if layouts[lookup.table].replicated]
+        self.asked = asked or [_asked(lookup, ids) for lookup, ids in zip(spec.lookups, self.ids)]
+        self.far = [i for i in range(len(spec.lookups)) if not self.layout(i).replicated]
+        self.near = [i for i in range(len(spec.lookups)) if self.layout(i).replicated]
+        self.staged = [i for i in self.far if self.layout(i).by_node and spec.lookups[i].pooling != "none" and not self.unique(i)]
+
+    def layout(self, lookup: int) -> TableLayout:
+        return self.sharding.layouts[self.spec.tables[self.spec.lookups[lookup].table].name]
 
     def call(self, target: Any, *args: Any) -> Node:
-        return self.editor.call(target, *args, before=self.node, sources=[self.node])
+        return self.editor.call(target, *args, before=self.at, sources=[self.node])
 
     def parts(self, node: Node, count: int) -> list[Node]:
         return [self.call(operator.getitem, node, i) for i in range(count)]
 
-    def make(self) -> None:
-        sharding, spec = self.sharding, self.spec
-        exchange = self.exchange_spec()
-        text, rank, group = exchange.encode(), sharding.rank, sharding.group
+    def make(self) -> Node:
+        """What the launch is replaced by."""
+        if self.staged and self.staged == self.far:
+            return self.inner(self.node, self.spec, self.sharding.of_nodes(), self.asked).make()
+        self.far = [i for i in self.far if i not in self.staged]
+        if not self.staged:
+            self.ask()
+            return self.answer()
+        launch = self.launch(self.staged)
+        stages = self.inner(launch, decode(launch.args[5]), self.sharding.of_nodes(), [self.asked[i] for i in self.staged])  # type: ignore[arg-type]
+        stages.ask()
+        self.ask()  # the ids of both are under way before either is answered
+        return self.answer(self.results(self.staged, stages.answer()))
+
+    def inner(self, node: Node, spec: GroupSpec, sharding: Sharding, asked: Sequence[tuple[float, float] | None]) -> _Exchange:
+        """The exchange of a launch that this one made, or is."""
+        return _Exchange(self.editor, node, spec, sharding, self.context, self.at, asked)
+
+    def ask(self) -> None:
+        """Ids on their way to those who hold the rows."""
+        self.exchange = self.exchange_spec()
+        self.text = self.exchange.encode()
         ids, offsets = [self.ids[i] for i in self.far], [self.offsets[i] for i in self.far]
-        routed = self.call(route_ids.OP, ids, offsets, text)
-        header, payload, places, counts = self.parts(routed, 4)
-        exchanged = self.call(exchange_ids.EXCHANGE, header, payload, text, rank, group)
-        header_in, payload_in = self.parts(exchanged, 2)
-        answers = self.local_lookup(exchange, self.call(exchange_ids.RECEIVED, header_in, payload_in, text, rank))
-        anchor = self.editor.attribute(ANCHOR, before=self.node, sources=[self.node])
+        self.routed = self.call(route_ids.OP, ids, offsets, self.text)
+        self.header, payload, self.places, self.counts = self.parts(self.routed, 4)
+        sharding = self.sharding
+        to = (self.text, sharding.rank, sharding.group, *([sharding.everyone] if sharding.everyone else []))
+        exchanged = self.call(exchange_ids.EXCHANGE, self.header, payload, *to)
+        numbers, self.rows = (sharding.sent(count) for count in self.wire_bytes(self.exchange.streams, self.far))
+        exchanged.meta[COST] = Cost(wire=numbers[0], inside=numbers[1], calls=1, messages=2)
+        self.header_in, self.payload_in = self.parts(exchanged, 2)
+
+    def answer(self, elsewhere: Mapping[int, Node] | None = None) -> Node:
+        """Rows on their way back, and what the launch gave made of them. ``elsewhere``: the results of lookups that are not in this exchange."""
+        sharding, spec, exchange, text = self.sharding, self.spec, self.exchange, self.text
+        rank, group, header, header_in = sharding.rank, sharding.group, self.header, self.header_in
+        answers = self.local_lookup(exchange, self.call(exchange_ids.RECEIVED, header_in, self.payload_in, text, rank))
+        anchor = self.editor.attribute(ANCHOR, before=self.at, sources=[self.node])
         sent = self.call(exchange_rows.PACK, answers, anchor, header_in, text, rank)
         wire = self.call(exchange_rows.SEND, sent, header_in, header, text, rank, group)
-        numbers, rows = self.wire_bytes(exchange)
-        exchanged.meta[COST], wire.meta[COST] = Cost(wire=numbers, calls=1, messages=2), Cost(wire=rows, calls=1, messages=1)
+        wire.meta[COST] = Cost(wire=self.rows[0], inside=self.rows[1], calls=1, messages=1)
         received = self.call(exchange_rows.WAIT, sent, wire, header_in, header, text, rank, group)
-        own = self.pooled_here(exchange, routed, received, header, text)
-        near = self.near_lookups()
-        joined = [*self.extras, *(own[i] for i in self.far if i in own), *(near[i] for i in self.near)]
-        slots = self.call(merge_rows.MERGE, received, header, places, counts, ids, offsets, joined, text)
+        own = {**self.pooled_here(exchange, self.routed, received, header, text), **(elsewhere or {})}
+        near = self.results(self.near, self.launch(self.near)) if self.near else {}
+        joined = [*self.extras, *(own[i] for i in sorted(own)), *(near[i] for i in self.near)]
+        ids, offsets = [self.ids[i] for i in self.far], [self.offsets[i] for i in self.far]
+        slots = self.call(merge_rows.MERGE, received, header, self.places, self.counts, ids, offsets, joined, text)
         slots.meta["val"] = self.node.meta.get("val")
         self.editor.replace(self.node, slots)
         assert len(joined) == len(exchange.group.extras) and spec.slots == exchange.group.slots
+        return slots
 
-    def wire_bytes(self, exchange: ExchangeSpec) -> tuple[float, float]:
-        """Bytes that one rank expects to send as ids, and as rows, for a batch of the sample's shapes spread evenly; 0 without shapes."""
+    def wire_bytes(self, streams: Sequence[Stream], chosen: Sequence[int], gradients: bool = False) -> tuple[float, float]:
+        """Bytes that one rank expects to send to all ranks (itself too) as ids, and as rows (``gradients``: and to get as their gradients), for ids
+        spread evenly over the rows; 0 for lookups of unknown size. The streams' lookups are places in ``chosen``."""
         numbers = rows = 0.0
-        for stream in exchange.streams:
-            share = stream.shard.rows / self.spec.tables[stream.table].rows * (exchange.world - 1) / exchange.world
-            for lookup in stream.lookups:
-                ids, asked = value_of(self.ids[self.far[lookup]]), exchange.group.lookups[lookup]
-                if ids is None or not all(isinstance(n, int) or n.node.has_hint() for n in ids.shape):
-                    continue
-                count = math.prod(n if isinstance(n, int) else n.node.hint for n in ids.shape)
-                single = asked.pooling == "none" or ids.dim() != 2
-                bags = count if single else count // max(1, ids.shape[1] if isinstance(ids.shape[1], int) else ids.shape[1].node.hint)
-                numbers += 4 * count * share
-                rows += min(bags * (exchange.world - 1) / exchange.world, count * share) * stream.shard.columns * self.dtype.itemsize
+        for stream in streams:
+            for lookup in (chosen[place] for place in stream.lookups):
+                ids, bags = self.part(stream, lookup)
+                ragged = ids > bags and (stream.shard.rows < self.spec.tables[stream.table].rows or self.offsets[lookup] is not None)
+                numbers += 4 * (ids + (bags if ragged else 0))
+                for codec in (stream.forward, *([stream.backward] if gradients and stream.trained else [])):
+                    columns = stream.shard.columns
+                    rows += bags * (columns * self.dtype.itemsize if codec == AS_IS else row_bytes(codec, columns))
         return numbers, rows
+
+    def part(self, stream: Stream, lookup: int) -> tuple[float, float]:
+        """How many ids and bags of a lookup are expected to go to a stream; 0 where that is not known."""
+        ids, bags = self.asked[lookup] or (0.0, 0.0)
+        share = stream.shard.rows / max(1, self.spec.tables[stream.table].rows)
+        return (ids * share, bags * (1 - (1 - share) ** (ids / bags))) if bags else (0.0, 0.0)
+
+    def records(self, rule: str) -> list[Record]:
+        """What is said of bags that are, or could be, added up inside nodes."""
+        kind, found, flat = "node sums", [], self.sharding
+        for i in self.far if flat.per_node else []:
+            lookup, layout = self.spec.lookups[i], self.layout(i)
+            if i in self.staged:
+                sent = []
+                for each in (flat.of_nodes(), flat):
+                    streams = self.streams(each.layouts, [i])
+                    sent.append(round(each.sent(sum(self.wire_bytes(streams, [i], gradients=True)))[0]))
+                size = f": {sent[0]:,} bytes across nodes instead of {sent[1]:,} (a rank's ids, rows and gradients of a step)" if self.asked[i] else ""
+                found.append(Record(kind, APPLIED, lookup.name, rule, detail=f"reduced inside the node first{size}"))
+            elif layout.by_node:
+                found.append(Record(kind, SKIPPED, lookup.name, rule, _NO_SUM))
+            elif layout.sharding in BY_NODE and layout.exchange == "pooled" and lookup.pooling != "none":
+                found.append(Record(kind, DISABLED, lookup.name, rule, _NO_NODE))
+        return found
 
     # --- the static half ---------------------------------------------------------------------------------------------------------
 
@@ -182,25 +276,30 @@ class _Exchange:
         layout = self.sharding.layouts[self.spec.tables[self.spec.lookups[lookup].table].name]
         return layout.exchange == "unique" or self.weights[lookup] is not None
 
-    def exchange_spec(self) -> ExchangeSpec:
-        spec, sharding = self.spec, self.sharding
-        number = {lookup: i for i, lookup in enumerate(self.far)}
+    def streams(self, layouts: Mapping[str, TableLayout], chosen: Sequence[int]) -> list[Stream]:
+        """What goes to whom for the lookups ``chosen``, by whose places in that list they are named."""
+        spec = self.spec
         asked: dict[tuple, list[int]] = {}  # (table, padding, and the lookup itself where it is not deduplicated) -> lookups
-        for i in self.far:
+        for place, i in enumerate(chosen):
             lookup = spec.lookups[i]
             padding = None if lookup.left_out is not None else lookup.padding_idx  # what is left out is not sent
-            asked.setdefault((lookup.table, padding, self.unique(i), None if self.unique(i) else i), []).append(number[i])
+            asked.setdefault((lookup.table, padding, self.unique(i), None if self.unique(i) else i), []).append(place)
         streams = []
         for (table, padding, unique, _), lookups in asked.items():
-            layout = sharding.layouts[spec.tables[table].name]
+            layout = layouts[spec.tables[table].name]
             trained = spec.tables[table].grad != "none" and self.trains[table]
             streams += [
                 Stream(shard, table, tuple(lookups), unique, padding, trained, layout.forward, layout.backward)
                 for shard in layout.shards
             ]
-        streams.sort(key=lambda s: s.shard.rank)
+        return sorted(streams, key=lambda s: s.shard.rank)
+
+    def exchange_spec(self) -> ExchangeSpec:
+        spec, sharding = self.spec, self.sharding
+        streams = self.streams(sharding.layouts, self.far)
         extras = list(spec.extras)
-        for i in [*(i for i in self.far if self.unique(i)), *self.near]:
+        apart = [i for i in range(len(spec.lookups)) if i not in self.near and (i not in self.far or self.unique(i))]
+        for i in [*apart, *self.near]:
             lookup = spec.lookups[i]
             extras.append(Extra(lookup.slot, lookup.column, spec.tables[lookup.table].dim))
         kept = tuple(replace(t, grad="dense") for t in spec.tables)  # the whole tables; who trains them is said in the streams
@@ -217,7 +316,7 @@ class _Exchange:
             return []
         tables: dict[int, Table] = {}
         places: dict[int, int] = {}
-        lookups, slots, rows, offsets = [], [], [], []
+        lookups, slots, rows, offsets, counts = [], [], [], [], []
         for slot, k in enumerate(mine):
             stream = exchange.streams[k]
             shard, whole = stream.shard, self.spec.tables[stream.table]
@@ -232,12 +331,15 @@ class _Exchange:
             pooling = "none" if single else "sum"
             lookups.append(Lookup(places[stream.table], asked.name, pooling, slot, 0, padding, padding_read=padding is not None and not single))
             slots.append(shard.columns)
+            counts.append(tuple(n * exchange.world for n in self.part(stream, self.far[stream.lookups[0]])))
             rows.append(self.call(operator.getitem, bags, 2 * slot))
             offsets.append(None if single else self.call(operator.getitem, bags, 2 * slot + 1))
         spec = GroupSpec(tuple(tables.values()), tuple(lookups), tuple(slots))
         stored = [self.tables[t] for t in tables]
         updated = any(t.grad == "in_backward" for t in tables.values())
         found = self.call(OP, stored, rows, offsets, [None] * len(rows), [], spec.encode(), *(self.rest if updated else ()))
+        if self.sharding.stage is not None:
+            found = self.inner(found, spec, self.sharding.stage, counts).make()
         return self.parts(found, len(slots))
 
     def pooled_here(self, exchange: ExchangeSpec, routed: Node, received: Node, header: Node, text: str) -> dict[int, Node]:
@@ -262,23 +364,33 @@ class _Exchange:
                 found[i] = self.call(operator.getitem, bag, 0)
         return found
 
-    def near_lookups(self) -> dict[int, Node]:
-        """Lookups of tables that every rank holds, in a launch of their own."""
-        if not self.near:
-            return {}
-        used = sorted({self.spec.lookups[i].table for i in self.near})
+    def launch(self, chosen: Sequence[int]) -> Node:
+        """Some of the lookups in a launch of their own."""
+        used = sorted({self.spec.lookups[i].table for i in chosen})
         lookups = tuple(
-            replace(self.spec.lookups[i], table=used.index(self.spec.lookups[i].table), slot=slot, column=0)
-            for slot, i in enumerate(self.near)
+            replace(self.spec.lookups[i], table=used.index(self.spec.lookups[i].table), slot=slot, column=0) for slot, i in enumerate(chosen)
         )
         tables = tuple(self.spec.tables[t] for t in used)
         spec = GroupSpec(tables, lookups, tuple(tables[k.table].dim for k in lookups))
         updated = any(t.grad == "in_backward" for t in tables)
-        found = self.call(
-            OP, [self.tables[t] for t in used], [self.ids[i] for i in self.near], [self.offsets[i] for i in self.near],
-            [self.weights[i] for i in self.near], [], spec.encode(), *(self.rest if updated else ()),
+        return self.call(
+            OP, [self.tables[t] for t in used], [self.ids[i] for i in chosen], [self.offsets[i] for i in chosen],
+            [self.weights[i] for i in chosen], [], spec.encode(), *(self.rest if updated else ()),
         )  # fmt: skip
-        return dict(zip(self.near, self.parts(found, len(lookups))))
+
+    def results(self, chosen: Sequence[int], launch: Node) -> dict[int, Node]:
+        """What each lookup of such a launch gives."""
+        return dict(zip(chosen, self.parts(launch, len(chosen))))
+
+
+def _asked(lookup: Lookup, node: Node) -> tuple[float, float] | None:
+    """How many ids and bags a lookup has in a batch of the sample's shapes; ``None``: that is not known."""
+    ids = value_of(node)
+    if ids is None or not all(isinstance(n, int) or n.node.has_hint() for n in ids.shape):
+        return None
+    sizes = [n if isinstance(n, int) else n.node.hint for n in ids.shape]
+    count = math.prod(sizes)
+    return float(count), float(count if lookup.pooling == "none" or len(sizes) != 2 else sizes[0])
 
 
 def exchanges(graph) -> list[Node]:

@@ -1,5 +1,7 @@
-"""How a table is spread over ranks, in the words of a plan: ``sharding``, ``ranks``, ``exchange``, ``communication`` and
-``split`` (ranges of rows: ``even``, or cut so that the sample batch reads each range about equally often: ``sample``).
+"""How a table is spread over ranks, in the words of a plan: ``sharding``, ``ranks``, ``exchange``, ``communication``,
+``split`` (ranges of rows: ``even``, or cut so that the sample batch reads each range about equally often: ``sample``) and ``reduce_in_node``
+(``docs/sharding.md``): whether the ranks of a node add up their parts of a bag before it crosses nodes. Where the mesh has nodes and the
+exchange is pooled, ``table_row_wise`` and ``grid_shard`` do (``false``: they do not), and ``row_wise`` may (``true``).
 
 ================  ===================================  ==================================================================
 sharding          ranks                                who holds what
@@ -18,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..passes.shard_tables import BY_NODE
 from .errors import PlanError, nearest
 from .plan_words import part_from
 
@@ -46,7 +49,7 @@ def communication_from(raw: Any, where: str) -> Communication:
 
 
 def check_placement(
-    sharding: Any, ranks: Any, exchange: Any, communication: Any, split: Any, where: str
+    sharding: Any, ranks: Any, exchange: Any, communication: Any, split: Any, reduce_in_node: Any, where: str
 ) -> tuple[int, ...] | None:  # fmt: skip
     """``ranks`` as a tuple. Raises :class:`PlanError` where a value means nothing; what fits together is known only when all entries
     that match a table are put together (:func:`check_together`)."""
@@ -58,6 +61,8 @@ def check_placement(
         _one_of(split, SPLITS, f"{where}.split")
     if communication is not None and not isinstance(communication, Communication):
         raise PlanError(f"{where}.communication is {communication!r}; it must be a tw.Communication")
+    if reduce_in_node is not None and not isinstance(reduce_in_node, bool):
+        raise PlanError(f"{where}.reduce_in_node is {reduce_in_node!r}; it must be true or false")
     if ranks is None:
         return None
     numbers = isinstance(ranks, (list, tuple)) and all(type(r) is int and r >= 0 for r in ranks)
@@ -66,8 +71,19 @@ def check_placement(
     return tuple(ranks)
 
 
-def check_together(table: str, sharding: str | None, ranks: tuple[int, ...] | None) -> None:
-    """Raises :class:`PlanError` where ``ranks`` do not go with ``sharding``."""
+def check_together(
+    table: str, sharding: str | None, ranks: tuple[int, ...] | None, exchange: str | None = None, reduce_in_node: bool | None = None
+) -> None:
+    """Raises :class:`PlanError` where ``ranks`` or ``reduce_in_node`` do not go with the rest."""
+    if reduce_in_node and sharding not in (*BY_NODE, "row_wise"):
+        raise PlanError(
+            f"table '{table}' has reduce_in_node: true and sharding {sharding or 'none'}; only where ranks of a node hold ranges of its rows is "
+            f"there something to add up: {', '.join(BY_NODE)} or row_wise"
+        )
+    if reduce_in_node and exchange == "unique":
+        raise PlanError(
+            f"table '{table}' has reduce_in_node: true and exchange: unique, which sends single rows, not sums: say exchange: pooled, or leave one out"
+        )
     if ranks is None:
         return
     if sharding is None or sharding == "data_parallel":

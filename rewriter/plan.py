@@ -130,6 +130,7 @@ class TablePlan:
     exchange: str | None = None
     communication: Communication | None = None
     split: str | None = None
+    reduce_in_node: bool | None = None
     storage: Storage | None = None
     compress: Compression | None = None
     ids: DynamicIds | None = None
@@ -142,7 +143,7 @@ class TablePlan:
         _expect(ok, "tables.<glob>.compress", self.compress, "one of tw.Hashing, tw.QuotientRemainder, tw.MixedDim, tw.ProductQuantization")
         _expect(self.ids is None or isinstance(self.ids, DynamicIds), "tables.<glob>.ids", self.ids, "a tw.DynamicIds")
         _expect(self.dtype is None or self.dtype in _STORED, "tables.<glob>.dtype", self.dtype, " | ".join(_STORED))
-        ranks = check_placement(self.sharding, self.ranks, self.exchange, self.communication, self.split, "tables.<glob>")
+        ranks = check_placement(self.sharding, self.ranks, self.exchange, self.communication, self.split, self.reduce_in_node, "tables.<glob>")
         object.__setattr__(self, "ranks", ranks)
 
 
@@ -338,7 +339,7 @@ class Plan:
             chosen = {
                 f.name: next((v for e in entries if (v := getattr(e, f.name)) is not None), None) for f in fields(TablePlan)
             }
-            check_together(name, chosen["sharding"], chosen["ranks"])
+            check_together(name, chosen["sharding"], chosen["ranks"], chosen["exchange"], chosen["reduce_in_node"])
             placed = chosen["sharding"] or ("in tiers" if chosen["storage"] is not None else "with dynamic ids" if chosen["ids"] is not None else "")
             if chosen["ids"] is not None and (other := next((k for k in ("sharding", "storage") if chosen[k] is not None), None)):
                 raise PlanError(f"tables: '{name}' has dynamic ids and {other}, which do not go together yet")

@@ -27,6 +27,7 @@ _WORDS = {
     "dynamic ids": "mapped to rows",
     "shards": "placed",
     "overlaps": "scheduled",
+    "node sums": "made inside the node first",
     "ops": "in low precision",
     "stored tables": "in their own dtype",
     "compressed tables": "made smaller",

@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from torch import Tensor
 
 from ..kernels.collectives.spec import Shard, TableLayout
+from ..passes.shard_tables import BY_NODE
 from .errors import PlanError
 from .placement import Communication
 from .plan import TablePlan
@@ -35,9 +36,34 @@ def layouts(
         for shard in shards:
             load[shard.rank] += shard.rows * shard.columns
         travel = wish.communication or Communication()
-        exchange = wish.exchange or "pooled"
-        found[name] = TableLayout(name, rows, dim, wish.sharding or "data_parallel", shards, exchange, travel.forward, travel.backward)
+        layout = TableLayout(name, rows, dim, wish.sharding or "data_parallel", shards, wish.exchange or "pooled", travel.forward, travel.backward)
+        found[name] = replace(layout, by_node=_by_node(layout, wish, world, per_node))
     return {name: found[name] for name in tables}
+
+
+def _by_node(layout: TableLayout, wish: TablePlan, world: int, per_node: int) -> int:
+    """How many ranks a node has, if they add up their parts of a bag before it crosses nodes; else 0."""
+    if layout.exchange == "unique" or not (wish.reduce_in_node or wish.reduce_in_node is None and layout.sharding in BY_NODE):
+        return 0
+
+    def refuse(why: str) -> int:
+        if wish.reduce_in_node:
+            raise PlanError(f"table '{layout.name}' has reduce_in_node: true, but {why}")
+        return 0
+
+    if not 1 < per_node < world:
+        return refuse(
+            f"the mesh has {world // per_node} node(s) of {per_node} rank(s): a mesh of two dimensions, several nodes of several ranks, was "
+            'needed, as init_device_mesh("cuda", (nodes, ranks_of_a_node)) makes it'
+        )
+    nodes = [s.rank // per_node for s in layout.shards]
+    if len(set(nodes)) == len(nodes):
+        return refuse("none of its nodes has several ranges of its rows: nothing is to be added up there")
+    try:
+        layout.across(per_node)
+    except ValueError as error:
+        return refuse(f"{error}: name its ranks node by node")
+    return per_node
 
 
 def _ranks(name: str, wish: TablePlan, world: int, per_node: int, load: list[int], dim: int) -> tuple[int, ...]:
@@ -112,7 +138,7 @@ def table(found: Mapping[str, TableLayout]) -> str:
     """The resolved plan for people: every table, rank, row range and column range."""
     rows = [("TABLE", "SHARDING", "RANK", "ROWS", "COLUMNS", "EXCHANGE", "FORWARD", "BACKWARD")]
     for layout in found.values():
-        travel = (layout.exchange, layout.forward, layout.backward)
+        travel = (layout.exchange + (", by node" if layout.by_node else ""), layout.forward, layout.backward)
         if layout.replicated:
             rows.append((layout.name, layout.sharding, "all", f"0..{layout.rows}", f"0..{layout.dim}", "none", "none", "fp32"))
         for s in layout.shards:

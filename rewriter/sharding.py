@@ -44,22 +44,26 @@ _ELEMENTWISE = ("SGD", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "
 class Ranks:
     """The ranks of a mesh, numbered in its order: ``rank`` of ``world``, ``per_node`` of them in each node. ``group``: a process
     group over them for exchanges, ``averages`` another one for the gradients of what all of them hold: neither mixes with what a user
-    runs in the mesh's own (a checkpoint that is written meanwhile)."""
+    runs in the mesh's own (a checkpoint that is written meanwhile). Of several nodes of several ranks: ``inside`` is a group of this rank's
+    node, ``across`` one of the ranks with its place in every node."""
 
     rank: int
     world: int
     per_node: int
     group: Any
     averages: Any
+    inside: Any = None
+    across: Any = None
 
     @staticmethod
     def of(mesh: DeviceMesh) -> Ranks:
-        """Raises :class:`PlanError` for a mesh of more than two dimensions (nodes, ranks in a node)."""
+        """Raises :class:`PlanError` for a mesh of more than two dimensions (nodes, ranks in a node), or of two in which ranks do not ascend."""
         group = Ranks.group_of(mesh)
         per_node = mesh.mesh.shape[-1] if mesh.ndim == 2 else mesh.size()
-        if group not in _others:
-            _others[group] = (_another(group), _another(group))
-        return Ranks(dist.get_rank(group), dist.get_world_size(group), per_node, *_others[group])
+        groups = _own(group, 2)
+        if 1 < per_node < mesh.size():
+            groups = (*groups, *_own(mesh.get_group(1), 1), *_own(mesh.get_group(0), 1))
+        return Ranks(dist.get_rank(group), dist.get_world_size(group), per_node, *groups)
 
     @staticmethod
     def group_of(mesh: DeviceMesh) -> Any:
@@ -71,6 +75,8 @@ class Ranks:
         numbers = mesh.mesh.reshape(-1).tolist()
         if mesh.ndim == 1:
             return mesh.get_group()
+        if numbers != sorted(numbers):
+            raise PlanError(f"mesh has the ranks {mesh.mesh.tolist()}; nodes one after another were needed, each with its ranks in ascending order")
         if numbers == list(range(dist.get_world_size())):
             return dist.group.WORLD
         return mesh._flatten().get_group()
@@ -82,8 +88,15 @@ class Ranks:
         return found
 
 
-# All models of a mesh share its two groups: each holds threads and connections to every rank until the process ends.
-_others: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+# All models of a mesh share its groups: each holds threads and connections to its ranks until the process ends.
+_others: weakref.WeakKeyDictionary[Any, tuple[Any, ...]] = weakref.WeakKeyDictionary()
+
+
+def _own(group: Any, count: int) -> tuple[Any, ...]:
+    """So many process groups over the ranks of ``group`` that nobody else uses."""
+    if group not in _others:
+        _others[group] = tuple(_another(group) for _ in range(count))
+    return _others[group]
 
 
 def _another(group: Any) -> Any:
@@ -128,12 +141,13 @@ class ShardedTables:
         undecided = [n for n, layout in self.layouts.items() if layout.exchange == "auto"]
         if undecided:
             found = reads() if reads is not None else {}
-            mine = {n: exchange_bytes(self.layouts[n], found[n], self.shapes[n].element_size()) for n in undecided if n in found and self.layouts[n].shards}
+            mine = {n: exchange_bytes(self._counted(n), found[n], self.shapes[n].element_size()) for n in undecided if n in found and self.layouts[n].shards}
             everyone = self.ranks.agree(mine)
             for name in undecided:
                 counted = [each[name] for each in everyone if name in each]
                 pooled, unique = (sum(c[kind] for c in counted) for kind in ("pooled", "unique"))
-                self.layouts[name] = replace(self.layouts[name], exchange="unique" if unique < pooled else "pooled")
+                layout, fewer = self.layouts[name], unique < pooled
+                self.layouts[name] = replace(layout, exchange="unique" if fewer else "pooled", by_node=0 if fewer else layout.by_node)
         self.digest = shard_map.digest(self.layouts)
         given = self.ranks.agree(self.digest)
         ranks = self.ranks
@@ -143,6 +157,11 @@ class ShardedTables:
                 f"the ranks resolved different plans: rank {others[0]} has {given[others[0]][:12]}, rank 0 has {given[0][:12]} "
                 f"(this is rank {ranks.rank}). Every rank needs the same model, plan and mesh. This rank's:\n{shard_map.table(self.layouts)}"
             )
+
+    def _counted(self, name: str) -> TableLayout:
+        """The layout whose bytes decide: where bags are added up inside nodes, that across nodes."""
+        layout = self.layouts[name]
+        return layout.across(layout.by_node) if layout.by_node else layout
 
     def _cuts(self, name: str, reads: list[Reads]) -> list[int]:
         """Where ranges of rows begin, by what the samples of all ranks read."""
@@ -154,7 +173,9 @@ class ShardedTables:
     @property
     def sharding(self) -> Sharding:
         """What the passes need to know."""
-        return Sharding(self.layouts, self.ranks.rank, self.ranks.world, self.ranks.group.group_name)
+        ranks = self.ranks
+        nodes = () if ranks.inside is None else (ranks.per_node, ranks.inside.group_name, ranks.across.group_name)
+        return Sharding(self.layouts, ranks.rank, ranks.world, ranks.group.group_name, *nodes)
 
     def sharded(self) -> dict[str, TableLayout]:
         """The layouts of the tables that are cut."""

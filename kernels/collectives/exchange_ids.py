@@ -2,12 +2,13 @@
 
 ::
 
-    exchange_ids(header, payload, spec, rank, group) -> (header_in, payload_in)
+    exchange_ids(header, payload, spec, rank, group, everyone="") -> (header_in, payload_in)
     received_bags(header_in, payload_in, spec, rank) -> [rows_0, offsets_0, rows_1, ...]
 
 ``exchange_ids`` sends what ``route_ids`` made. ``header_in`` int64 ``[ranks, streams of this rank, 3]`` is there when it returns;
 ``payload_in`` is still on its way (``finish`` or ``received_bags`` waits). Two collectives: the header has a known size, and
-tells whether all ranks make the same exchange.
+tells whether all ranks make the same exchange. Where ``group`` has one rank of each node, ``everyone`` is the group of all ranks, node
+by node: each tells all of them that its ids are good (one number), so that none waits in a later exchange for one that stopped.
 ``received_bags`` gives for each stream of this rank the row numbers from all ranks, and, unless the stream is deduplicated or
 unpooled, the offsets of their bags (else an empty tensor).
 
@@ -16,17 +17,18 @@ Raises what ``route_ids`` refused, on the rank where it did; :class:`~.errors.Pe
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..library import DIRECT, LIBRARY, size_from_data, tracing
 from . import route_ids
 from .errors import PeerError
 from .spec import HEADER, ExchangeSpec, decode
-from .work import all_to_all, finish
+from .work import all_to_all, finish, group_of
 
 _REFUSED = -1
 
-LIBRARY.define("exchange_ids(Tensor header, Tensor payload, str spec, int rank, str group) -> (Tensor, Tensor)")
+LIBRARY.define('exchange_ids(Tensor header, Tensor payload, str spec, int rank, str group, str everyone="") -> (Tensor, Tensor)')
 LIBRARY.define("received_bags(Tensor header_in, Tensor payload_in, str spec, int rank) -> Tensor[]")
 
 
@@ -35,17 +37,22 @@ def id_counts(spec: ExchangeSpec, announced: list[list[int]]) -> int:
     return sum(rows + (bags if ragged else 0) for bags, rows, ragged in announced)
 
 
-def _exchange(header: Tensor, payload: Tensor, text: str, rank: int, group: str) -> tuple[Tensor, Tensor]:
+def _exchange(header: Tensor, payload: Tensor, text: str, rank: int, group: str, everyone: str = "") -> tuple[Tensor, Tensor]:
     spec = decode(text)
     counts_out, counts_in = spec.header_splits(rank)
-    announced, refused = header.tolist(), route_ids.refusal()
+    announced, refused = header.tolist(), route_ids.refusal(header)
     state = _REFUSED if refused is not None else spec.checksum
-    wire = [number for mine in spec.of_rank for number in (state, *(n for k in mine for n in announced[k]))]
-    there = torch.tensor(wire, device=payload.device)
-    arrived = finish(all_to_all(there, counts_out, counts_in, group, "the exchange of id counts")).cpu().view(spec.world, -1)
+    wire = [[state, *(n for k in mine for n in announced[k])] for mine in spec.of_rank]
+    peers = list(range(spec.world))  # the ranks of the group, as they are numbered where the headers travel
+    if everyone:
+        peers, ranks = _places(spec.world, everyone)
+        counts_out, counts_in = (_spread(counts, peers, [1] * ranks) for counts in (counts_out, counts_in))
+        wire = _spread(wire, peers, [[state]] * ranks)
+    there = torch.tensor([number for each in wire for number in each], device=payload.device)
+    arrived = finish(all_to_all(there, counts_out, counts_in, everyone or group, "the exchange of id counts")).cpu().split(counts_in)
     if refused is not None:
         raise refused
-    for source, theirs in enumerate(arrived[:, 0].tolist()):
+    for source, theirs in enumerate(torch.stack([part[0] for part in arrived]).tolist()):
         if theirs == _REFUSED:
             raise PeerError(f"rank {source} was given ids or offsets that cannot be looked up, and stopped; its own error says which")
         if theirs != spec.checksum:
@@ -53,15 +60,29 @@ def _exchange(header: Tensor, payload: Tensor, text: str, rank: int, group: str)
                 f"rank {source} makes another exchange of ids than rank {rank} ({theirs:x}, here {spec.checksum:x}): the ranks do not "
                 "call the same models in the same order, or optimized them by different plans"
             )
-    header_in = arrived[:, 1:].reshape(spec.world, len(spec.of_rank[rank]), HEADER)
+    header_in = torch.cat([arrived[r][1:] for r in peers]).view(spec.world, len(spec.of_rank[rank]), HEADER)
     expected = header_in.tolist()
     out = [id_counts(spec, [announced[k] for k in mine]) for mine in spec.of_rank]
     inward = [id_counts(spec, streams) for streams in expected]
     return header_in, all_to_all(payload, out, inward, group, "the exchange of ids")
 
 
+def _places(count: int, everyone: str) -> tuple[list[int], int]:
+    """Which ranks of the group ``everyone`` have this rank's place in their nodes, of which there are ``count``; and how many ranks it has."""
+    found = group_of(everyone)
+    ranks = dist.get_world_size(found)
+    return list(range(dist.get_rank(found) % (ranks // count), ranks, ranks // count)), ranks
+
+
+def _spread(values: list, places: list[int], others: list) -> list:
+    """``others``, with ``values`` at ``places``."""
+    for place, value in zip(places, values):
+        others[place] = value
+    return others
+
+
 @torch.library.register_fake("tablewright::exchange_ids", lib=LIBRARY)
-def _fake_exchange(header, payload, spec, rank, group):
+def _fake_exchange(header, payload, spec, rank, group, everyone=""):
     parsed = decode(spec)
     header_in = header.new_empty(parsed.world, len(parsed.of_rank[rank]), HEADER)
     return header_in, payload.new_empty(size_from_data())

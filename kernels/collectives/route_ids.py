@@ -27,22 +27,24 @@ from .spec import HEADER, ExchangeSpec, decode
 
 LIBRARY.define("route_ids(Tensor[] indices, Tensor?[] offsets, str spec) -> Tensor[]")
 
-_refused: list[Exception] = []  # what this rank's last route found wrong; exchange_ids raises it when all ranks know
+# What this rank's routes found wrong, by the header's storage (kept, so that no other has its place); exchange_ids raises it when all
+# ranks know. Several routes may run before the first exchange.
+_refused: dict[int, tuple[Tensor, Exception]] = {}
 
 
-def refusal() -> Exception | None:
-    """What was wrong with the ids of the last call, and forget it."""
-    return _refused.pop() if _refused else None
+def refusal(header: Tensor) -> Exception | None:
+    """What was wrong with the ids that ``header`` announces, and forget it."""
+    found = _refused.pop(header.untyped_storage()._cdata, None)
+    return None if found is None else found[1]
 
 
 def _route(indices, offsets, text: str) -> list[Tensor]:
     spec = decode(text)
-    _refused.clear()
     try:
         return _routed(spec, indices, offsets)
     except (IndexError, ValueError, TypeError) as error:
-        _refused.append(error)
         header = torch.zeros((len(spec.streams), HEADER), dtype=torch.int64)
+        _refused[header.untyped_storage()._cdata] = header, error
         none = torch.empty(0, dtype=torch.int64)
         return [header, torch.empty(0, dtype=spec.id_dtype), none, none, *[none] * (2 * _unique_lookups(spec))]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -37,7 +37,8 @@ class Shard:
 @dataclass(frozen=True)
 class TableLayout:
     """Where one table lives. ``sharding``: TorchRec's name for it; ``shards``: at most one on each rank (none: ``data_parallel``).
-    ``exchange``: "pooled" or "unique" (in a plan also "auto", until the bytes are counted). ``forward``, ``backward``: the codec of rows and of their gradients."""
+    ``exchange``: "pooled" or "unique" (in a plan also "auto", until the bytes are counted). ``forward``, ``backward``: the codec of rows and of their gradients.
+    ``by_node``: how many ranks a node has, where bags are added up inside each node before they cross nodes; 0: they are not."""
 
     name: str
     rows: int
@@ -47,6 +48,7 @@ class TableLayout:
     exchange: str = "pooled"
     forward: str = "fp32"
     backward: str = "fp32"
+    by_node: int = 0
 
     @property
     def replicated(self) -> bool:
@@ -61,6 +63,30 @@ class TableLayout:
     def columns_split(self) -> bool:
         """Whether rows are cut, so that no rank holds a whole one."""
         return any(s.columns != self.dim for s in self.shards)
+
+    def across(self, ranks: int) -> TableLayout:
+        """The same table over nodes of so many ranks: what the ranks of a node hold is one shard, whose ``rank`` is the node's number.
+        Raises ValueError where that is no block."""
+        nodes: dict[int, list[Shard]] = {}
+        for shard in self.shards:
+            nodes.setdefault(shard.rank // ranks, []).append(shard)
+        blocks = []
+        for node, held in nodes.items():
+            held = sorted(held, key=lambda s: s.row)
+            first, rows = held[0], sum(s.rows for s in held)
+            ends = [s.row + s.rows for s in held[:-1]]
+            if ends != [s.row for s in held[1:]] or any((s.column, s.columns) != (first.column, first.columns) for s in held):
+                raise ValueError(f"what node {node} holds of '{self.name}' is no range of rows")
+            blocks.append(Shard(node, first.row, rows, first.column, first.columns))
+        return replace(self, shards=tuple(blocks), by_node=0)
+
+    def inside(self, node: int, ranks: int) -> TableLayout:
+        """What a node of so many ranks holds, as a table of its own over those ranks; rows travel in it as they are."""
+        whole = next((s for s in self.across(ranks).shards if s.rank == node), Shard(node, 0, 0, 0, 0))
+        held = tuple(
+            Shard(s.rank % ranks, s.row - whole.row, s.rows, 0, s.columns) for s in self.shards if s.rank // ranks == node
+        )
+        return TableLayout(self.name, whole.rows, whole.columns, "row_wise", held)
 
 
 @dataclass(frozen=True)

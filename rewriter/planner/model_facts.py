@@ -106,7 +106,7 @@ def read_model(
 
 
 def _numbers(cost: Cost) -> tuple:
-    return cost.read, cost.written, cost.flops, cost.wire, cost.calls, cost.messages
+    return cost.read, cost.written, cost.flops, cost.wire, cost.calls, cost.messages, cost.inside
 
 
 # --- a model without memory --------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ class Topology:
     def rates(self) -> Rates:
         """For the cost of nodes (``passes/cost.py``); the wire is the slowest that a collective over all ranks crosses."""
         wire = self.inter_node_gb_s if self.nodes > 1 else self.intra_node_gb_s
-        return Rates(self.memory_gb_s * GB, self.tflops * 1e12, wire * GB, self.call_us * 1e-6, self.message_us * 1e-6)
+        return Rates(self.memory_gb_s * GB, self.tflops * 1e12, wire * GB, self.call_us * 1e-6, self.message_us * 1e-6, self.intra_node_gb_s * GB)
 
     def all_to_all(self, bytes_to_each: float) -> float:
         """Seconds in which a rank sends so much to each other rank. Links inside and between nodes work at once: the slower counts."""

@@ -165,7 +165,7 @@ class _Book:
         else:
             back_bytes = back.moved if back else 0
             found["predicted"] = cost.seconds(self.rates)
-            found.update(read=cost.read, written=cost.written, flops=cost.flops, wire=cost.wire, back_bytes=back_bytes, back_flops=back.flops if back else 0)
+            found.update(read=cost.read, written=cost.written, flops=cost.flops, wire=cost.wire + cost.inside, back_bytes=back_bytes, back_flops=back.flops if back else 0)
         if node.name in self.profile:
             found["seconds"] = self.profile[node.name]
         return {k: v for k, v in found.items() if v}
