@@ -166,7 +166,7 @@ class _Exchange:
         stored = [t for n in self.tables if (t := stored_tensor(n, context.root)) is not None]
         self.dtype, self.trains = stored[0].dtype, [t.requires_grad for t in stored]
         self.rest = node.args[6:]  # ticket and owner of updates in the backward
-        self.asked = asked or [_asked(lookup, ids) for lookup, ids in zip(spec.lookups, self.ids)]
+        self.asked = asked or [_asked(*each) for each in zip(spec.lookups, self.ids, self.offsets)]
         self.far = [i for i in range(len(spec.lookups)) if not self.layout(i).replicated]
         self.near = [i for i in range(len(spec.lookups)) if self.layout(i).replicated]
         self.staged = [i for i in self.far if self.layout(i).by_node and spec.lookups[i].pooling != "none" and not self.unique(i)]
@@ -383,14 +383,21 @@ class _Exchange:
         return dict(zip(chosen, self.parts(launch, len(chosen))))
 
 
-def _asked(lookup: Lookup, node: Node) -> tuple[float, float] | None:
+def _asked(lookup: Lookup, ids: Node, offsets: Node | None) -> tuple[float, float] | None:
     """How many ids and bags a lookup has in a batch of the sample's shapes; ``None``: that is not known."""
-    ids = value_of(node)
-    if ids is None or not all(isinstance(n, int) or n.node.has_hint() for n in ids.shape):
+    shape, starts = _sizes(ids), None if offsets is None else _sizes(offsets)
+    if not shape or offsets is not None and not starts:
         return None
-    sizes = [n if isinstance(n, int) else n.node.hint for n in ids.shape]
-    count = math.prod(sizes)
-    return float(count), float(count if lookup.pooling == "none" or len(sizes) != 2 else sizes[0])
+    count = math.prod(shape)
+    bags = count if lookup.pooling == "none" else starts[0] - lookup.include_last_offset if starts else shape[0]
+    return float(count), float(bags)
+
+
+def _sizes(node: Node) -> list[int] | None:
+    value = value_of(node)
+    if value is None or not all(isinstance(n, int) or n.node.has_hint() for n in value.shape):
+        return None
+    return [n if isinstance(n, int) else n.node.hint for n in value.shape]
 
 
 def exchanges(graph) -> list[Node]:

@@ -15,6 +15,10 @@ The owner reads those rows (the first time here and there in memory, then from c
 and writes each different row of the R batches with its state. Ids go to the owner, results come from it, gradients go back, each in
 an all-to-all, encoded as ``communication`` says. The other side merges (or pools) results on every rank. ``data_parallel`` tables are
 read where they are; rows of their gradients go to every rank. All-to-alls and arithmetic are added up: overlap is not counted on.
+
+Pooled bags that are added up inside nodes first (``docs/sharding.md``) have two stages. Each rank of a node exchanges with one rank of each other
+node what the table says for the part ``p`` of all the node's blocks; and each owner exchanges with each other rank of its node, as many times as
+there are nodes, what it says for its own ``p``, without codecs.
 """
 from __future__ import annotations
 
@@ -25,6 +29,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ...kernels.codecs.op import row_bytes
+from ...passes.shard_tables import BY_NODE
 from ..errors import PlanError
 from ..placement import Communication
 from ..plan import TablePlan
@@ -39,8 +44,9 @@ _LEAST_COLUMNS = 8  # of a column shard: narrower rows do not fill a cache line'
 @dataclass(frozen=True, eq=False)
 class Way:
     """One way to place a table. Arrays have one entry for each block: ``rows`` and ``columns``; seconds on its rank for ``lookup`` and
-    ``update``; bytes between it and each other rank: ``ids`` in, ``results`` out, ``gradients`` in. ``merge``: seconds on every rank.
-    ``gathered``: bytes that each rank sends to each other one (data_parallel)."""
+    ``update``; bytes between it and each other rank (of its node, where there is ``across``): ``ids`` in, ``results`` out, ``gradients`` in.
+    ``across``: those three between each rank of the block's node and one rank of each other node, where bags are added up inside nodes.
+    ``merge``: seconds on every rank. ``gathered``: bytes that each rank sends to each other one (data_parallel)."""
 
     sharding: str
     exchange: str
@@ -55,19 +61,47 @@ class Way:
     merge: float
     gathered: float = 0.0
     split: str = "even"
+    across: tuple[np.ndarray, ...] = ()
+
+    def seconds(self, topology: Topology) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For ids, results and gradients: the seconds of each block's rank, and those of them that every rank of its node has."""
+        inside = (self.ids, self.results, self.gradients)
+        if not self.across:
+            return [(each * topology.all_to_all(1.0), 0.0 * each) for each in inside]
+        near, far = topology.inside_node(1.0), topology.across_nodes(1.0)
+        return [(each * near + once * far, once * far) for each, once in zip(inside, self.across)]
+
+    def sent(self, ranks: np.ndarray, topology: Topology) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes that each rank sends in a step with the blocks on ``ranks``: to all others, and of them to other nodes."""
+        world, each = topology.ranks, topology.ranks_per_node
+        node_of, nodes = np.arange(world) // each, topology.nodes
+        if not len(ranks):
+            return np.full(world, self.gathered * (world - 1)), np.full(world, self.gathered * (world - each))
+        back = self.ids + self.gradients
+        of_node = np.bincount(ranks // each, back, nodes)[node_of]  # what a rank sends to blocks of its own node
+        of_rank = np.bincount(ranks, back, world)
+        results = np.bincount(ranks, self.results, world)
+        if not self.across:
+            across = back.sum() - of_node + results * (world - each)
+            return across + of_node - of_rank + results * (each - 1), across
+        held, first = np.unique(ranks // each, return_index=True)
+        asked = np.bincount(held, (self.across[0] + self.across[2])[first], nodes)
+        across = asked.sum() - asked[node_of] + np.bincount(held, self.across[1][first] * (nodes - 1), nodes)[node_of]
+        return across + of_node - of_rank + results * (each - 1), across
 
     def __str__(self) -> str:
         if self.sharding == "data_parallel":
             return self.sharding
         over = f" over {len(self.rows)}" if len(self.rows) > 1 else ""
-        return f"{self.sharding}{over}, {self.exchange}" + (", split by sample" if self.split == "sample" else "")
+        first = ", reduced in the node" if self.across and self.sharding == "row_wise" else ""
+        return f"{self.sharding}{over}, {self.exchange}{first}" + (", split by sample" if self.split == "sample" else "")
 
 
 def options_of(facts: TableFacts, topology: Topology, wish: TablePlan | None = None) -> list[Option]:
     """Every way that ``wish`` (a resolved entry of a plan) allows. Raises :class:`PlanError` where there is none."""
     wish = wish or TablePlan()
     key = replace(facts, name="", assumed="") if facts.sample is None else None
-    names = ("sharding", "ranks", "exchange", "communication", "split")
+    names = ("sharding", "ranks", "exchange", "communication", "split", "reduce_in_node")
     plain = TablePlan(**{name: getattr(wish, name) for name in names})
     found = _cached(key, topology, plain) if key is not None else list(_options(facts, topology, plain))
     if not found:
@@ -95,7 +129,7 @@ def _options(facts: TableFacts, topology: Topology, wish: TablePlan) -> Iterator
     def ways() -> Iterator[tuple[str, int, int]]:  # sharding, parts of columns, parts of rows
         yield "data_parallel", 0, 0
         yield "table_wise", 1, 1
-        for k in sizes:
+        for k in sizes if not wish.reduce_in_node or fixed is not None else [ranks]:
             yield "row_wise", 1, k
         for k in sizes:
             yield "column_wise", k, 1
@@ -131,24 +165,38 @@ def _parts(most: int) -> list[int]:
 
 def _option(facts, topology, wish, sharding: str, columns, ranges, exchange: str, split: str) -> Option:
     travel = wish.communication or Communication()
-    way = _blocks(facts, topology, sharding, np.asarray(columns), ranges, exchange, travel, split)
-    r = topology.ranks
-    each = np.array([topology.all_to_all(1.0)]) * (way.ids + way.results + way.gradients)
-    costs = way.lookup + way.update + each + topology.shard_us * 1e-6
-    pooled = facts.pooled and exchange == "pooled"
-    results = way.results / np.array([_row_bytes(travel.forward, d, facts) for d in way.columns]) * way.columns * facts.itemsize
-    memory = facts.held(way.rows, way.columns) + r * (way.ids + 2 * results)
+    pooled, r, node = facts.pooled and exchange == "pooled", topology.ranks, topology.ranks_per_node
+    reduced = wish.reduce_in_node or wish.reduce_in_node is None and sharding in BY_NODE
+    of_node = 0  # blocks of one node whose bags are added up there
+    if pooled and reduced and 1 < node < r:
+        of_node = len(ranges[0]) // (topology.nodes if sharding == "row_wise" else 1)
+    way = _blocks(facts, topology, sharding, np.asarray(columns), ranges, exchange, travel, split, of_node if of_node > 1 else 0)
+    seconds = way.seconds(topology)
+    costs = way.lookup + way.update + sum(own for own, _ in seconds) + topology.shard_us * 1e-6
+    results = way.results
+    if not way.across:
+        results = way.results / np.array([_row_bytes(travel.forward, d, facts) for d in way.columns]) * way.columns * facts.itemsize
+    memory = facts.held(way.rows, way.columns) + (node if way.across else r) * (way.ids + 2 * results)
     memory = memory + (facts.unique_in(r) * (way.rows / max(facts.rows, 1)) * way.columns * facts.itemsize if facts.trained else 0.0)
     merged = float(results.sum()) + 2 * facts.bags * facts.dim * facts.itemsize + (0.0 if pooled else facts.ids * _ID)
     everywhere = way.merge + len(way.rows) * topology.shard_us * 1e-6
     width = 1
     if wish.ranks is not None:
         costs, memory, width = _at(costs, wish.ranks, r), _at(memory, wish.ranks, r), r
+        beside(costs, np.array(wish.ranks), sum(shared for _, shared in seconds), topology)
     elif sharding in ("table_row_wise", "grid_shard"):
         width = topology.ranks_per_node
     elif len(costs) == r and sharding == "row_wise":
         width = r
     return Option(costs, memory, width, everywhere, merged, way)
+
+
+def beside(found: np.ndarray, ranks: np.ndarray, shared: np.ndarray, topology: Topology) -> None:
+    """Add to ``found``, an entry for each rank, what ranks without a block have to do for those of their node (``shared``: of each block)."""
+    nodes, first = np.unique(ranks // topology.ranks_per_node, return_index=True)
+    for node, value in zip(nodes, shared[first]):
+        of_node = np.arange(node * topology.ranks_per_node, (node + 1) * topology.ranks_per_node)
+        found[np.setdiff1d(of_node, ranks)] += value
 
 
 def _at(values: np.ndarray, ranks: tuple[int, ...], world: int) -> np.ndarray:
@@ -164,8 +212,9 @@ def _row_bytes(codec: str, columns: float, facts: TableFacts) -> float:
 
 def _blocks(
     facts: TableFacts, topology: Topology, sharding: str, columns: np.ndarray, ranges: tuple[np.ndarray, np.ndarray, np.ndarray],
-    exchange: str, travel: Communication, split: str,
+    exchange: str, travel: Communication, split: str, of_node: int,
 ) -> Way:  # fmt: skip
+    """``of_node``: how many blocks of a node have their bags added up there; 0: none."""
     r, s = topology.ranks, facts.itemsize
     rows, ids_share, unique_share = (np.tile(each, len(columns)) for each in ranges)
     d = np.repeat(columns, len(ranges[0]))
@@ -175,8 +224,7 @@ def _blocks(
     else:
         read = facts.ids * ids_share
         if facts.pooled and facts.bags:
-            results = facts.bags * (1 - (1 - ids_share) ** max(facts.ids / facts.bags, 1.0))
-            numbers = read + (results if facts.ids > facts.bags else 0.0)  # no lengths where every bag is one id
+            numbers, results = _bags(facts, ids_share)
         else:
             results, numbers = read, read
     touched = facts.unique_in(r) * unique_share
@@ -187,12 +235,27 @@ def _blocks(
         update = r * (results + read) * d * s / fast + touched * (2 * d * (s + facts.state) + 2 * facts.row_state) / scattered
     back = np.array([_row_bytes(travel.backward, x, facts) for x in d]) * (1.0 if facts.trained else 0.0)
     out = np.array([_row_bytes(travel.forward, x, facts) for x in d])
+    sent, across = (numbers * _ID, results * out, results * back), ()
+    if of_node:
+        share = ids_share.reshape(-1, of_node).sum(1).repeat(of_node)
+        asked, whole = _bags(facts, np.minimum(share, 1.0))
+        across, nodes = (asked * _ID, whole * out, whole * back), topology.nodes
+        sent = (nodes * numbers * _ID, nodes * results * d * s, nodes * results * d * s * facts.trained)
+        added = nodes * (results * d).reshape(-1, of_node).sum(1).repeat(of_node) * s / fast  # on every rank of the node
+        lookup, update = lookup + added, update + added * facts.trained
+        results = whole / of_node
     merged = float((results * d).sum()) * s + facts.bags * facts.dim * s
     merge = (2.0 if facts.trained else 1.0) * merged / fast + 2 * facts.ids * _ID / fast
     if exchange == "unique":  # sorted ids, and rows that came back are read for each id
         pooling = facts.ids * facts.dim * s
         merge += (2.0 if facts.trained else 1.0) * pooling / fast + 8 * facts.ids * _ID / fast
-    return Way(sharding, exchange, travel, rows, d, lookup, update, numbers * _ID, results * out, results * back, merge, split=split)
+    return Way(sharding, exchange, travel, rows, d, lookup, update, *sent, merge, split=split, across=across)
+
+
+def _bags(facts: TableFacts, share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers (ids, and lengths of bags unless every bag is one id) and bags that go from a rank to where a part of the ids is."""
+    bags = facts.bags * (1 - (1 - share) ** max(facts.ids / facts.bags, 1.0))
+    return facts.ids * share + (bags if facts.ids > facts.bags else 0.0), bags
 
 
 def _seconds_to_read(rows, different, row_bytes, topology: Topology):

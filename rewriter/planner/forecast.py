@@ -8,7 +8,7 @@ import numpy as np
 
 from ...passes.cost import Cost
 from ..errors import PlanError
-from .costs import Way
+from .costs import Way, beside
 from .facts import TableFacts
 from .option import Option, size
 from .topology import Topology
@@ -61,16 +61,15 @@ class Forecast:
 
     @property
     def ranks(self) -> list[dict[str, float]]:
-        """For each rank: seconds of each phase, ``seconds`` in all, bytes ``sent`` in a step, bytes ``held``."""
+        """For each rank: seconds of each phase, ``seconds`` in all, bytes ``sent`` in a step, of them ``across`` nodes, bytes ``held``."""
         t, world = self.topology, self.topology.ranks
-        each = t.all_to_all(1.0)
         phases = {name: np.zeros(world) for name in PHASES}
-        sent, held = np.zeros(world), np.full(world, self.base)
+        sent, across, held = np.zeros(world), np.zeros(world), np.full(world, self.base)
         fixed = 0.0
         for p in self.placed:
             way, on = p.way, np.array(p.ranks, dtype=int)
             held += p.option.everywhere_memory
-            sent += way.gathered * (world - 1)
+            sent, across = (total + part for total, part in zip((sent, across), way.sent(on, t)))
             phases["merge"] += way.merge
             fixed += p.option.everywhere - way.merge
             if not len(on):
@@ -79,22 +78,21 @@ class Forecast:
             np.add.at(held, on, np.asarray(p.option.memory)[place])
             for name, values in (("lookup", way.lookup), ("update", way.update)):
                 np.add.at(phases[name], on, values)
-            for name, values in (("ids", way.ids), ("results", way.results), ("gradients", way.gradients)):
-                np.add.at(phases[name], on, values * each)
-            back = way.ids + way.gradients
-            own = np.zeros(world)
-            np.add.at(own, on, back)
-            sent += back.sum() - own
-            np.add.at(sent, on, way.results * (world - 1))
+            for name, (seconds, shared) in zip(("ids", "results", "gradients"), way.seconds(t)):
+                np.add.at(phases[name], on, seconds)
+                if way.across:
+                    beside(phases[name], on, shared, t)
             phases["lookup"] += np.bincount(on, minlength=world) * t.shard_us * 1e-6
         phases["merge"] += fixed
         phases["dense"] += self.forward.seconds(t.rates) + self.backward.seconds(t.rates)
         phases["all-reduce"] += exposed_all_reduce(t, self.gradients, self.backward)
         sent += 2 * self.gradients * (world - 1) / world
+        across += 2 * self.gradients / t.ranks_per_node * (t.nodes - 1) / t.nodes
         total = sum(phases.values())
         assert isinstance(total, np.ndarray)
         return [
-            {**{name: float(v[r]) for name, v in phases.items()}, "seconds": float(total[r]), "sent": float(sent[r]), "held": float(held[r])}
+            {**{name: float(v[r]) for name, v in phases.items()}, "seconds": float(total[r]), "sent": float(sent[r]), "across": float(across[r]),
+             "held": float(held[r])}
             for r in range(world)
         ]
 
@@ -107,7 +105,8 @@ class Forecast:
     @property
     def step(self) -> float:
         """Seconds of a training step: the phases after one another (the all-reduce beside the backward), and the messages' latency."""
-        messages = 5 if any(p.ranks for p in self.placed) else 0
+        messages = 5 if any(p.ranks and not p.way.across for p in self.placed) else 0
+        messages += 10 if any(p.way.across for p in self.placed) else 0
         messages += any(not p.ranks and p.way.gathered for p in self.placed) + bool(self.gradients and self.topology.ranks > 1)
         return sum(self.phases.values()) + messages * self.topology.message_us * 1e-6
 
@@ -165,11 +164,12 @@ class Forecast:
         order = sorted(range(len(ranks)), key=lambda r: -ranks[r]["seconds"])
         shown = order if len(order) <= 16 else [*order[:8], *order[-4:]]
         names = [name for name in PHASES if any(r[name] > 0 for r in ranks)]
-        table = [("RANK", "MS", *(n.upper() for n in names), "SENT", "HELD", "OF MEMORY")]
+        nodes = self.topology.nodes > 1
+        table = [("RANK", "MS", *(n.upper() for n in names), "SENT", *["ACROSS NODES"] * nodes, "HELD", "OF MEMORY")]
         for r in shown:
             v = ranks[r]
             table.append((
-                str(r), f"{v['seconds'] * 1e3:.3f}", *(f"{v[n] * 1e3:.3f}" for n in names), size(v["sent"]), size(v["held"]),
+                str(r), f"{v['seconds'] * 1e3:.3f}", *(f"{v[n] * 1e3:.3f}" for n in names), size(v["sent"]), *[size(v["across"])] * nodes, size(v["held"]),
                 f"{100 * v['held'] / self.topology.memory:.0f} %",
             ))  # fmt: skip
         lines = columns(table)

@@ -89,9 +89,15 @@ class Topology:
 
     def all_to_all(self, bytes_to_each: float) -> float:
         """Seconds in which a rank sends so much to each other rank. Links inside and between nodes work at once: the slower counts."""
-        inside = (self.ranks_per_node - 1) * bytes_to_each / (self.intra_node_gb_s * GB)
-        outside = (self.ranks - self.ranks_per_node) * bytes_to_each
-        return max(inside, outside / (self.inter_node_gb_s * GB) if outside else 0.0)
+        return max(self.inside_node(bytes_to_each), self.ranks_per_node * self.across_nodes(bytes_to_each))
+
+    def inside_node(self, bytes_to_each: float) -> float:
+        """Seconds in which a rank sends so much to each other rank of its node."""
+        return (self.ranks_per_node - 1) * bytes_to_each / (self.intra_node_gb_s * GB)
+
+    def across_nodes(self, bytes_to_each: float) -> float:
+        """Seconds in which a rank sends so much to one rank of each other node."""
+        return (self.nodes - 1) * bytes_to_each / (self.inter_node_gb_s * GB) if self.nodes > 1 else 0.0
 
     def all_reduce(self, count: float) -> float:
         """Seconds of an all-reduce of so many bytes: a reduce-scatter inside each node, an all-reduce of the parts between nodes, and an

@@ -3,12 +3,15 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 from dataclasses import dataclass
 
 import tablewright as tw
 import torch
 from sharding_models import TABLES, Everything, ReferenceUpdates, batch_of, loss_of, touched
+from tablewright.kernels.collectives.work import group_of
+from tablewright.passes.graph import arguments, packet_name
 from tablewright.passes.shard_tables import exchanges
 from torch import Tensor
 
@@ -30,9 +33,11 @@ class Case:
     dtype: str = "float64"
     seed: int = 0
     tables: str = ""  # JSON: what the plan says of each table; else ``sharding`` and ``exchange`` for all
+    reduced: bool | None = None  # the plan's ``reduce_in_node``
 
     def __str__(self) -> str:
-        return "-".join(str(v) for v in (self.sharding, self.exchange, self.optimizer, self.mode, self.batches, self.world))
+        said = "" if self.reduced is None else f"reduced={self.reduced}"
+        return "-".join(str(v) for v in (self.sharding, self.exchange, self.optimizer, self.mode, self.batches, self.world, said) if v != "")
 
 
 def rows_per_rank(case: Case, step: int) -> list[int]:
@@ -44,6 +49,8 @@ def rows_per_rank(case: Case, step: int) -> list[int]:
 
 
 def plan_of(case: Case, **more) -> dict:
+    if case.reduced is not None:
+        more["reduce_in_node"] = case.reduced
     tables = json.loads(case.tables) if case.tables else {"*": {"sharding": case.sharding, "exchange": case.exchange, **more}}
     plan = {"version": 1, "tables": tables}
     if case.mode != "torch":
@@ -114,16 +121,33 @@ def train(rank: int, world: int, mesh, case: Case) -> dict:
     for name, value in untouched.items():
         if model._sharded.layouts[name].replicated is False:
             assert torch.equal(plain.get_parameter(name), value), f"the user's own {name} changed"
-    return {"plan": model._sharded.digest, "collectives": [n.name for n in exchanges(model.graph_module.graph)]}
+    collectives = []
+    for node in exchanges(model.graph_module.graph):
+        group = arguments(node)["group"]
+        collectives.append((packet_name(node), tuple(torch.distributed.get_process_group_ranks(group_of(group)))))
+    return {"plan": model._sharded.digest, "collectives": collectives}
+
+
+def agree(found: list[dict]) -> None:
+    """Raises AssertionError where ranks have other plans, or other collectives among those that both take part in, or too many."""
+    for r, s in itertools.combinations(range(len(found)), 2):
+        mine, theirs = ([c for c in found[i]["collectives"] if r in c[1] and s in c[1]] for i in (r, s))
+        assert mine == theirs, f"ranks {r} and {s} differ in the order of collectives: {mine}, {theirs}"
+        assert found[r]["plan"] == found[s]["plan"]
+    for each in found:  # rows and ids; an exchange for each of two launches at most; the same across nodes and inside them
+        of_all = [c for c in each["collectives"] if len(c[1]) == len(found)]
+        assert len(of_all) <= 4 and len(each["collectives"]) <= (12 if len(found) == 4 else 4), each["collectives"]
 
 
 def mesh_of(case: Case, mesh):
     """Two nodes of half the ranks, where there are four."""
-    return _nodes() if case.world == 4 and (case.tables or case.sharding in ("table_row_wise", "grid_shard")) else mesh
+    several = case.tables or case.sharding in ("table_row_wise", "grid_shard") or case.reduced is not None
+    return nodes() if case.world == 4 and several else mesh
 
 
 @functools.cache
-def _nodes():
+def nodes():
+    """Two nodes of two ranks."""
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh("cpu", (2, 2))
@@ -162,7 +186,6 @@ def compare_state(model, optimizer, reference, theirs, updates, close: dict) -> 
 
 def pairs(axes: dict[str, tuple]) -> list[dict]:
     """Combinations in which every two values of any two axes meet (greedy all-pairs)."""
-    import itertools
     import random
 
     names, rng = list(axes), random.Random(1)
@@ -181,6 +204,9 @@ def pairs(axes: dict[str, tuple]) -> list[dict]:
     return found
 
 
+NODE_AXES = {
+    "sharding": ("table_row_wise", "grid_shard", "row_wise"), "reduced": (True,), "optimizer": OPTIMIZERS, "mode": MODES, "batches": BATCHES,
+}  # fmt: skip
 AXES = {
     "sharding": SHARDINGS, "exchange": ("pooled", "unique"), "optimizer": OPTIMIZERS, "mode": MODES, "batches": BATCHES,
     "world": (1, 2, 3, 4),

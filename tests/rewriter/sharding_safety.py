@@ -10,7 +10,7 @@ import time
 import tablewright as tw
 import torch
 import torch.distributed.checkpoint as dcp
-from sharding_cases import Case, block_of, compare_state, compare_weights, plan_of
+from sharding_cases import Case, block_of, compare_state, compare_weights, mesh_of, plan_of
 from sharding_models import TABLES, Everything, ReferenceUpdates, batch_of, loss_of, touched
 
 CLOSE = dict(rtol=1e-9, atol=1e-11)
@@ -25,7 +25,7 @@ def start(rank: int, mesh, case: Case, seed: int = 0):
     plain = Everything()
     reference = copy.deepcopy(plain)
     given = torch.optim.Adam(plain.parameters(), lr=0.01) if case.mode == "torch" else None
-    found = tw.optimize(plain, plan_of(case), optimizer=given, sample_inputs=batch_of(6, seed=99), mesh=mesh)
+    found = tw.optimize(plain, plan_of(case), optimizer=given, sample_inputs=batch_of(6, seed=99), mesh=mesh_of(case, mesh))
     model, optimizer = found if given is not None else (found, torch.optim.Adam(found.dense_parameters(), lr=0.01))
     return model, optimizer, reference
 

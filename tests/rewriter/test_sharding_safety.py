@@ -31,7 +31,7 @@ def pools():
 @pytest.mark.parametrize(
     ("sharding", "mode", "optimizer", "asynchronous"),
     [("row_wise", "step", "rowwise_adagrad", False), ("column_wise", "step", "rowwise_adagrad", True), ("table_wise", "step", "adam", False),
-     ("grid_shard", "torch", "sgd", False)],
+     ("grid_shard", "torch", "sgd", False), ("table_row_wise", "step", "rowwise_adagrad", False)],
 )  # fmt: skip
 def test_saved_by_four_loaded_by_three_and_by_the_plain_model(pools, tmp_path, sharding, mode, optimizer, asynchronous):
     saver, loader = case_of(4, sharding, mode, optimizer), case_of(3, sharding, mode, optimizer)

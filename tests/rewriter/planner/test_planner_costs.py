@@ -99,3 +99,47 @@ def test_what_the_plan_allows():
     assert [str(o.label) for o in options_of(FACTS, FAST.with_ranks(1))] == ["data_parallel"]
     tiny = TableFacts("t", 2, 4, N, B, 2)
     assert max(len(o.label.rows) for o in options_of(tiny, FAST)) == 2  # two rows are not cut in three, nor four columns
+
+
+NODES = tw.Topology(**{**vars(FAST), "nodes": 2, "intra_node_gb_s": 4.0, "inter_node_gb_s": 0.5})
+
+
+def test_bags_that_are_reduced_inside_the_node_cross_nodes_once():
+    option = way("table_row_wise", "pooled", topology=NODES, ranks=(2, 3))
+    found, bags = option.label, B * (1 - 0.5**4)
+    assert found.ids.tolist() == pytest.approx([2 * 4 * (N / 2 + bags)] * 2), "for a rank of each node"
+    assert found.results.tolist() == found.gradients.tolist() == pytest.approx([2 * 4 * bags * D] * 2)
+    assert [each.tolist() for each in found.across] == [[4 * (N + B)] * 2, [4 * B * D] * 2, [4 * B * D] * 2]
+    inside, across = 2 * 4 * (N / 2 + bags) + 2 * 2 * 4 * bags * D, 4 * (N + B) + 2 * 4 * B * D
+    assert np.asarray(option.costs)[2:].tolist() == pytest.approx([inside / 4e9 + across / 0.5e9] * 2, rel=1e-5)
+    sent, away = found.sent(np.array([2, 3]), NODES)
+    assert away.tolist() == [4 * (N + B) + 4 * B * D] * 2 + [4 * B * D] * 2
+    assert (sent - away).tolist() == pytest.approx([0, 0, inside, inside])
+
+
+def test_what_goes_straight_crosses_nodes_in_parts():
+    found, bags = way("table_row_wise", "pooled", topology=NODES, ranks=(2, 3), reduce_in_node=False).label, B * (1 - 0.5**4)
+    assert not found.across and found.results.tolist() == pytest.approx([4 * bags * D] * 2)
+    sent, away = found.sent(np.array([2, 3]), NODES)
+    to_owner = 4 * (N / 2 + bags) + 4 * bags * D
+    assert away.tolist() == pytest.approx([2 * to_owner] * 2 + [2 * 4 * bags * D] * 2)
+    assert (sent - away).tolist() == pytest.approx([0, 0, to_owner + 4 * bags * D, to_owner + 4 * bags * D])
+
+
+def test_other_exchanges_codecs_and_shardings_in_nodes():
+    assert not way("table_row_wise", "unique", topology=NODES, ranks=(0, 1)).label.across
+    sequence = TableFacts("t", ROWS, D, N, N, U, pooled=False)
+    assert not way("table_row_wise", "pooled", sequence, NODES, ranks=(0, 1)).label.across
+    travel = tw.Communication(forward="int8", backward="bf16")
+    found = way("grid_shard", "pooled", topology=NODES, ranks=(0, 1, 2, 3), communication=travel).label
+    assert [each.tolist() for each in found.across[1:]] == [[B * (8 + 8)] * 4, [B * 2 * 8] * 4]
+    assert found.results.tolist() == found.gradients.tolist() == pytest.approx([2 * 4 * B * (1 - 0.5**4) * 8] * 4), "as they are inside nodes"
+    rows = way("row_wise", "pooled", topology=NODES, ranks=(0, 1, 2, 3), reduce_in_node=True).label
+    assert rows.across[1].tolist() == pytest.approx([4 * B * (1 - 0.5**4) * D] * 4) and str(rows).endswith("reduced in the node")
+
+
+def test_a_rank_without_a_block_works_for_those_of_its_node():
+    nodes = tw.Topology(**{**vars(NODES), "ranks": 8})
+    option = way("table_row_wise", "pooled", topology=nodes, ranks=(5, 6))
+    far = (4 * (N + B) + 2 * 4 * B * D) / 0.5e9
+    assert np.asarray(option.costs)[[0, 4, 7]].tolist() == pytest.approx([0, far, far])
