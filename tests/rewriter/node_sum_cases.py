@@ -188,6 +188,17 @@ def killed(rank: int, world: int, mesh, tables: dict) -> str:
     return "nothing"
 
 
+def other_mesh(rank: int, world: int, mesh) -> str:
+    """What a mesh whose nodes are not one after another is told."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    try:
+        tw.optimize(Bags(), plan_of(PLACED["grid"]), sample_inputs=batch_of(rank), mesh=DeviceMesh("cpu", [[0, 2], [1, 3]]))
+    except tw.PlanError as error:
+        return str(error)
+    return "nothing"
+
+
 def chosen(rank: int, world: int, mesh, high: int) -> dict[str, tuple[str, int]]:
     """Which exchange ``auto`` takes for each table, with ids from ``[0, high)``, and whether bags are added up inside nodes."""
     batch = [b if i == 1 else b % high for i, b in enumerate(batch_of(rank))]

@@ -7,6 +7,7 @@ import resource
 import signal
 import time
 
+import pytest
 import tablewright as tw
 import torch
 import torch.distributed.checkpoint as dcp
@@ -146,6 +147,8 @@ def clipped(rank: int, world: int, mesh, case: Case, norm_type: float) -> str:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05, norm_type)
     except (tw.PlanError, NotImplementedError) as error:
         said = str(error)
+    with pytest.raises(tw.PlanError, match="'0' is spread over ranks, and clip_grad_norm_ was called on a module around it"):
+        tw.clip_grad_norm_(torch.nn.Sequential(model), 0.05, norm_type)
     norm = tw.clip_grad_norm_(model, 0.05, norm_type)
     wanted = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.05, norm_type)
     torch.testing.assert_close(norm, wanted, rtol=1e-9, atol=0)

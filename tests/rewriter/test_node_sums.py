@@ -5,7 +5,7 @@ Two nodes of two processes; every combination of settings by hand: ``python test
 from __future__ import annotations
 
 import pytest
-from node_sum_cases import GRADIENTS, IDS, PLACED, RESULTS, both_ways, chosen, killed, rounded, sent, wrong_ids
+from node_sum_cases import GRADIENTS, IDS, PLACED, RESULTS, both_ways, chosen, killed, other_mesh, rounded, sent, wrong_ids
 from ranks import Pool, Pools
 from sharding_cases import NODE_AXES, Case, agree, pairs, train
 
@@ -65,10 +65,14 @@ def test_an_id_outside_its_table_stops_all_ranks_together(pools):
 def test_a_rank_that_dies_ends_the_others():
     pool = Pool(4, timeout=8)
     try:
-        outcomes = pool.outcomes(killed, PLACED["grid"], heard=3)
+        outcomes = pool.outcomes(killed, PLACED["grid"], heard=3, wait=300)
     finally:
         pool.close()
     assert all(ok and "another rank died, hung" in said for ok, said in outcomes), outcomes
+
+
+def test_a_mesh_that_does_not_go_node_by_node_is_refused(pools):
+    assert all("mesh has the ranks [[0, 2], [1, 3]]; nodes one after another were needed" in said for said in pools(4).run(other_mesh))
 
 
 def test_auto_counts_the_bytes_across_nodes(pools):

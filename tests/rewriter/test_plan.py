@@ -53,6 +53,7 @@ def _plans():
         tw.TablePlan, embedding_optimizer=maybe, trainable=st.sampled_from([None, True, False]),
         sharding=st.sampled_from([None, *SHARDINGS]), exchange=st.sampled_from([None, *EXCHANGES]),
         ranks=st.none() | st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True),
+        reduce_in_node=st.sampled_from([None, True, False]),
         communication=st.none() | st.builds(tw.Communication, st.sampled_from(CODECS), st.sampled_from(CODECS)),
     )  # fmt: skip
     passes = st.fixed_dictionaries(
