@@ -202,11 +202,11 @@ class _Exchange:
         """Ids on their way to those who hold the rows."""
         self.exchange = self.exchange_spec()
         self.text = self.exchange.encode()
-        ids, offsets = [self.ids[i] for i in self.far], [self.offsets[i] for i in self.far]
-        self.routed = self.call(route_ids.OP, ids, offsets, self.text)
+        self.given = [self.ids[i] for i in self.far], [self.offsets[i] for i in self.far]
+        self.routed = self.call(route_ids.OP, *self.given, self.text)
         self.header, payload, self.places, self.counts = self.parts(self.routed, 4)
         sharding = self.sharding
-        to = (self.text, sharding.rank, sharding.group, *([sharding.everyone] if sharding.everyone else []))
+        to = self.text, sharding.rank, sharding.group, *([sharding.everyone] if sharding.everyone else [])
         exchanged = self.call(exchange_ids.EXCHANGE, self.header, payload, *to)
         numbers, self.rows = (sharding.sent(count) for count in self.wire_bytes(self.exchange.streams, self.far))
         exchanged.meta[COST] = Cost(wire=numbers[0], inside=numbers[1], calls=1, messages=2)
@@ -225,8 +225,7 @@ class _Exchange:
         own = {**self.pooled_here(exchange, self.routed, received, header, text), **(elsewhere or {})}
         near = self.results(self.near, self.launch(self.near)) if self.near else {}
         joined = [*self.extras, *(own[i] for i in sorted(own)), *(near[i] for i in self.near)]
-        ids, offsets = [self.ids[i] for i in self.far], [self.offsets[i] for i in self.far]
-        slots = self.call(merge_rows.MERGE, received, header, self.places, self.counts, ids, offsets, joined, text)
+        slots = self.call(merge_rows.MERGE, received, header, self.places, self.counts, *self.given, joined, text)
         slots.meta["val"] = self.node.meta.get("val")
         self.editor.replace(self.node, slots)
         assert len(joined) == len(exchange.group.extras) and spec.slots == exchange.group.slots
@@ -273,8 +272,7 @@ class _Exchange:
     # --- the static half ---------------------------------------------------------------------------------------------------------
 
     def unique(self, lookup: int) -> bool:
-        layout = self.sharding.layouts[self.spec.tables[self.spec.lookups[lookup].table].name]
-        return layout.exchange == "unique" or self.weights[lookup] is not None
+        return self.layout(lookup).exchange == "unique" or self.weights[lookup] is not None
 
     def streams(self, layouts: Mapping[str, TableLayout], chosen: Sequence[int]) -> list[Stream]:
         """What goes to whom for the lookups ``chosen``, by whose places in that list they are named."""
@@ -288,10 +286,8 @@ class _Exchange:
         for (table, padding, unique, _), lookups in asked.items():
             layout = layouts[spec.tables[table].name]
             trained = spec.tables[table].grad != "none" and self.trains[table]
-            streams += [
-                Stream(shard, table, tuple(lookups), unique, padding, trained, layout.forward, layout.backward)
-                for shard in layout.shards
-            ]
+            facts = table, tuple(lookups), unique, padding, trained, layout.forward, layout.backward
+            streams += [Stream(shard, *facts) for shard in layout.shards]
         return sorted(streams, key=lambda s: s.shard.rank)
 
     def exchange_spec(self) -> ExchangeSpec:
