@@ -381,7 +381,7 @@ class _Exchange:
 
 def _asked(lookup: Lookup, ids: Node, offsets: Node | None) -> tuple[float, float] | None:
     """How many ids and bags a lookup has in a batch of the sample's shapes; ``None``: that is not known."""
-    shape, starts = _sizes(ids), None if offsets is None else _sizes(offsets)
+    shape, starts = _sizes(ids), _sizes(offsets)
     if not shape or offsets is not None and not starts:
         return None
     count = math.prod(shape)
@@ -389,7 +389,7 @@ def _asked(lookup: Lookup, ids: Node, offsets: Node | None) -> tuple[float, floa
     return float(count), float(bags)
 
 
-def _sizes(node: Node) -> list[int] | None:
+def _sizes(node: Node | None) -> list[int] | None:
     value = value_of(node)
     if value is None or not all(isinstance(n, int) or n.node.has_hint() for n in value.shape):
         return None
