@@ -2,9 +2,9 @@
 
 The big table has ``--rows`` rows of ``--dim`` float32 with AdaGrad state beside them, in a sparse file under ``--folder``, behind a cache of
 ``--cache`` GB; ids are Zipf-distributed (exponent 1.05) over all rows, spread by a hash. The table in memory has as many rows as fit in
-``--cache`` GB and gets the same ids modulo its rows: the same number of distinct rows a batch, all of them hits. Both train with AdaGrad in
-the backward, in turn after a warm-up that fills the cache (about 3,000 batches; from then on every miss writes a row back). Prints a table for
-benchmarks/results/.
+``--cache`` GB and gets the same ids modulo its rows: about the same number of distinct rows a batch, all of them hits. Both train with AdaGrad
+in the backward, in short rounds in turn, whose order changes, after a warm-up that fills the cache (about 3,000 batches; from then on every miss
+writes a row back). Prints medians, of each round too, and the processor time of the training thread, for benchmarks/results/.
 """
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def main() -> None:
         "", "| | median ms/step | of them at work | ids/s | of in memory |", "|---|---|---|---|---|",
         *(f"| {n} | {t * 1e3:.2f} | {w * 1e3:.2f} | {args.batch * args.pooling / t / 1e6:.2f} M | {median['in memory'][0] / t:.2f} |" for n, (t, w) in median.items()),
         "", "medians of the rounds, ms (as above): " + "; ".join(" ".join(f"{t:.2f}" for t in r) for r in per_round),
-        f"in memory / prefetch, by round: {' '.join(f'{s:.2f}' for s in share)}; median {statistics.median(share):.2f}",
+        f"in memory / prefetch, by round: {' '.join(f'{s:.2f}' for s in share)}; median {statistics.median(share):.2f}; best round of each: {min(r[2] for r in per_round) / min(r[1] for r in per_round):.2f}",
         "", f"hit rate of distinct rows {rate:.3f} (warm-up {warm.hit_rate:.3f}); misses a step {(after.misses - warm.misses) / steps:.0f}, of them read from the file {(after.read - warm.read) / steps:.0f}, made from the seed {(after.made - warm.made) / steps:.0f}; written back {(after.written - warm.written) / steps:.0f}",
         f"resident memory {started:.2f} GB at first, at most {most:.2f} GB; file {sum(f.stat().st_blocks * 512 for f in (args.folder / 'item').iterdir()) / 1e9:.1f} GB on disk",
         *(f"prefetch, round {i}: {report}" for i, report in enumerate(reports, 1)),
