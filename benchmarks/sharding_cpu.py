@@ -46,8 +46,8 @@ def ours(shape: Shape, sharding: str, data: list, mesh):
     rule = {"rowwise_adagrad": {"lr": 0.01, "eps": 1e-8, "in_backward": True}}
     plan = {"version": 1, "embedding_optimizer": rule, "tables": {"*": {"sharding": sharding}}}
     dense, ids, offsets, _ = data[0]
-    opt = tw.optimize(model, plan, sample_inputs=(dense, list(ids), offsets), mesh=mesh)
-    optimizer = torch.optim.Adagrad(opt.dense_parameters(), lr=0.01)
+    optimizer = torch.optim.Adagrad(model.dense.parameters(), lr=0.01)
+    opt, optimizer = tw.optimize(model, plan, optimizer=optimizer, sample_inputs=(dense, list(ids), offsets), mesh=mesh)
 
     def step(i: int) -> Tensor:
         dense, ids, offsets, label = data[i % len(data)]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +39,7 @@ from torch.optim import (
     SparseAdam,
 )  # fmt: skip
 
+from ..kernels.dense.fused_step import fused_step
 from ..kernels.embedding.optimizers import step_for_schedulers
 from ..passes.records import APPLIED, SKIPPED, Record
 from .errors import InBackwardError, PlanError
@@ -228,8 +230,10 @@ class _Stepping:
         """Step ``params`` of ``group``, by the plain step (``one_by_one``) or by that of tables."""
         groups = self.param_groups  # type: ignore[has-type]
         self.param_groups = [{**group, "params": params}]
+        as_whole = fused_step(self) if one_by_one and hasattr(self, "_row_wise_tables") else nullcontext()  # type: ignore[arg-type]
         try:
-            (self._torch_step if one_by_one else self._whole_step)(self)  # type: ignore[attr-defined]
+            with as_whole:
+                (self._torch_step if one_by_one else self._whole_step)(self)  # type: ignore[attr-defined]
         finally:
             self.param_groups = groups
 

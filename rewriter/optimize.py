@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.fx import Graph
 from torch.optim import Optimizer
 
+from ..kernels.dense.fused_step import has_fused_step
 from ..kernels.embedding import cpu
 from ..kernels.embedding.op import OP
 from ..kernels.embedding.optimizers import RowUpdates, row_wise
@@ -429,12 +430,12 @@ class Compiler:
         return [Record("stored tables", APPLIED, n, "storage", detail=said.format(w, *self.stored[n][::-1])) for n, w in words.items()]
 
     def returned_optimizer(self, optimizer: Optimizer, variants: list[Variant]) -> Optimizer:
-        """The user's optimizer in the form that steps the tables which now have sparse gradients."""
+        """The user's optimizer in the form that steps the tables which now have sparse gradients, and by torch's fused kernels the rest."""
         steps = [s for variant in variants for s in variant.steps if s.name == "table_gradients"]
         done = dict.fromkeys(r.subject for s in steps for r in s.records if r.status == APPLIED)
         self.row_wise_tables = [n for n in done if self.choices[n].grad == "sparse" and not self.choices[n].required]
         result = optimizer
-        if self.row_wise_tables:
+        if self.row_wise_tables or (self.plan_optimizer is not None and has_fused_step(optimizer)):
             lazy = self.plan.numerics == "approximate"
             result = row_wise(optimizer, [self.tables[name] for name in self.row_wise_tables], lazy)
         return result

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, SparseAdam
 
+from ..dense.fused_step import fused_step
 from ..memory import use_huge_pages
 from . import cpu, low_tables
 from .rounding import seed_of
@@ -197,7 +198,8 @@ class _RowWise:
                     param.grad = None
                 for param, grad in whole:
                     param.grad = grad.to_dense()
-                base(self)
+                with fused_step(self):  # type: ignore[arg-type]
+                    base(self)
             finally:
                 for param, grad in [*hidden, *whole]:
                     param.grad = grad
