@@ -111,6 +111,7 @@ def test_the_rest_trains_as_over_the_same_rows(native, monkeypatch):
 
 def test_state_dict_both_ways():
     plain = Model()
+    plain.user.weight.data.add_(1000)  # so that rows which are encoded again get other scales
     opt = tw.optimize(plain, planned(), sample_inputs=batch())
     state = opt.state_dict()
     assert {n: (v.shape, v.dtype) for n, v in state.items()} == {n: (v.shape, v.dtype) for n, v in plain.state_dict().items()}
@@ -121,6 +122,7 @@ def test_state_dict_both_ways():
     torch.testing.assert_close(opt(*batch()), rounded(other)(*batch()), rtol=1e-5, atol=1e-5)
     assert not torch.equal(opt.user.int8, codes)
     opt.load_state_dict(state, strict=True)
+    assert not torch.equal(encode(state["user.weight"], "int8"), codes)
     assert torch.equal(opt.user.int8, codes), "what was saved comes back bit for bit"
     with pytest.raises(RuntimeError, match="size mismatch for weight|user.weight"):
         opt.load_state_dict({**state, "user.weight": torch.zeros(50, 17)})
