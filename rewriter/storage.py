@@ -8,7 +8,7 @@ tables:
 
 ``cache``: bytes of memory for rows and their optimizer state (``4GB`` is 4e9, ``4GiB`` 2**32). ``cache_on``: ``host``; ``cuda``, where the model is on
 a GPU; or ``cpu``, which is the code of ``cuda`` with its cache in the host's memory, to try such a plan without a GPU. ``backing``: ``ssd``, a
-file; or ``host``, memory, for a cache on a device. ``path``: a folder for the rows of a file. ``init``: how
+file; or ``host``, memory, for a cache on a device. Caches on ``cuda`` have not been run on a GPU yet; those on ``cpu`` are tested. ``path``: a folder for the rows of a file. ``init``: how
 rows start that the model itself does not hold (its table is on the meta device): ``{normal: [mean, deviation]}``, ``{uniform: [low, high]}``
 or ``{constant: value}``. ``resume``: the folder of the snapshot (``opt.snapshot(folder)``) to go on from.
 """

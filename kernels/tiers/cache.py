@@ -100,7 +100,7 @@ class Counters:
 
 class HostRows:
     """Memory for all ``rows`` of a table: ``records`` ``[rows, width]`` float32, the parts of a row side by side, taken from the system as rows
-    are written; ``written``: one bit for each row that ever was, ``[(rows + 7) // 8]`` uint8. Rows that were not start from ``(seed, row)``."""
+    are written (in huge pages where Linux has them: 2 MB for the first of neighbours); ``written``: one bit for each row that ever was, ``[(rows + 7) // 8]`` uint8. Rows that were not start from ``(seed, row)``."""
 
     def __init__(self, rows: int, parts: Sequence[Part]) -> None:
         self.records = promised((rows, sum(p.width for p in parts)), torch.float32)

@@ -167,6 +167,26 @@ def test_ids_out_of_range_and_caches_that_are_too_small(tmp_path):
     cache.release(ticket)
 
 
+def test_many_rows_at_once_come_and_leave():
+    rows = 20_000
+    home = HostRows(rows, PARTS)
+    home.records[:] = torch.arange(rows)[:, None] + torch.arange(5) * 0.1
+    home.written[:] = 255
+    expected = home.records.clone()
+    cache = DeviceCache(home, rows, PARTS, 16_384)
+    for first in (0, 10_000, 5_000, 0):  # so many that several threads copy them
+        ids = torch.arange(first, first + 10_000)
+        slots, ticket = cache.fetch(ids)
+        for part, columns in zip(cache.parts, (slice(4), slice(4, 5))):
+            assert torch.equal(part[slots], expected[ids, columns])
+            part[slots] *= 2
+            expected[ids, columns] *= 2
+        cache.release(ticket)
+    assert cache.counters().written > 4000
+    cache.prepare()
+    assert torch.equal(home.records, expected)
+
+
 def test_forgetting_reads_the_store_anew():
     home = HostRows(ROWS, PARTS)
     cache = _opened(home)

@@ -27,6 +27,7 @@ namespace {
 const int64_t WAYS = 16;
 const int READERS = 8;  // threads that wait for the disk
 const size_t SAVED = 1024;  // rows that are written at once: they stay in the CPU's caches from their slots to the system
+const size_t MANY = 2048;   // rows of memory that several threads copy faster than one
 const size_t MOVED = 1 << 15;  // rows that go through a buffer at once in a snapshot
 const int64_t AHEAD = 64;   // ids whose sets are asked for before they are looked at
 const int64_t NEAR = 32;    // slots, and rows of the store, that are asked for before they are looked at
@@ -469,16 +470,18 @@ class Cache {
                 start_row(parts_[p], int64_t(p), seed_, miss.row, reinterpret_cast<float*>(arrays[p] + miss.at * parts_[p].bytes));
         }
         read_ += int64_t(stored.size());
-        std::sort(stored.begin(), stored.end(), [](const Wanted& a, const Wanted& b) { return a.where.logged != b.where.logged ? a.where.logged : a.where.at < b.where.at; });
+        bool in_memory = store_->in_memory(), shared = in_memory && stored.size() >= MANY;
+        if (!in_memory) std::sort(stored.begin(), stored.end(), [](const Wanted& a, const Wanted& b) { return a.where.logged != b.where.logged ? a.where.logged : a.where.at < b.where.at; });
         std::vector<char> record(static_cast<size_t>(store_->record()));
         size_t slow = 0;
         for (const Wanted& each : stored) {
+            if (shared) break;
             if (store_->read_now(each.where, record.data()))
                 scatter(record.data(), each.slot, arrays);
             else
                 stored[slow++] = each;
         }
-        stored.resize(slow);
+        if (!shared) stored.resize(slow);
         std::atomic<size_t> next{0};
         std::mutex failing;
         std::string failed;

@@ -23,6 +23,7 @@ class Memory : public Rows {
     int64_t rows() const override { return rows_; }
     int64_t record() const override { return record_; }
     int64_t generation() const override { return 0; }
+    bool in_memory() const override { return true; }
     Where where(int64_t row) const override { return {false, (bits_[row >> 3] >> (row & 7)) & 1 ? row * record_ : -1}; }
     void soon(int64_t row) const override {
         __builtin_prefetch(bits_ + (row >> 3));
@@ -32,6 +33,7 @@ class Memory : public Rows {
     bool read_now(Where where, char* record) const override { return read(where, record), true; }
     void write(const std::vector<int64_t>& rows, const std::function<void(size_t, char*)>& record) override {
         for (size_t i = 0; i < rows.size(); i++) {
+            if (i + SOON < rows.size()) soon(rows[i + SOON]);
             record(i, memory_ + rows[i] * record_);
             unsigned char bit = (unsigned char)(1 << (rows[i] & 7));
             written_ += !(bits_[rows[i] >> 3] & bit);
@@ -44,6 +46,7 @@ class Memory : public Rows {
     int64_t written_rows() const override { return written_; }
 
   private:
+    static const size_t SOON = 6;  // rows whose memory is asked for before it is written
     char* memory_;
     unsigned char* bits_;
     int64_t rows_, record_ = 0, written_ = 0;

@@ -115,6 +115,7 @@ class Rows {
     virtual int64_t rows() const = 0;
     virtual int64_t record() const = 0;  // bytes
     virtual int64_t generation() const = 0;
+    virtual bool in_memory() const { return false; }  // nothing is gained by an order of reading
     virtual Where where(int64_t row) const = 0;
     virtual void soon(int64_t row) const = 0;  // `row` will be asked for
     virtual void read(Where where, char* record) const = 0;  // throws Failure
