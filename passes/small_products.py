@@ -88,7 +88,8 @@ def _fits(found: _Product) -> bool:
         return False
     x, y = (a.shape, b.shape) if found.orders is None else ([a.shape[i] for i in found.orders[0]], [b.shape[i] for i in found.orders[1]])
     columns = y[-1].node.hint if isinstance(y[-1], torch.SymInt) else y[-1]
-    return [str(s) for s in x[:-2]] == [str(s) for s in y[:-2]] and columns is not None and columns <= cpu.WIDEST
+    same = [str(s) for s in x[:-2]] == [str(s) for s in y[:-2]] and str(x[-1]) == str(y[-2])  # einsum widens sizes of 1
+    return same and columns is not None and columns <= cpu.WIDEST
 
 
 def _operands(node: Node) -> tuple[Any, Any]:

@@ -39,13 +39,15 @@ def serves(a: Tensor, b: Tensor) -> bool:
     """May :func:`product` take them: float32 on CPU, one or two leading dimensions of equal sizes, a narrow result that is not empty?"""
     if _lib is None or a.dtype != torch.float32 or b.dtype != torch.float32 or not (a.is_cpu and b.is_cpu):
         return False
+    if a.is_neg() or b.is_neg():  # the memory holds the numbers with the other sign
+        return False
     fits = a.dim() == b.dim() in (3, 4) and a.shape[:-2] == b.shape[:-2] and a.shape[-1] == b.shape[-2]
     return fits and 0 < b.shape[-1] <= WIDEST and b.shape[-2] * WIDEST <= _MOST and a.numel() > 0
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b``: ``[*, m, k]``, ``[*, k, n]``, any strides -> ``[*, m, n]``, contiguous and fresh. Raises ``MemoryError``."""
-    y = torch.empty((*a.shape[:-1], b.shape[-1]), dtype=a.dtype)
+    y = a.new_empty((*a.shape[:-1], b.shape[-1]))
     outer = a.shape[0] if a.dim() == 4 else 1
     strides = [(0,) * (4 - t.dim()) + t.stride() for t in (a, b)]
     call = _Call(

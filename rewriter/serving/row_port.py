@@ -11,6 +11,7 @@ import numpy as np
 from ...kernels.gather.row_socket import ANSWER, MAGIC, MOST_TEXT, REQUEST, fill, send
 
 _MOST_REQUEST = 64 << 20  # bytes of a ticket: eight million ids
+_MOST_KEPT = 16 << 20  # bytes of rows for which a connection keeps memory
 _ANSWER_SECONDS = 60  # a client that takes nothing for so long is gone
 
 
@@ -18,11 +19,12 @@ class RowPort(socketserver.ThreadingTCPServer):
     """Answers on ``host:port`` (0: a free one, in ``.port``) from when it is made until :meth:`end`, with a thread for each connection.
 
     ``rows(ticket, room)`` gives the digest and the bytes of the rows; ``room(n)`` is memory for them. What it raises is told as
-    ``told(error)`` says, and the connection stays."""
+    ``told(error)`` says, and the connection stays. A host of IPv6 may stand in brackets, as in Flight's addresses."""
 
     allow_reuse_address, daemon_threads, block_on_close, request_queue_size = True, True, False, 128
 
     def __init__(self, host: str, port: int, rows: Callable, told: Callable[[Exception], Exception]) -> None:
+        host = host.strip("[]")
         self.address_family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         self.rows, self.told = rows, told
         super().__init__((host, port), _Connection)
@@ -50,6 +52,8 @@ class _Connection(socketserver.BaseRequestHandler):
 
     def _room(self, size: int) -> np.ndarray:
         """Used again for the next request: what is sent was copied by the kernel."""
+        if size > _MOST_KEPT:
+            return np.empty(size, np.uint8)
         if len(self._kept) < size:
             self._kept = np.empty(size, np.uint8)
         return self._kept[:size]

@@ -138,5 +138,9 @@ def _batch(rows: np.ndarray) -> pyarrow.RecordBatch:
 
 
 def _told(error: Exception) -> flight.FlightServerError:
-    kind = type(error).__name__ if isinstance(error, ServingError) else "InputError"
-    return flight.FlightServerError(f"{ERROR}{kind}:{error}")
+    """Named where the request or the version is wrong. Anything else is this node's own affair, and a client asks its replica."""
+    if isinstance(error, ServingError):
+        return flight.FlightServerError(f"{ERROR}{type(error).__name__}:{error}")
+    if isinstance(error, (ValueError, KeyError, TypeError, AttributeError)):  # what a ticket that is none raises
+        return flight.FlightServerError(f"{ERROR}InputError:{error}")
+    return flight.FlightServerError(f"{type(error).__name__}: {error}")

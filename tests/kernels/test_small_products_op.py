@@ -97,13 +97,22 @@ def test_gradients():
         (torch.randn(2, 4, 5).bfloat16(), torch.randn(2, 5, 6).bfloat16()),
         (torch.randn(2, 1, 4, 5), torch.randn(1, 3, 5, 6)),
         (torch.randn(2, 4, 5), torch.randn(2, 5, 65)),
+        (torch.randn(2, 4, 5, dtype=torch.complex64).conj().imag, torch.randn(2, 5, 6)),
+        (torch.randn(2, 4, 5), torch.randn(2, 5, 6, dtype=torch.complex64).conj().imag),
         (torch.randn(0, 4, 5), torch.randn(0, 5, 6)),
         (torch.randn(2, 4, 0), torch.randn(2, 0, 6)),
     ],
-    ids=["matrices", "float64", "bfloat16", "broadcast", "wide", "no rows", "no sum"],
+    ids=["matrices", "float64", "bfloat16", "broadcast", "wide", "negative view", "negative view, right", "no rows", "no sum"],
 )
 def test_everything_else_is_matmul(a, b):
     assert not cpu.serves(a, b) and torch.equal(op.call(a, b), a @ b)
+
+
+def test_the_result_is_where_the_operands_are():
+    a, b = torch.randn(3, 4, 5), torch.randn(3, 5, 6)
+    with torch.device("meta"):  # a default for what names no device
+        ours = op.call(a, b)
+    torch.testing.assert_close(ours, a @ b)
 
 
 def test_bad_shapes_and_compile():

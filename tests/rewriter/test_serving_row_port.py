@@ -15,6 +15,7 @@ from tablewright.kernels.gather.flight import ERROR, FlightStore, ticket
 from tablewright.kernels.gather.row_socket import ANSWER, MAGIC, REQUEST, RowError, RowSocket
 from tablewright.kernels.gather.unique import Unique
 from tablewright.rewriter.serving import manifest as manifests
+from tablewright.rewriter.serving import row_port as ports
 from tablewright.rewriter.serving.shard_server import ShardServer
 from tablewright.rewriter.serving.stores import open_store
 
@@ -67,6 +68,36 @@ def test_a_server_that_comes_back_with_another_row_port_is_found():
         assert _rows_are_right(store) and store.store._row_ports == [[other]]
         assert store.stats()["over_row_ports"] == 2
         store.close()
+
+
+@pytest.mark.parametrize("sockets", [True, False], ids=["row port", "Flight"])
+def test_a_node_that_cannot_read_its_rows_leaves_the_request_to_its_replica(sockets):
+    with _server() as broken, _server() as whole:
+        manifest = manifests.read(exported(3)[1])
+        store = Unique(FlightStore(f"127.0.0.1:{broken.port}|127.0.0.1:{whole.port}", manifest.tables, manifest.digest, 30, sockets), manifest.tables)
+        store.store._preferred = [0]
+        assert _rows_are_right(store) and store.stats()["failovers"] == 0
+        for _, opened in broken._open.values():
+            opened.lookup_many = _no_disk
+        assert _rows_are_right(store) and store.stats()["failovers"] == 1
+        store.close()
+
+
+def _no_disk(*_):
+    raise OSError(5, "Input/output error")
+
+
+def test_a_host_in_brackets_and_more_rows_than_a_connection_keeps_memory_for(monkeypatch):
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    monkeypatch.setattr(ports, "_MOST_KEPT", 10)
+    server, manifest = ShardServer(exported(3)[1], host="[::1]"), manifests.read(exported(3)[1])
+    try:
+        store = Unique(FlightStore(f"[::1]:{server.port}", manifest.tables, manifest.digest, 30), manifest.tables)
+        assert _rows_are_right(store) and store.stats()["over_row_ports"] == 1
+        store.close()
+    finally:
+        server.shutdown()
 
 
 def _another_row_port(server) -> int:
