@@ -14,88 +14,19 @@
 #include <utility>
 #include <vector>
 
+#include "flat.h"
+
 #define API extern "C" __attribute__((visibility("default")))
 
 namespace twd {
 namespace {
 
-const int64_t AHEAD = 12;  // ids whose places are asked of memory before they are needed
+const int64_t AHEAD = 12;   // places that are asked of memory before they are needed
+const int64_t BLOCK = 64;  // ids that are looked for together
 enum Policy { LRU, LFU, AGE };
 
 struct Failure {
     std::string what;
-};
-
-uint64_t mix(uint64_t x) {
-    x += 0x9e3779b97f4a7c15ull;
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-    return x ^ (x >> 31);
-}
-
-// id -> a number that is not negative; open addressing, at most 3/5 full, erasing moves what follows back.
-class Flat {
-  public:
-    Flat() { clear(); }
-    void clear() {
-        entries_.assign(16, Entry{0, -1});
-        used_ = 0;
-    }
-    int64_t size() const { return used_; }
-    void prefetch(int64_t id) const { __builtin_prefetch(&entries_[home(id)]); }
-    int64_t find(int64_t id) const {
-        for (size_t i = home(id);; i = next(i)) {
-            if (entries_[i].value < 0) return -1;
-            if (entries_[i].id == id) return entries_[i].value;
-        }
-    }
-    void put(int64_t id, int64_t value) {
-        reserve(used_ + 1);
-        size_t i = place(id);
-        used_ += entries_[i].value < 0;
-        entries_[i] = Entry{id, value};
-    }
-    void erase(int64_t id) {
-        size_t hole = place(id);
-        if (entries_[hole].value < 0) return;
-        used_--;
-        for (size_t i = next(hole); entries_[i].value >= 0; i = next(i)) {
-            size_t wanted = home(entries_[i].id), mask = entries_.size() - 1;
-            if (((i - wanted) & mask) < ((i - hole) & mask)) continue;  // it would come to lie before where it is looked for
-            entries_[hole] = entries_[i];
-            hole = i;
-        }
-        entries_[hole].value = -1;
-    }
-    // Room for `count` ids, so that put() cannot fail.
-    void reserve(int64_t count) {
-        size_t wanted = entries_.size();
-        while (uint64_t(count) * 5 > uint64_t(wanted) * 3) wanted *= 2;
-        if (wanted == entries_.size()) return;
-        std::vector<Entry> old(wanted, Entry{0, -1});
-        old.swap(entries_);
-        for (const Entry& e : old)
-            if (e.value >= 0) entries_[place(e.id)] = e;
-    }
-    template <class Work>
-    void each(Work work) const {
-        for (const Entry& e : entries_)
-            if (e.value >= 0) work(e.id, e.value);
-    }
-
-  private:
-    struct Entry {
-        int64_t id, value;
-    };
-    size_t home(int64_t id) const { return size_t(mix(uint64_t(id))) & (entries_.size() - 1); }
-    size_t next(size_t i) const { return (i + 1) & (entries_.size() - 1); }
-    size_t place(int64_t id) const {
-        size_t i = home(id);
-        while (entries_[i].value >= 0 && entries_[i].id != id) i = next(i);
-        return i;
-    }
-    std::vector<Entry> entries_;
-    int64_t used_ = 0;
 };
 
 class IdMap {
@@ -107,62 +38,42 @@ class IdMap {
     int64_t fetch(const int64_t* ids, int64_t n, bool admit, bool leaves, int64_t leave_out, int64_t* slots, int64_t* fresh_ids,
                   int64_t* fresh_slots, int64_t* fresh_count) {
         std::lock_guard<std::mutex> guard(lock_);
-        unpin();
         clock_++;
-        std::vector<int32_t> held;
-        std::vector<int64_t> missing;  // places in ids
-        for (int64_t i = 0; i < n; i++) {
-            if (i + AHEAD < n) places_.prefetch(ids[i + AHEAD]);
-            int64_t slot = places_.find(ids[i]);
-            if (leaves && ids[i] == leave_out) {
-                slot = capacity_;
-            } else if (slot < 0) {
-                missing.push_back(i);
-                slot = capacity_ + 1;
-            } else {
-                prefetch(slot);
+        missing_.clear();
+        std::vector<int32_t> held;  // those of `ids` that have a slot, each once, in the order in which they came
+        for (int64_t first = 0; first < n; first += BLOCK) {
+            const int64_t last = std::min(n, first + BLOCK);
+            size_t sought[BLOCK];
+            for (int64_t i = first; i < last; i++) sought[i - first] = places_.sought(ids[i]);
+            for (int64_t i = first; i < last; i++) {
+                int64_t slot = leaves && ids[i] == leave_out ? capacity_ : places_.find(ids[i], sought[i - first]);
+                slots[i] = slot < 0 ? capacity_ + 1 : slot;
+                if (slot < 0) missing_.push_back(i);
+                else if (slot < capacity_) prefetch(slot);
             }
-            slots[i] = slot;
-        }
-        for (int64_t i = 0; i < n; i++) {
-            int64_t slot = slots[i];
-            if (slot >= capacity_) continue;
-            if (i + AHEAD < n && slots[i + AHEAD] < capacity_) prefetch(slots[i + AHEAD]);
-            if (at(slot).stamp != clock_) {
-                at(slot).stamp = clock_;
-                held.push_back(int32_t(slot));
+            for (int64_t i = first; i < last; i++) {
+                if (slots[i] >= capacity_ || at(slots[i]).stamp == clock_) continue;
+                at(slots[i]).stamp = clock_;
+                held.push_back(int32_t(slots[i]));
             }
         }
-        for (int32_t slot : held) pin(slot);
-        Counts& counts = counts_[admit ? 0 : 1];
         *fresh_count = 0;
-        int64_t defaults = int64_t(missing.size());
-        if (admit) {
-            try {
-                defaults = admit_missing(ids, missing, held, slots, fresh_ids, fresh_slots, fresh_count);
-            } catch (...) {
-                for (int32_t slot : held) unpin(slot);
-                throw;
-            }
-        }
+        int64_t defaults = int64_t(missing_.size());
+        if (admit) defaults = admit_missing(ids, held, slots, fresh_ids, fresh_slots, fresh_count);
+        Counts& counts = counts_[admit ? 0 : 1];
         counts.lookups += n;
         counts.defaults += defaults;
-        std::lock_guard<std::mutex> tickets(tickets_lock_);
         held_[++tickets_] = std::move(held);
         return tickets_;
     }
 
     void release(int64_t ticket) {
-        std::lock_guard<std::mutex> guard(tickets_lock_);
-        auto found = held_.find(ticket);
-        if (found == held_.end()) throw Failure{"ticket " + std::to_string(ticket) + " is not held"};
-        free_.insert(free_.end(), found->second.begin(), found->second.end());
-        held_.erase(found);
+        std::lock_guard<std::mutex> guard(lock_);
+        if (!held_.erase(ticket)) throw Failure{"ticket " + std::to_string(ticket) + " is not held"};
     }
 
     void counters(int64_t* out) {
         std::lock_guard<std::mutex> guard(lock_);
-        std::lock_guard<std::mutex> tickets(tickets_lock_);
         int64_t all[] = {used_, seen_.size() + before_.size(), counts_[0].lookups, counts_[0].defaults, counts_[1].lookups, counts_[1].defaults,
                          admitted_, evicted_, forgotten_, int64_t(held_.size())};
         memcpy(out, all, sizeof all);
@@ -212,17 +123,12 @@ class IdMap {
             places.put(ids[i], i);
         }
         for (int64_t i = 0; i < m; i++) (older[i] ? before : seen).put(waiting[i], times[i]);
-        {
-            std::lock_guard<std::mutex> tickets(tickets_lock_);
-            held_.clear();
-            free_.clear();
-        }
+        held_.clear();
         places_ = std::move(places);
         seen_ = std::move(seen);
         before_ = std::move(before);
-        for (Slot& slot : slots_) slot.pins = 0;
         grow(n);
-        pinned_ = used_ = 0;
+        used_ = 0;
         head_ = last_ = -1;
         tails_.clear();
         for (int64_t i = 0; i < n; i++) {
@@ -237,9 +143,9 @@ class IdMap {
   private:
     struct Slot {  // half a cache line
         int64_t id;
-        uint64_t stamp;  // the last call that looked it up
+        uint64_t stamp;  // the last call that looked it up, or that found it held
         int32_t prev, next;
-        uint32_t uses, pins;
+        uint32_t uses;
     };
     Slot& at(int64_t slot) { return slots_[size_t(slot)]; }
     void prefetch(int64_t slot) const { __builtin_prefetch(&slots_[size_t(slot)]); }
@@ -248,59 +154,65 @@ class IdMap {
         int64_t lookups = 0, defaults = 0;
     };
 
-    // Counts the ids that are not there, and gives slots to those seen often enough. Returns how many of `missing` read the default.
-    int64_t admit_missing(const int64_t* ids, const std::vector<int64_t>& missing, std::vector<int32_t>& held, int64_t* slots, int64_t* fresh_ids,
-                          int64_t* fresh_slots, int64_t* fresh_count) {
-        Flat number;  // of an id in `found`
-        std::vector<std::pair<int64_t, int64_t>> found;  // (id, how often in this call), in the order in which they came
-        number.reserve(int64_t(missing.size()));
-        for (int64_t i : missing) {
-            int64_t k = number.find(ids[i]);
-            if (k < 0) {
-                number.put(ids[i], int64_t(found.size()));
-                found.push_back({ids[i], 1});
-            } else {
-                found[size_t(k)].second++;
-            }
-        }
+    struct Found {  // an id that has no slot, how often it was looked up in this call, and what it gets
+        int64_t id, count, slot;
+    };
+
+    // Counts the ids that are not there, and gives slots to those seen often enough. Returns how many of `missing_` read the default.
+    int64_t admit_missing(const int64_t* ids, std::vector<int32_t>& held, int64_t* slots, int64_t* fresh_ids, int64_t* fresh_slots,
+                          int64_t* fresh_count) {
+        find_missing(ids);
+        const bool counting = seen_.size() || before_.size();
         int64_t wanted = 0;
-        for (const auto& each : found) wanted += seen(each.first) + each.second >= admit_after_;
-        int64_t room = capacity_ - pinned_;
-        if (wanted > room)
-            throw Failure{std::to_string(wanted) + " ids are to be admitted, and of " + std::to_string(capacity_) + " rows " + std::to_string(pinned_) +
-                          " belong to the batches under way: give `capacity` more rows"};
+        for (size_t k = 0; k < found_.size(); k++) {
+            if (counting && k + AHEAD < found_.size()) seen_.sought(found_[k + AHEAD].id), before_.sought(found_[k + AHEAD].id);
+            if (counting) found_[k].count += seen(found_[k].id);
+            wanted += found_[k].count >= admit_after_;
+        }
+        int64_t evicting = std::max<int64_t>(0, used_ + wanted - capacity_);
+        if (evicting) {
+            int64_t pinned = int64_t(held.size()) + mark_held();
+            if (wanted > capacity_ - pinned)
+                throw Failure{std::to_string(wanted) + " ids are to be admitted, and of " + std::to_string(capacity_) + " rows " + std::to_string(pinned) +
+                              " belong to the batches under way: give `capacity` more rows"};
+        }
         int64_t growth = std::min(capacity_, used_ + wanted);
         grow(growth);
         places_.reserve(growth);
-        seen_.reserve(seen_.size() + int64_t(found.size()));
+        seen_.reserve(seen_.size() + int64_t(found_.size()) - wanted);
         held.reserve(held.size() + size_t(wanted));
-        for (size_t k = 0; k < held.size(); k++) {
-            if (k + AHEAD < held.size()) prefetch(held[k + AHEAD]);
-            if (k + AHEAD / 2 < held.size() && policy_ != AGE) {  // a slot's neighbours, which it leaves
-                const Slot& soon = at(held[k + AHEAD / 2]);
+        victims_.reserve(size_t(evicting));
+        for (size_t k = 0; k < held.size() && policy_ != AGE; k++) {
+            if (k + AHEAD < held.size()) {  // a slot's neighbours, which it leaves
+                const Slot& soon = at(held[k + AHEAD]);
                 if (soon.prev >= 0) prefetch(soon.prev);
                 if (soon.next >= 0) prefetch(soon.next);
             }
             touch(held[k]);
         }
-        int32_t cursor = head_;  // each victim once: what is passed over is held
-        for (const auto& each : found) {
-            int64_t count = seen(each.first) + each.second;
-            before_.erase(each.first);
-            if (count < admit_after_) {
-                seen_.put(each.first, count);
+        if (policy_ == AGE)
+            for (int32_t slot : held) at(slot).uses += at(slot).uses < UINT32_MAX;
+        evict(evicting);
+        size_t taken = 0;
+        for (size_t k = 0; k < found_.size(); k++) {
+            if (k + AHEAD < found_.size()) places_.sought(found_[k + AHEAD].id);
+            Found& each = found_[k];
+            before_.erase(each.id);
+            each.slot = capacity_ + 1;
+            if (each.count < admit_after_) {
+                seen_.put(each.id, each.count);
                 continue;
             }
-            seen_.erase(each.first);
-            int32_t slot = used_ < capacity_ ? int32_t(used_++) : victim(cursor);
-            at(slot).id = each.first;
+            seen_.erase(each.id);
+            int32_t slot = used_ < capacity_ ? int32_t(used_++) : victims_[taken++];
+            each.slot = slot;
+            at(slot).id = each.id;
             at(slot).uses = 1;
             at(slot).stamp = clock_;
             insert(slot, policy_ == LFU ? tail(1) : last_);
-            pin(slot);
             held.push_back(slot);
-            places_.put(each.first, slot);
-            fresh_ids[*fresh_count] = each.first;
+            places_.put(each.id, slot);
+            fresh_ids[*fresh_count] = each.id;
             fresh_slots[(*fresh_count)++] = slot;
         }
         if (seen_.size() >= capacity_) {  // a bounded memory of what has no row
@@ -310,39 +222,70 @@ class IdMap {
         }
         admitted_ += wanted;
         int64_t defaults = 0;
-        for (int64_t i : missing) {
-            int64_t slot = places_.find(ids[i]);
-            defaults += slot < 0;
-            if (slot >= 0) slots[i] = slot;
+        for (size_t m = 0; m < missing_.size(); m++) {
+            int64_t slot = found_[size_t(which_[m])].slot;
+            defaults += slot > capacity_;
+            slots[missing_[m]] = slot;
         }
         return defaults;
     }
 
+    // `found_`: the ids at the places `missing_`, each once, in the order in which they came; `which_`: of each place, where in `found_`.
+    void find_missing(const int64_t* ids) {
+        found_.clear();
+        which_.resize(missing_.size());
+        size_t size = 16;
+        while (size < missing_.size() * 2) size *= 2;
+        firsts_.assign(size, -1);
+        for (size_t m = 0; m < missing_.size(); m++) {
+            int64_t id = ids[missing_[m]];
+            size_t i = size_t(mix(uint64_t(id))) & (size - 1);
+            while (firsts_[i] >= 0 && found_[size_t(firsts_[i])].id != id) i = (i + 1) & (size - 1);
+            if (firsts_[i] < 0) {
+                firsts_[i] = int32_t(found_.size());
+                found_.push_back(Found{id, 0, 0});
+            }
+            found_[size_t(firsts_[i])].count++;
+            which_[m] = firsts_[i];
+        }
+    }
+
     int64_t seen(int64_t id) const { return std::max<int64_t>(0, seen_.find(id)) + std::max<int64_t>(0, before_.find(id)); }
 
-    // The next slot from `cursor` on that nobody holds, taken from its id.
-    int32_t victim(int32_t& cursor) {
-        while (at(cursor).pins) cursor = at(cursor).next;
-        int32_t slot = cursor;
-        cursor = at(slot).next;
-        unlink(slot);
-        places_.erase(at(slot).id);
-        evicted_++;
-        return slot;
+    // Stamps the slots that earlier calls hold, so that this one gives none of them away; returns how many it had not stamped itself.
+    int64_t mark_held() {
+        int64_t more = 0;
+        for (const auto& ticket : held_)
+            for (size_t k = 0; k < ticket.second.size(); k++) {
+                if (k + AHEAD < ticket.second.size()) prefetch(ticket.second[k + AHEAD]);
+                Slot& slot = at(ticket.second[k]);
+                more += slot.stamp != clock_;
+                slot.stamp = clock_;
+            }
+        return more;
+    }
+
+    // Takes the first `count` slots that nobody holds from their ids: `victims_`.
+    void evict(int64_t count) {
+        victims_.clear();
+        for (int32_t slot = head_; int64_t(victims_.size()) < count;) {
+            int32_t following = at(slot).next;
+            if (following >= 0) prefetch(following);
+            if (at(slot).stamp != clock_) {
+                unlink(slot);
+                places_.sought(at(slot).id);
+                victims_.push_back(slot);
+            }
+            slot = following;
+        }
+        for (int32_t slot : victims_) places_.erase(at(slot).id);
+        evicted_ += count;
     }
 
     void grow(int64_t slots) {
         if (size_t(slots) <= slots_.size()) return;
         size_t wanted = std::min(size_t(capacity_), std::max(size_t(slots), slots_.size() * 2));
         slots_.resize(wanted);
-    }
-
-    void pin(int32_t slot) { pinned_ += at(slot).pins++ == 0; }
-    void unpin(int32_t slot) { pinned_ -= --at(slot).pins == 0; }
-    void unpin() {
-        std::lock_guard<std::mutex> guard(tickets_lock_);
-        for (int32_t slot : free_) unpin(slot);
-        free_.clear();
     }
 
     // --- the order in which ids leave: a list from head_ to last_; for LFU in runs of equal uses, each with its tail ------------------
@@ -354,10 +297,6 @@ class IdMap {
 
     void touch(int32_t slot) {
         uint32_t old = at(slot).uses, now = old + (old < UINT32_MAX);
-        if (policy_ == AGE) {
-            at(slot).uses = now;
-            return;
-        }
         int32_t before = at(slot).prev;
         unlink(slot);
         at(slot).uses = now;
@@ -395,15 +334,16 @@ class IdMap {
     const Policy policy_;
     Flat places_;         // id -> slot
     Flat seen_, before_;  // id -> how often it was looked up without a row; before_: the older ones, which go first
-    std::vector<Slot> slots_;
+    std::vector<Slot, OnHugePages<Slot>> slots_;
     std::unordered_map<uint32_t, int32_t> tails_;
     int32_t head_ = -1, last_ = -1;
-    int64_t used_ = 0, pinned_ = 0, tickets_ = 0, admitted_ = 0, evicted_ = 0, forgotten_ = 0;
+    int64_t used_ = 0, tickets_ = 0, admitted_ = 0, evicted_ = 0, forgotten_ = 0;
     uint64_t clock_ = 0;
     Counts counts_[2];  // of calls that admit, and of those that do not
-    std::unordered_map<int64_t, std::vector<int32_t>> held_;  // by ticket; with free_, under tickets_lock_
-    std::vector<int32_t> free_;
-    std::mutex tickets_lock_;
+    std::unordered_map<int64_t, std::vector<int32_t>> held_;  // by ticket
+    std::vector<int64_t> missing_;  // of the call under way: places in its ids; the rest as find_missing() and evict() say
+    std::vector<int32_t> which_, firsts_, victims_;
+    std::vector<Found> found_;
     std::mutex lock_;
 };
 
