@@ -15,15 +15,14 @@
 #include <vector>
 
 #include "flat.h"
+#include "order.h"
 
 #define API extern "C" __attribute__((visibility("default")))
 
 namespace twd {
 namespace {
 
-const int64_t AHEAD = 12;   // places that are asked of memory before they are needed
 const int64_t BLOCK = 64;  // ids that are looked for together
-enum Policy { LRU, LFU, AGE };
 
 struct Failure {
     std::string what;
@@ -31,7 +30,7 @@ struct Failure {
 
 class IdMap {
   public:
-    IdMap(int64_t capacity, int64_t admit_after, Policy policy) : capacity_(capacity), admit_after_(admit_after), policy_(policy) {}
+    IdMap(int64_t capacity, int64_t admit_after, Policy policy) : capacity_(capacity), admit_after_(admit_after), policy_(policy), order_(policy) {}
 
     // The slot of each id. `leave_out` (if `leaves`) gets slot `capacity`, what is not admitted `capacity + 1`. Ids that are admitted now are
     // listed in `fresh_ids` and `fresh_slots`, which have room for n. Fails before anything changes.
@@ -49,7 +48,7 @@ class IdMap {
                 int64_t slot = leaves && ids[i] == leave_out ? capacity_ : places_.find(ids[i], sought[i - first]);
                 slots[i] = slot < 0 ? capacity_ + 1 : slot;
                 if (slot < 0) missing_.push_back(i);
-                else if (slot < capacity_) prefetch(slot);
+                else if (slot < capacity_) order_.prefetch(slot);
             }
             for (int64_t i = first; i < last; i++) {
                 if (slots[i] >= capacity_ || at(slots[i]).stamp == clock_) continue;
@@ -85,11 +84,13 @@ class IdMap {
         std::lock_guard<std::mutex> guard(lock_);
         int64_t n = 0;
         if (ids == nullptr) return used_;
-        for (int32_t slot = head_; slot >= 0 && n < room; slot = at(slot).next, n++) {
+        order_.each(used_, [&](int32_t slot) {
+            if (n == room) return false;
             ids[n] = at(slot).id;
             slots[n] = slot;
-            uses[n] = at(slot).uses;
-        }
+            uses[n++] = at(slot).uses;
+            return true;
+        });
         return n;
     }
 
@@ -127,28 +128,18 @@ class IdMap {
         places_ = std::move(places);
         seen_ = std::move(seen);
         before_ = std::move(before);
-        grow(n);
-        used_ = 0;
-        head_ = last_ = -1;
-        tails_.clear();
+        order_.grow(n, capacity_, size_t(n));
         for (int64_t i = 0; i < n; i++) {
             at(i).id = ids[i];
             at(i).stamp = 0;
             at(i).uses = uint32_t(std::min<int64_t>(std::max<int64_t>(uses[i], 1), UINT32_MAX));
         }
-        for (int32_t slot : order) insert(slot, last_);
+        order_.restart(order);
         used_ = n;
     }
 
   private:
-    struct Slot {  // half a cache line
-        int64_t id;
-        uint64_t stamp;  // the last call that looked it up, or that found it held
-        int32_t prev, next;
-        uint32_t uses;
-    };
-    Slot& at(int64_t slot) { return slots_[size_t(slot)]; }
-    void prefetch(int64_t slot) const { __builtin_prefetch(&slots_[size_t(slot)]); }
+    Slot& at(int64_t slot) { return order_.at(slot); }
 
     struct Counts {
         int64_t lookups = 0, defaults = 0;
@@ -177,22 +168,18 @@ class IdMap {
                               " belong to the batches under way: give `capacity` more rows"};
         }
         int64_t growth = std::min(capacity_, used_ + wanted);
-        grow(growth);
+        order_.grow(growth, capacity_, held.size() + size_t(wanted));
         places_.reserve(growth);
         seen_.reserve(seen_.size() + int64_t(found_.size()) - wanted);
         held.reserve(held.size() + size_t(wanted));
         victims_.reserve(size_t(evicting));
-        for (size_t k = 0; k < held.size() && policy_ != AGE; k++) {
-            if (k + AHEAD < held.size()) {  // a slot's neighbours, which it leaves
-                const Slot& soon = at(held[k + AHEAD]);
-                if (soon.prev >= 0) prefetch(soon.prev);
-                if (soon.next >= 0) prefetch(soon.next);
-            }
-            touch(held[k]);
+        order_.touch(held);
+        order_.evict(evicting, clock_, victims_);
+        for (size_t k = 0; k < victims_.size(); k++) {
+            if (k + AHEAD < victims_.size()) places_.sought(at(victims_[k + AHEAD]).id);
+            places_.erase(at(victims_[k]).id);
         }
-        if (policy_ == AGE)
-            for (int32_t slot : held) at(slot).uses += at(slot).uses < UINT32_MAX;
-        evict(evicting);
+        evicted_ += evicting;
         size_t taken = 0;
         for (size_t k = 0; k < found_.size(); k++) {
             if (k + AHEAD < found_.size()) places_.sought(found_[k + AHEAD].id);
@@ -207,9 +194,8 @@ class IdMap {
             int32_t slot = used_ < capacity_ ? int32_t(used_++) : victims_[taken++];
             each.slot = slot;
             at(slot).id = each.id;
-            at(slot).uses = 1;
             at(slot).stamp = clock_;
-            insert(slot, policy_ == LFU ? tail(1) : last_);
+            order_.add(slot);
             held.push_back(slot);
             places_.put(each.id, slot);
             fresh_ids[*fresh_count] = each.id;
@@ -221,6 +207,7 @@ class IdMap {
             seen_ = Flat();
         }
         admitted_ += wanted;
+        order_.tidy(used_);
         int64_t defaults = 0;
         for (size_t m = 0; m < missing_.size(); m++) {
             int64_t slot = found_[size_t(which_[m])].slot;
@@ -257,7 +244,7 @@ class IdMap {
         int64_t more = 0;
         for (const auto& ticket : held_)
             for (size_t k = 0; k < ticket.second.size(); k++) {
-                if (k + AHEAD < ticket.second.size()) prefetch(ticket.second[k + AHEAD]);
+                if (k + AHEAD < ticket.second.size()) order_.prefetch(ticket.second[k + AHEAD]);
                 Slot& slot = at(ticket.second[k]);
                 more += slot.stamp != clock_;
                 slot.stamp = clock_;
@@ -265,78 +252,11 @@ class IdMap {
         return more;
     }
 
-    // Takes the first `count` slots that nobody holds from their ids: `victims_`.
-    void evict(int64_t count) {
-        victims_.clear();
-        for (int32_t slot = head_; int64_t(victims_.size()) < count;) {
-            int32_t following = at(slot).next;
-            if (following >= 0) prefetch(following);
-            if (at(slot).stamp != clock_) {
-                unlink(slot);
-                places_.sought(at(slot).id);
-                victims_.push_back(slot);
-            }
-            slot = following;
-        }
-        for (int32_t slot : victims_) places_.erase(at(slot).id);
-        evicted_ += count;
-    }
-
-    void grow(int64_t slots) {
-        if (size_t(slots) <= slots_.size()) return;
-        size_t wanted = std::min(size_t(capacity_), std::max(size_t(slots), slots_.size() * 2));
-        slots_.resize(wanted);
-    }
-
-    // --- the order in which ids leave: a list from head_ to last_; for LFU in runs of equal uses, each with its tail ------------------
-
-    int32_t tail(uint32_t uses) const {
-        auto found = tails_.find(uses);
-        return found == tails_.end() ? -1 : found->second;
-    }
-
-    void touch(int32_t slot) {
-        uint32_t old = at(slot).uses, now = old + (old < UINT32_MAX);
-        int32_t before = at(slot).prev;
-        unlink(slot);
-        at(slot).uses = now;
-        int32_t after = last_;
-        if (policy_ == LFU) {
-            after = tail(now);
-            if (after < 0) after = tail(old);
-            if (after < 0) after = before;
-        }
-        insert(slot, after);
-    }
-
-    void insert(int32_t slot, int32_t after) {
-        at(slot).prev = after;
-        int32_t following = after < 0 ? head_ : at(after).next;
-        at(slot).next = following;
-        (after < 0 ? head_ : at(after).next) = slot;
-        (following < 0 ? last_ : at(following).prev) = slot;
-        if (policy_ == LFU) tails_[at(slot).uses] = slot;
-    }
-
-    void unlink(int32_t slot) {
-        int32_t before = at(slot).prev, following = at(slot).next;
-        (before < 0 ? head_ : at(before).next) = following;
-        (following < 0 ? last_ : at(following).prev) = before;
-        if (policy_ != LFU) return;
-        uint32_t uses = at(slot).uses;
-        auto run = tails_.find(uses);
-        if (run->second != slot) return;
-        if (before >= 0 && at(before).uses == uses) run->second = before;
-        else tails_.erase(run);
-    }
-
     const int64_t capacity_, admit_after_;
     const Policy policy_;
     Flat places_;         // id -> slot
     Flat seen_, before_;  // id -> how often it was looked up without a row; before_: the older ones, which go first
-    std::vector<Slot, OnHugePages<Slot>> slots_;
-    std::unordered_map<uint32_t, int32_t> tails_;
-    int32_t head_ = -1, last_ = -1;
+    Order order_;
     int64_t used_ = 0, tickets_ = 0, admitted_ = 0, evicted_ = 0, forgotten_ = 0;
     uint64_t clock_ = 0;
     Counts counts_[2];  // of calls that admit, and of those that do not
