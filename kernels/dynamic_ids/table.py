@@ -11,6 +11,8 @@ from ..tiers.cache import Part
 from ..tiers.table import SlotTable
 from .id_map import Counters, IdMap, IdMapError
 
+_AT_ONCE = 512  # rows that are made before they are moved to their places: they stay in the processor's cache
+
 
 class DynamicTable(SlotTable):
     """Rows for the ids of ``ids``, and two rows more: at ``home`` zeros that lookups leave out, for the id ``padding``, and after it the
@@ -54,8 +56,18 @@ class DynamicTable(SlotTable):
         return slots, ticket
 
     def _start(self, ids: Tensor, slots: Tensor, first: int = 0) -> None:
+        start = int(slots[0]) if len(slots) else 0
+        in_a_row = int(slots[-1]) - start == len(slots) - 1 if len(slots) else True
+        in_a_row = in_a_row and torch.equal(slots, torch.arange(start, start + len(slots)))
         for number in range(first, len(self.parts)):
-            self._rows[number].index_copy_(0, slots, self.parts[number].rows(number, self.seed, ids))
+            rows, part = self._rows[number], self.parts[number]
+            if part.start == "constant":
+                rows.index_fill_(0, slots, part.a)
+            elif in_a_row:  # as long as nothing leaves
+                part.rows(number, self.seed, ids, rows[start : start + len(slots)])
+            else:
+                for some, places in zip(ids.split(_AT_ONCE), slots.split(_AT_ONCE)):
+                    rows.index_copy_(0, places, part.rows(number, self.seed, some))
 
     def prefetch(self, ids: Tensor, batch: int) -> None:
         """Nothing: ids are admitted in the order of the training loop, and there is nothing to wait for."""

@@ -68,9 +68,10 @@ class Part:
     a: float = 0.0
     b: float = 0.0
 
-    def rows(self, number: int, seed: int, rows: Tensor) -> Tensor:
-        """The starting values ``[n, width]`` of this part (the ``number``-th) in ``rows`` ``[n]`` int64."""
-        out = torch.empty(rows.numel(), self.width)
+    def rows(self, number: int, seed: int, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """The starting values ``[n, width]`` of this part (the ``number``-th) in ``rows`` ``[n]`` int64, written into ``out`` (contiguous float32)
+        where it is given."""
+        out = torch.empty(rows.numel(), self.width) if out is None else out
         _lib.twt_start(self.width * 4, STARTS.index(self.start), self.a, self.b, number, seed, rows.contiguous().data_ptr(), rows.numel(), out.data_ptr())
         return out
 
