@@ -27,7 +27,7 @@ from ..native_library import load
 POLICIES = ("lru", "lfu", "age")
 LARGEST = 2**31 - 2  # slots
 
-_lib, _why_not = load(Path(__file__).parent, "twd_abi", 2)
+_lib, _why_not = load(Path(__file__).parent, "twd_abi", 3)
 if _lib is not None:
     _word, _pointer = ctypes.c_int64, ctypes.c_void_p
     _signatures = {
@@ -88,8 +88,8 @@ class IdMap:
         if not self._handle:
             raise IdMapError(_lib.twd_error().decode())
 
-    def fetch(self, ids: Tensor, *, admit: bool = True, leave_out: int | None = None) -> tuple[Tensor, Tensor, Tensor, int]:
-        """``(slots, fresh ids, fresh slots, ticket)``. ``slots``: int64 of the shape of ``ids`` (int64, any shape); ``self.slots`` for the id
+    def fetch(self, ids: Tensor, *, admit: bool = True, leave_out: int | None = None) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """``(slots, fresh ids, fresh slots, ticket, how many of ids have no slot)``. ``slots``: int64 of the shape of ``ids`` (int64, any shape); ``self.slots`` for the id
         ``leave_out``, ``self.slots + 1`` for ids that have none. ``fresh``: what was admitted by this call, ``[k]`` int64 each: their slots
         held nothing, or another id's row. ``admit=False`` changes and counts nothing but what it looked up.
 
@@ -97,12 +97,12 @@ class IdMap:
         ids = ids.to("cpu", torch.int64).contiguous()
         slots = torch.empty_like(ids)
         fresh = torch.empty(2, ids.numel() if admit else 0, dtype=torch.int64)
-        count = ctypes.c_int64(0)
+        counted = (ctypes.c_int64 * 2)()
         ticket = self._call(
             "fetch", ids.data_ptr(), ids.numel(), admit, leave_out is not None, leave_out or 0, slots.data_ptr(),
-            fresh.data_ptr(), fresh.data_ptr() + 8 * fresh.shape[1], ctypes.addressof(count),
+            fresh.data_ptr(), fresh.data_ptr() + 8 * fresh.shape[1], ctypes.addressof(counted),
         )  # fmt: skip
-        return slots, fresh[0, : count.value], fresh[1, : count.value], ticket
+        return slots, fresh[0, : counted[0]], fresh[1, : counted[0]], ticket, counted[1]
 
     def release(self, ticket: int) -> None:
         """The call of ``ticket`` is done: its slots may be given to other ids."""

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..memory import promised
+from ..memory import promised, take_ahead
 from ..tiers.cache import Part
 from ..tiers.table import SlotTable
 from .id_map import Counters, IdMap, IdMapError
 
 _AT_ONCE = 512  # rows that are made before they are moved to their places: they stay in the processor's cache
+_AHEAD = 8 << 20  # bytes of rows to come that have memory before they are made, at least
 
 
 class DynamicTable(SlotTable):
@@ -30,6 +31,8 @@ class DynamicTable(SlotTable):
         self.ids, self.parts, self.seed, self.default, self.padding = ids, tuple(parts), seed, default, padding
         self.training: Callable[[], bool] = lambda: True
         self._rows = [m.data for m in self.memory]  # writes of new rows are nothing that autograd must know of: nobody has read them
+        self._default_read = False  # by a lookup whose update is due
+        self._taken = 0  # rows whose memory was asked for
         self._start_default()
 
     def _start_default(self) -> None:
@@ -45,29 +48,40 @@ class DynamicTable(SlotTable):
                 "modules to be computed again in the plan instead, training: {checkpoint: [...]}, which looks nothing up twice"
             )
         try:
-            slots, fresh, places, ticket = self.ids.fetch(ids, admit=train and self.training(), leave_out=self.padding)
+            slots, fresh, places, ticket, unknown = self.ids.fetch(ids, admit=train and self.training(), leave_out=self.padding)
         except IdMapError as error:
             raise IdMapError(
                 f"table '{self.name}': {error}. {len(self._due)} lookups wait for their update: call the optimizer's step() after each "
                 "backward, and look up what is not trained under torch.no_grad()"
             ) from None
+        self._default_read |= train and unknown > 0
         if len(fresh):
             self._start(fresh, places)
         return slots, ticket
 
     def _start(self, ids: Tensor, slots: Tensor, first: int = 0) -> None:
-        start = int(slots[0]) if len(slots) else 0
-        in_a_row = int(slots[-1]) - start == len(slots) - 1 if len(slots) else True
-        in_a_row = in_a_row and torch.equal(slots, torch.arange(start, start + len(slots)))
+        start, end = (int(slots[0]), int(slots[-1]) + 1) if len(slots) else (0, 0)
+        in_a_row = end - start == len(slots) and torch.equal(slots, torch.arange(start, end))  # as long as nothing leaves
+        if in_a_row:
+            self._take_ahead(end)
         for number in range(first, len(self.parts)):
             rows, part = self._rows[number], self.parts[number]
             if part.start == "constant":
                 rows.index_fill_(0, slots, part.a)
-            elif in_a_row:  # as long as nothing leaves
-                part.rows(number, self.seed, ids, rows[start : start + len(slots)])
+            elif in_a_row:
+                part.rows(number, self.seed, ids, rows[start:end])
             else:
                 for some, places in zip(ids.split(_AT_ONCE), slots.split(_AT_ONCE)):
                     rows.index_copy_(0, places, part.rows(number, self.seed, some))
+
+    def _take_ahead(self, used: int) -> None:
+        """New rows come one after another: have the memory of those to come."""
+        margin = max(_AHEAD // sum(4 * p.width for p in self.parts), used // 16)
+        if self._taken < min(used + margin, self.home):
+            last = min(used + 2 * margin, self.home)
+            for rows in self._rows:
+                take_ahead(rows[self._taken : last])
+            self._taken = last
 
     def prefetch(self, ids: Tensor, batch: int) -> None:
         """Nothing: ids are admitted in the order of the training loop, and there is nothing to wait for."""
@@ -75,7 +89,9 @@ class DynamicTable(SlotTable):
     def updated(self) -> None:
         """The optimizer stepped: the default row is what it was, and what was looked up may leave."""
         super().updated()
-        self._start_default()
+        if self._default_read:
+            self._start_default()
+            self._default_read = False
 
     def counters(self) -> Counters:
         """What happened so far."""

@@ -94,7 +94,7 @@ class Pair:
         gone = model.look_up(known, starts.__getitem__, admit)
         before = table.counters() if gone is None else None
         try:
-            slots, fresh, places, ticket = table.ids.fetch(ids, admit=admit, leave_out=self.padding)
+            slots, fresh, places, ticket, _ = table.ids.fetch(ids, admit=admit, leave_out=self.padding)
         except RuntimeError as error:
             assert gone is None and "give `capacity` more rows" in str(error), error
             assert table.counters() == before

@@ -33,9 +33,10 @@ class IdMap {
     IdMap(int64_t capacity, int64_t admit_after, Policy policy) : capacity_(capacity), admit_after_(admit_after), policy_(policy), order_(policy) {}
 
     // The slot of each id. `leave_out` (if `leaves`) gets slot `capacity`, what is not admitted `capacity + 1`. Ids that are admitted now are
-    // listed in `fresh_ids` and `fresh_slots`, which have room for n. Fails before anything changes.
+    // listed in `fresh_ids` and `fresh_slots`, which have room for n. `counted`: how many those are, and how many of
+    // `ids` have no slot. Fails before anything changes.
     int64_t fetch(const int64_t* ids, int64_t n, bool admit, bool leaves, int64_t leave_out, int64_t* slots, int64_t* fresh_ids,
-                  int64_t* fresh_slots, int64_t* fresh_count) {
+                  int64_t* fresh_slots, int64_t* counted) {
         std::lock_guard<std::mutex> guard(lock_);
         clock_++;
         missing_.clear();
@@ -56,9 +57,10 @@ class IdMap {
                 held.push_back(int32_t(slots[i]));
             }
         }
-        *fresh_count = 0;
+        counted[0] = 0;
         int64_t defaults = int64_t(missing_.size());
-        if (admit) defaults = admit_missing(ids, held, slots, fresh_ids, fresh_slots, fresh_count);
+        if (admit) defaults = admit_missing(ids, held, slots, fresh_ids, fresh_slots, counted);
+        counted[1] = defaults;
         Counts& counts = counts_[admit ? 0 : 1];
         counts.lookups += n;
         counts.defaults += defaults;
@@ -288,7 +290,7 @@ IdMap& at(void* map) { return *static_cast<IdMap*>(map); }
 
 // --- what id_map.py calls --------------------------------------------------------------------------------------------------------
 
-API int64_t twd_abi() { return 2; }
+API int64_t twd_abi() { return 3; }
 API const char* twd_error() { return twd::said.c_str(); }
 API void* twd_open(int64_t capacity, int64_t admit_after, int64_t policy) {
     void* made = nullptr;
@@ -300,8 +302,8 @@ API void* twd_open(int64_t capacity, int64_t admit_after, int64_t policy) {
 }
 API void twd_close(void* map) { delete static_cast<twd::IdMap*>(map); }
 API int64_t twd_fetch(void* map, const int64_t* ids, int64_t n, int64_t admit, int64_t leaves, int64_t leave_out, int64_t* slots,
-                      int64_t* fresh_ids, int64_t* fresh_slots, int64_t* fresh_count) {
-    return twd::guarded([&] { return twd::at(map).fetch(ids, n, admit != 0, leaves != 0, leave_out, slots, fresh_ids, fresh_slots, fresh_count); });
+                      int64_t* fresh_ids, int64_t* fresh_slots, int64_t* counted) {
+    return twd::guarded([&] { return twd::at(map).fetch(ids, n, admit != 0, leaves != 0, leave_out, slots, fresh_ids, fresh_slots, counted); });
 }
 API int64_t twd_release(void* map, int64_t ticket) {
     return twd::guarded([&] {
