@@ -32,7 +32,7 @@ class DynamicTable(SlotTable):
         self.training: Callable[[], bool] = lambda: True
         self._rows = [m.data for m in self.memory]  # writes of new rows are nothing that autograd must know of: nobody has read them
         self._default_read = False  # by a lookup whose update is due
-        self._taken = 0  # rows whose memory was asked for
+        self._given = 0  # rows whose memory was asked for
         self._start_default()
 
     def _start_default(self) -> None:
@@ -77,11 +77,11 @@ class DynamicTable(SlotTable):
     def _take_ahead(self, used: int) -> None:
         """New rows come one after another: have the memory of those to come."""
         margin = max(_AHEAD // sum(4 * p.width for p in self.parts), used // 16)
-        if self._taken < min(used + margin, self.home):
+        if self._given < min(used + margin, self.home):
             last = min(used + 2 * margin, self.home)
             for rows in self._rows:
-                take_ahead(rows[self._taken : last])
-            self._taken = last
+                take_ahead(rows[self._given : last])
+            self._given = last
 
     def prefetch(self, ids: Tensor, batch: int) -> None:
         """Nothing: ids are admitted in the order of the training loop, and there is nothing to wait for."""

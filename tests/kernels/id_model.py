@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import heapq
 import time
 
 import torch
@@ -21,6 +22,7 @@ class DictModel:
     def __init__(self, capacity, admit_after, policy):
         self.capacity, self.admit_after, self.policy = capacity, admit_after, policy
         self.rows, self.order, self.uses, self.held = {}, {}, {}, []
+        self.heap = []  # (order, id), also of orders that ids no more have
         self.seen, self.older = {}, {}
         self.tick = self.evicted = self.forgotten = 0
 
@@ -44,8 +46,17 @@ class DictModel:
             self._touch(i)
         gone = []
         need = max(0, len(self.rows) + len(fresh) - self.capacity)
-        if need:
-            gone = sorted((i for i in self.rows if i not in pinned), key=self.order.__getitem__)[:need]
+        passed = []
+        while len(gone) < need:
+            order, i = heapq.heappop(self.heap)
+            if self.order.get(i) != order:
+                continue
+            if i in pinned:
+                passed.append((order, i))
+            else:
+                gone.append(i)
+        for each in passed:
+            heapq.heappush(self.heap, each)
         for i in gone:
             del self.rows[i], self.order[i], self.uses[i]
         self.evicted += len(gone)
@@ -72,6 +83,9 @@ class DictModel:
             self.order[i] = (0 if self.policy != "lfu" else self.uses[i], self.tick)
         elif self.policy == "lfu":
             self.order[i] = (self.uses[i], self.tick)
+        else:
+            return
+        heapq.heappush(self.heap, (self.order[i], i))
 
 
 class Pair:
@@ -113,9 +127,10 @@ class Pair:
             self.calls += 1
             for n, part in enumerate(table.memory):
                 part[rows] = self.calls + n / 2  # exact in float32
+            row = [[self.calls, self.calls], [self.calls + 0.5]]
             for i in dict.fromkeys(known):
                 if i in model.rows:
-                    model.rows[i] = [[self.calls, self.calls], [self.calls + 0.5]]
+                    model.rows[i] = row
                     self.updates += 1
         return True
 
