@@ -88,10 +88,16 @@ class DynamicTable(SlotTable):
 
     def updated(self) -> None:
         """The optimizer stepped: the default row is what it was, and what was looked up may leave."""
+        self._void_backwards()
         super().updated()
         if self._default_read:
             self._start_default()
             self._default_read = False
+
+    def _void_backwards(self) -> None:
+        """Other ids may have the slots of earlier lookups from now on: autograd refuses their backward, as it saved the slots."""
+        with self._lock:
+            torch.autograd.graph.increment_version([slots for _, slots in self._due])
 
     def counters(self) -> Counters:
         """What happened so far."""

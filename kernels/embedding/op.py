@@ -211,7 +211,7 @@ class _Lookup(torch.autograd.Function):
         text, owner, ticket, weighted, given, distinct, extra_dtypes = ctx.call
         spec = decode(text)
         n_tables, n_lookups = len(spec.tables), len(spec.lookups)
-        saved = ctx.saved_tensors
+        saved = _saved(ctx)
         indices, saved = list(saved[:n_lookups]), saved[n_lookups:]
         held = dict(zip(distinct, saved))
         offsets: list[Tensor | None] = [held.get(at) for at in given]
@@ -258,6 +258,18 @@ class _Lookup(torch.autograd.Function):
             for e, dtype in zip(spec.extras, extra_dtypes)
         ]
         return (None,) * 8 + (*(table_grads[:1] if ctx.alone else table_grads), *weight_grads, *extra_grads)
+
+
+def _saved(ctx) -> tuple[Tensor, ...]:
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "a lookup's ids, offsets or weights were changed between its forward and this backward. Of a table with dynamic ids: they were looked up "
+            "before the last update, and their rows may belong to other ids since. Nothing was updated. Call no backward of a forward from before a step"
+        ) from error
 
 
 class GivenLookup(_Lookup):
@@ -384,7 +396,7 @@ class _OneLookup(torch.autograd.Function):
         if torch.is_grad_enabled():
             _refuse_to_record([table])
             return None, None, None, None
-        made = _backward([grad], [table], ctx.saved_tensors, [None], [None], text, [True], [False], whole=True)
+        made = _backward([grad], [table], _saved(ctx), [None], [None], text, [True], [False], whole=True)
         _keep_coalesced([table], made)
         return made[0], None, None, None
 

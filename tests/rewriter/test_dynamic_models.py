@@ -325,6 +325,24 @@ def test_a_forward_that_is_computed_again_is_refused(reentrant):
         out.sum().backward()
 
 
+@pytest.mark.parametrize("inside", [True, False], ids=["in_backward", "step"])
+def test_a_backward_from_before_a_step_trains_no_new_owner(inside):
+    """Its slots are all held again, by other ids."""
+    table = {"embedding_optimizer": {"sgd": {"lr": 0.1, "in_backward": inside}}, "ids": {"dynamic": True, "capacity": 4}}
+    opt = tw.optimize(nn.Sequential(nn.Embedding(1, 4)), tw.Plan.from_dict({"version": 1, "tables": {"0": table}}), sample_inputs=(torch.tensor([1, 2]),))
+    old = opt(torch.tensor([1, 2, 3, 4])).sum()
+    opt(torch.tensor([1])).sum().backward()
+    if not inside:
+        opt.embedding_optimizer.step()
+        opt.zero_grad()
+    new = opt(torch.tensor([5, 6, 7, 8]))
+    rows = opt.dynamic_ids["0.weight"].export()[1]
+    with pytest.raises(RuntimeError, match="before the last update, and their rows may belong to other ids"):
+        old.backward()
+    assert torch.equal(opt.dynamic_ids["0.weight"].export()[1], rows)
+    new.sum().backward()  # its own is still good
+
+
 def test_steps_that_take_a_closure():
     opt, optimizer = made(plan(capacity=300))
     plainly, other = made(plan(capacity=300))
