@@ -38,8 +38,8 @@ class _Later(torch.autograd.Function):
 
 def leave(node, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
     """What ``dense`` returns for its weight, if ``node``, which gets it, is that of :func:`call`: a stand-in, which holds no memory."""
-    if not isinstance(node, _Later._backward_cls):  # type: ignore[attr-defined]
-        return None
+    if not isinstance(node, _Later._backward_cls) or torch.is_anomaly_enabled():  # type: ignore[attr-defined]
+        return None  # anomaly detection would take the stand-in for a gradient that is NaN
     carrier = grad.new_full((), float("nan")).expand(weight.shape)
     node.job = carrier, grad, x
     return carrier

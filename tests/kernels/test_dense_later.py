@@ -55,6 +55,14 @@ def test_second_derivatives_and_frozen_weights():
         assert later.call(weights[0]) is weights[0]
 
 
+def test_anomaly_detection_finds_nothing():
+    x, weights, bias = given()
+    plain = torch.autograd.grad(chain(weights, bias, x, lambda w: w), weights)
+    with torch.autograd.detect_anomaly():
+        ours = torch.autograd.grad(chain(weights, bias, x, later.call), weights)
+    assert all(map(torch.equal, ours, plain))
+
+
 def test_other_readers_of_the_weight():
     """A gradient that comes from elsewhere passes; one that was mixed with a stand-in is refused, not lost."""
     x, weights, bias = given()
