@@ -90,6 +90,7 @@ class TieredTables:
         self._keep_rows_out = False  # of the optimizer's state dicts: a snapshot has them
         self._loaded_ids: dict[str, Tensor] = {}  # of the optimizer state that is being loaded
         self._states: dict[str, tuple[tuple[str, bool], ...]] = {}
+        self._spent: dict[str, tuple[int, int, int] | None] = {}  # the gradient that the last step() of a table took
         for name in self.wanted:
             self._states[name] = self._check(name, resolved[name], choices.get(name))
 
@@ -216,6 +217,8 @@ class TieredTables:
             whole = self.shell.get_parameter(name)
             cache = nn.Parameter(tiered.memory[0], requires_grad=whole.requires_grad)
             tiered.trains = whole.requires_grad
+            if tiered.trains:
+                cache.register_hook(partial(self._before_adding, name))
             tiered.weight = partial(self.shell.get_parameter, name)
             self._names[name] = [n for n, p in self.shell.named_parameters(remove_duplicate=False) if p is whole]
             self.whole[name] = (whole.shape, whole.dtype, whole.device)
@@ -236,6 +239,15 @@ class TieredTables:
     def _before_step(self, optimizer: Optimizer, given: tuple, named: dict) -> None:
         if not any(callable(each) for each in (*given[1:], *named.values())):  # a closure makes its gradients inside the step
             self._check_step(optimizer)
+
+    def _before_adding(self, name: str, _made: Tensor) -> None:
+        """A gradient is about to be added to a table's. Raises :class:`TierError` where that one was stepped already."""
+        spent, grad = self._spent.pop(name, None), self.shell.get_parameter(name).grad
+        if spent is not None and grad is not None and _content(grad) == spent:
+            raise TierError(
+                f"table '{name}': its gradient is still the one of the last step(), whose slots may hold the rows of other ids now, and this backward "
+                "would be added to it. Nothing was added. Call zero_grad() after each step(), or before the backward"
+            )
 
     def _cut_state(self, name: str, whole: Tensor, cache: nn.Parameter, tiered: TieredTable) -> None:
         planned = self.planned is not None and name in self.planned._by_name
@@ -291,6 +303,8 @@ class TieredTables:
     def updated(self, names: Iterable[str]) -> None:
         """An update of tables is done: what was looked up for it may leave their caches."""
         for name in names:
+            grad = self.shell.get_parameter(name).grad
+            self._spent[name] = None if grad is None or not grad.is_sparse else _content(grad)
             self.open[name].updated()
 
     def aliases(self) -> list[list[str]]:
@@ -407,6 +421,11 @@ class TieredTables:
         storage = self.wanted[name]
         assert isinstance(storage, Storage)
         return storage
+
+
+def _content(grad: Tensor) -> tuple[int, int, int]:
+    """Says whether a sparse gradient is what it was."""
+    return grad._values().data_ptr(), grad._values().shape[0], grad._version
 
 
 def hook_checkpoints(model: nn.Module, tables: TieredTables) -> None:

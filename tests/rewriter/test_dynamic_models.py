@@ -12,7 +12,7 @@ import torch
 from dynamic_training import PADDING, VOCABULARY, Model, batch, made, plan, train
 from tablewright.kernels import dynamic_ids, tiers
 from tablewright.kernels.dynamic_ids import IdMapError
-from tablewright.kernels.tiers import Part
+from tablewright.kernels.tiers import Part, TierError
 from tablewright.rewriter.errors import PlanError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -341,6 +341,39 @@ def test_a_backward_from_before_a_step_trains_no_new_owner(inside):
         old.backward()
     assert torch.equal(opt.dynamic_ids["0.weight"].export()[1], rows)
     new.sum().backward()  # its own is still good
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["plan's optimizer", "user's"])
+def test_a_gradient_that_was_stepped_is_not_added_to(ours):
+    """All its slots are held again, by other ids: the sum would train those for what the first ones did."""
+    ids = {"ids": {"dynamic": True, "capacity": 4}, **({"embedding_optimizer": {"sgd": {"lr": 0.1}}} if ours else {})}
+    model = nn.Sequential(nn.Embedding(1, 4))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    made = tw.optimize(model, tw.Plan.from_dict({"version": 1, "tables": {"0": ids}}), optimizer=None if ours else sgd, sample_inputs=(torch.tensor([1, 2]),))
+    opt, optimizer = (made, made.embedding_optimizer) if ours else made
+
+    def backward(*ids: int):
+        opt(torch.tensor(ids)).sum().backward()
+
+    backward(1, 2, 3, 4)
+    backward(3, 4)  # before a step gradients add up
+    optimizer.step()
+    before = opt.dynamic_ids["0.weight"].export()[1]
+    with pytest.raises(TierError, match="still the one of the last step.*Call zero_grad"):
+        backward(5, 6, 7, 8)
+    opt.zero_grad()
+    backward(5, 6, 7, 8)
+    backward(5, 6)
+    optimizer.step()
+    after = opt.dynamic_ids["0.weight"]
+    assert set(after.export()[0].tolist()) == {5, 6, 7, 8} and len(before) == 4
+    for set_to_none in (True, False):
+        optimizer.zero_grad(set_to_none=set_to_none)
+        held, rows = after.export()
+        backward(5)
+        optimizer.step()
+        changed = (after.export()[1][after.export()[0].argsort()] - rows[held.argsort()]).abs().sum(1)
+        assert changed.count_nonzero() == 1 and changed[0] > 0
 
 
 def test_steps_that_take_a_closure():
