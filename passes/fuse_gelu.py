@@ -42,8 +42,9 @@ class FuseGelu(Measured):
 
     def run(self, context: Context) -> list[Record]:
         writes = Writes(context.graph, context.root)
-        found = [f for n in list(context.graph.nodes) if (f := _gelu(n)) is not None]
-        return [self._rewrite(f, context, writes) for f in found]
+        # One after the other: what one gives may be the input of the next.
+        found = (_gelu(n) for n in list(context.graph.nodes) if not n._erased)
+        return [self._rewrite(f, context, writes) for f in found if f is not None]
 
     def _rewrite(self, found: _Gelu, context: Context, writes: Writes) -> Record:
         reason = _unfit(found, writes)

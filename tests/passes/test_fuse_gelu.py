@@ -84,6 +84,13 @@ def changed(x):
     return x * 0.5 * (1 + torch.erf(y))
 
 
+def test_one_of_another():
+    gelu = FORMS["erf"]
+    done = rewrite(Layer(lambda x: gelu(gelu(x))), (torch.randn(4, 6),), FUSE)
+    assert len(done.of("APPLIED")) == len(done.nodes("gelu")) == 2
+    assert_sound(done)
+
+
 def test_a_step_that_is_read_elsewhere():
     done = rewrite(Layer(shared), (torch.randn(4, 6),), FUSE)
     (row,) = done.of("SKIPPED")
