@@ -43,10 +43,10 @@ def ticket(digest: str, requests: Requests) -> bytes:
     return b"".join([len(header).to_bytes(4, "little"), header, *(np.ascontiguousarray(ids, dtype="<i8") for _, ids in requests)])
 
 
-def read_ticket(raw: bytes) -> tuple[str, list[tuple[str, np.ndarray]]]:
+def read_ticket(raw: bytes | memoryview) -> tuple[str, list[tuple[str, np.ndarray]]]:
     """What :func:`ticket` wrote. Raises ``ValueError`` for anything else."""
     size = int.from_bytes(raw[:4], "little")
-    header = json.loads(raw[4 : 4 + size])
+    header = json.loads(bytes(raw[4 : 4 + size]))
     counts = [int(n) for _, n in header["tables"]]
     if min(counts, default=0) < 0 or len(raw) != 4 + size + 8 * sum(counts):
         raise ValueError(f"a ticket of {len(raw)} bytes does not hold {sum(counts)} ids")

@@ -67,9 +67,9 @@ class _Connection(socketserver.BaseRequestHandler):
                 wrong = ValueError(f"a request begins with {bytes(magic)!r} and has {size} bytes; it begins with {MAGIC!r} and has {_MOST_REQUEST} at most")
                 self._refuse(wrong)
                 return
-            ticket = bytearray(size)
+            ticket = memoryview(np.empty(size, np.uint8))  # takes memory as its bytes come, not as they are announced
             if size:
-                fill(self.request, [memoryview(ticket)])
+                fill(self.request, [ticket])
             try:
                 digest, rows = self.server.rows(ticket, self._room)
             except Exception as error:

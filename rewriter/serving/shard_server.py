@@ -91,7 +91,7 @@ class ShardServer(flight.FlightServerBase):
             self._row_port.end()
         super().shutdown()
 
-    def _rows(self, raw: bytes, room: Callable[[int], np.ndarray] = lambda size: np.empty(size, np.uint8)) -> tuple[str, np.ndarray]:
+    def _rows(self, raw: bytes | memoryview, room: Callable[[int], np.ndarray] = lambda size: np.empty(size, np.uint8)) -> tuple[str, np.ndarray]:
         """The digest and the bytes of the rows that a ticket asks for; ``room``: where to. Flight reads them after this has returned, so its are new each time."""
         digest, asked = read_ticket(raw)
         manifest, store = self._version(digest)

@@ -3,10 +3,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import re
 import socket
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,6 +158,22 @@ def test_whatever_else_calls_there_does_no_harm(sent):
         store = _store(server)
         assert _rows_are_right(store) and store.stats()["over_row_ports"] == 1
         store.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells how much memory a process has")
+def test_a_request_that_is_only_announced_takes_no_memory():
+    def held():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    with _server() as server, contextlib.ExitStack() as stack:
+        before, threads = held(), threading.active_count()
+        for _ in range(8):
+            link = stack.enter_context(socket.create_connection(("127.0.0.1", server._row_port.port), 30))
+            link.sendall(REQUEST.pack(MAGIC, 0, 64 << 20) + b"some")
+        while threading.active_count() < threads + 8:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        assert held() - before < 256 << 20  # of 512
 
 
 # --- what answers ----------------------------------------------------------------------------------------------------------------
