@@ -2,11 +2,12 @@
 them that the model is called with the very tensors that this was done for.
 
 Ids that the graph makes of inputs alone can be made on the host, before the inputs are copied to the device. When the loop then calls the
-model with the same tensors, not written since, its lookups take what was fetched for that batch; with others they compare ids first, for
-which the host waits for the device. Both give the same rows.
+model with the same tensors, not written since, for the first time, its lookups take what was fetched for that batch; else they compare ids
+first, for which the host waits for the device. Both give the same rows.
 """
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,8 @@ from .staleness import Lookups
 from .variant import Variant
 
 _THREADS = 16
+_PIPELINES = 1 << 20
+_pipelines = itertools.count()
 
 
 def runs_on_host(graph: Graph) -> bool:
@@ -39,6 +42,7 @@ class FetchedInputs:
     """For one pipeline over a model; does nothing where no table has its cache on a device."""
 
     def __init__(self, tables: Sequence[SlotTable]) -> None:
+        self._own = next(_pipelines) % _PIPELINES
         self.tables = [t for t in tables if isinstance(t, DeviceTable)]
         self._coming: dict[int, Lookups] = {}  # by batch
         self._now: Lookups | None = None
@@ -60,7 +64,7 @@ class FetchedInputs:
         def one(number: int) -> None:
             with torch.set_grad_enabled(grad):
                 for each in by_table[number]:
-                    table_of(number).prefetch(each, batch)
+                    table_of(number).prefetch(each, batch * _PIPELINES + self._own)  # no other pipeline's batch
 
         if self._workers is None:
             for number in by_table:
@@ -71,8 +75,10 @@ class FetchedInputs:
         if errors:
             raise errors[0]
 
-    def hand_out(self, batch: int) -> None:
-        """The loop gets ``batch``."""
+    def hand_out(self, batch: int, tables: Sequence[SlotTable]) -> None:
+        """The loop gets ``batch``: what was prefetched in ``tables`` for batches before it is let go."""
+        for table in tables:
+            table.drop_before(batch * _PIPELINES)
         now = self._now = self._coming.pop(batch, None)
         if now is not None and now.variant is not None and all(v is not now.variant for v, _ in self._runs):
             self._wrap(now.variant)
@@ -83,8 +89,10 @@ class FetchedInputs:
         variant.run = lambda *given: self._run(variant, plain, given)
 
     def _run(self, variant: Variant, plain: Callable, given: tuple) -> tuple:
-        now = self._now
-        batch = now.number if now is not None and now.fit(variant, given) else None
+        now, batch = self._now, None
+        if now is not None and now.fit(variant, given):
+            self._now = None  # a call that fails may leave some of its lookups' rows to the next
+            batch = now.number * _PIPELINES + self._own
         for table in self.tables:
             table.known = batch
         try:

@@ -126,9 +126,7 @@ class Pipeline:
                             return
                         raise value
                     report.batches += 1
-                    for table in tables:
-                        table.drop_before(number)
-                    fetched_inputs.hand_out(number)
+                    fetched_inputs.hand_out(number, tables)
                     yield value
                     asked = number + 1
         finally:

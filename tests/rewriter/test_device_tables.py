@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -122,6 +123,59 @@ def test_lookups_of_a_pipeline_are_not_compared_and_others_are(late):
                 compared.append(opt._tiered.files["item.weight"].compared)
     _same(pairs[0][0], pairs[1][0])
     assert compared == [1] and pairs[0][0]._tiered.files["item.weight"].compared > 1 and pairs[0][0].tiers["item.weight"].batches == 0
+
+
+def test_pipelines_side_by_side():
+    """Each has a batch 0, a batch 1 and so on in the same table: none gets the other's rows."""
+    (opt, optimizer), (plain, plainly) = _pair(_storage(None, cache=60_000))
+    asked = [threading.Event() for _ in range(9)]
+
+    def fast():
+        for k in range(8):
+            yield batch(100 + k)
+            asked[k].set()  # its rows were prefetched
+
+    def slow():
+        for k in range(8):
+            assert k == 0 or asked[k].wait(60)
+            yield batch(k)
+
+    lines = [tw.pipeline(each(), opt, inputs=lambda b: b[:2], prefetch=3) for each in (slow, fast)]
+    for k, pair in enumerate(zip(*lines)):
+        _over(pair, opt, optimizer)
+        _over((batch(k), batch(100 + k)), plain, plainly)
+    _same(opt, plain)
+
+
+def test_a_call_that_fails_between_lookups_is_made_again(monkeypatch):
+    torch.manual_seed(0)
+    (opt, _), (plain, _) = _pair(_storage(None, cache=60_000), "sgd", _Twice, (torch.arange(20), torch.arange(20)))
+    table = opt._tiered.files["item.weight"]
+    slots, calls = table.slots, []
+
+    def failing(ids, first=True):
+        calls.append(ids)
+        if len(calls) == 4:
+            raise MemoryError
+        return slots(ids, first)
+
+    monkeypatch.setattr(table, "slots", failing)
+    with torch.no_grad():
+        for k, given in enumerate(tw.pipeline([(torch.randint(0, 500, (20,)), torch.randint(0, 500, (20,))) for _ in range(4)], opt)):
+            if k == 1:
+                with pytest.raises(MemoryError):
+                    opt(*given)
+            assert torch.equal(opt(*given), plain(*given))
+    assert len(calls) == 10
+
+
+class _Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.item = nn.Embedding(500, 8, sparse=True)
+
+    def forward(self, one, other):
+        return torch.cat([self.item(one), self.item(other) * 2], 1)
 
 
 def test_a_loader_that_writes_into_one_batch_again_gets_the_rows_of_what_is_there(late):
