@@ -267,7 +267,7 @@ def _saved(ctx) -> tuple[Tensor, ...]:
         if "inplace operation" not in str(error):
             raise
         raise RuntimeError(
-            "a lookup's ids, offsets or weights were changed between its forward and this backward. Of a table with dynamic ids: they were looked up "
+            "a lookup's ids, offsets or weights were modified by an inplace operation between its forward and this backward. Of a table with dynamic ids: they were looked up "
             "before the last update, and their rows may belong to other ids since. Nothing was updated. Call no backward of a forward from before a step"
         ) from error
 
