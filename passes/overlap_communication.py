@@ -4,8 +4,7 @@ A list schedule of the graph's calls. The dependency graph (networkx) holds what
 random draws, and the order of the collectives themselves, which must be the same on all ranks and stays as it is. Of the calls that are
 ready, what a collective still waits for comes first, then the one with the longest way to the end; a wait is ready when its collective is
 expected to be through, and while a later collective hangs on it only what fits into that time is begun. The backward runs in the
-reverse order, so gradients overlap the same way; and the gradients of weights read after the last wait (the top MLP's) are made when the
-rows' gradients are on their way, not before (``kernels/dense/later.py``).
+reverse order, so gradients overlap the same way.
 """
 from __future__ import annotations
 
@@ -17,10 +16,8 @@ import torch
 from torch.fx import Node
 
 from ..kernels.collectives import exchange_ids, exchange_rows
-from ..kernels.dense import later
-from ..kernels.dense import op as dense
 from .cost import Rates, node_cost
-from .graph import Editor, arguments, base_of, is_op, is_pure, stored_tensor, value_of
+from .graph import Editor, base_of, is_op, is_pure, stored_tensor
 from .records import APPLIED, Record
 from .rule import Context, Pass
 from .shard_tables import exchanges
@@ -48,9 +45,7 @@ class OverlapCommunication(Pass):
         end = context.graph.output_node()
         for node in order:
             end.prepend(node)
-        editor = Editor(context.graph, self.name)
-        editor.remove_dead()
-        _leave_weights(editor, order)
+        Editor(context.graph, self.name).remove_dead()
         places = {node: i for i, node in enumerate(order)}
         records = []
         for start in starts:
@@ -58,17 +53,6 @@ class OverlapCommunication(Pass):
             between = 0 if wait is None else places[wait] - places[start] - 1
             records.append(Record(self.kind, APPLIED, "", self.name, detail=f"{between} calls between {start.name} and its wait"))
         return records
-
-
-def _leave_weights(editor: Editor, order: list[Node]) -> None:
-    """Weights of the linear layers after the last wait for rows get their gradients after that wait's backward has started."""
-    waits = [i for i, node in enumerate(order) if is_op(node, exchange_rows.WAIT)]
-    for node in order[waits[-1] :] if waits else ():
-        if is_op(node, dense.OP):
-            weight = arguments(node)["weight"]
-            if weight.op == "get_attr" and len(weight.users) == 1:
-                made = editor.call(later.OP, weight, before=order[waits[-1]], sources=[node], value=value_of(weight))
-                editor.replace_input(node, weight, made)
 
 
 def _waits_for(wait: Node, start: Node) -> bool:

@@ -11,14 +11,12 @@ rank.
 """
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..library import DIRECT, LIBRARY, backward_of, tracing
-from . import gemm, later
+from . import gemm
 
 LIBRARY.define("dense(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor")
 LIBRARY.define(
@@ -54,18 +52,16 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) ->
 
 
 def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, out: Tensor, activation: str, wanted: list[bool], again: bool = False, node=None
+    grad: Tensor, x: Tensor, weight: Tensor, out: Tensor, activation: str, wanted: list[bool], again: bool = False
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of (x, weight, bias) that are ``wanted``, in this order; ``again``: by ops that can be differentiated. ``node``: what
-    gets the weight's in the backward that runs."""
+    """The gradients of (x, weight, bias) that are ``wanted``, in this order; ``again``: by ops that can be differentiated."""
     both = gemm.relu_gradient(grad, out) if activation == "relu" and not again else None
     grad, sums = (_DERIVE[activation](grad, out), None) if both is None else both
     made = []
     if wanted[0]:
         made.append(gemm.input_gradient(grad, weight, again))
     if wanted[1]:
-        left = None if again or node is None else later.leave(node, grad, x, weight)
-        made.append(gemm.weight_gradient(grad, x, again) if left is None else left)
+        made.append(gemm.weight_gradient(grad, x, again))
     if wanted[2]:
         made.append(grad.reshape(-1, grad.shape[-1]).sum(0) if sums is None else sums)
     return made
@@ -88,8 +84,6 @@ class _Dense(torch.autograd.Function):
         x, weight, *rest = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
         run = backward_of(_backward, torch.ops.tablewright.dense_backward)
-        if run is _backward:
-            run = functools.partial(_backward, node=ctx.next_functions[1][0])
         made = iter(run(grad, x, weight, rest[0] if rest else grad, ctx.activation, wanted))
         return (*(next(made) if want else None for want in wanted), None)
 
