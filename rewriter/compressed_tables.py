@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from ..kernels.codecs.op import row_bytes
 from ..passes.records import APPLIED, SKIPPED, Record
-from .capture.compressed import Compressed, compress
+from .capture.compressed import Compressed, compress, too_wide
 from .compression import Compression, Hashing, Int8Rows, MixedDim, ProductQuantization, QuotientRemainder
 from .errors import PlanError
 from .meta_weights import begin
@@ -137,6 +137,8 @@ def _check(name: str, table: nn.Parameter, modules: list[nn.Module], how: Compre
         raise refuse(f"it is {table.dtype}, and int8 rows are read in float32")
     if not bool(torch.isfinite(table).all()):
         raise refuse("it holds numbers that are not finite, which would spread to other rows")
+    if isinstance(how, Int8Rows) and too_wide(table):
+        raise refuse("a row's largest number less its smallest is beyond float32")
     if name == "weight":
         raise refuse("it is the whole model; a model that holds it as a submodule is needed")
     for module in modules:

@@ -78,6 +78,8 @@ class Compressed(OwnStorage):
         padding = self.padding_idx
         if prefix + "weight" in state_dict and not bool(torch.isfinite(loaded).all()):
             error_msgs.append(f"{prefix}weight holds numbers that are not finite, which would spread to other rows of this compressed table")
+        elif prefix + "weight" in state_dict and isinstance(self, Int8) and too_wide(loaded):
+            error_msgs.append(f"{prefix}weight has a row whose largest number less its smallest is beyond float32, which int8 rows cannot hold")
         elif prefix + "weight" in state_dict and isinstance(self, _Projected) and isinstance(self, nn.Embedding) and padding is not None and bool(loaded[padding].any()):
             error_msgs.append(f"row {padding} of {prefix}weight, its padding_idx, is not zero, which a projection of rows cannot meet")
         if prefix + "weight" in state_dict and len(error_msgs) == problems:
@@ -165,6 +167,11 @@ class _Quantized(Compressed):
             places = places + part * size if part else self._inside(ids, places, self.pieces * size - self.num_embeddings)
             found.append(look(self.codebooks, places, None if self.padding_idx is None else part * size + last))
         return torch.cat(found, -1)
+
+
+def too_wide(rows: Tensor) -> bool:
+    """Is a row's scale in int8 beyond float32?"""
+    return bool(rows.numel()) and not bool((rows.amax(1) - rows.amin(1)).isfinite().all())
 
 
 class Int8(Compressed):
