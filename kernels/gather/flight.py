@@ -5,6 +5,7 @@ The protocol, for clients in other languages (any Arrow Flight library speaks it
 """
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -36,9 +37,13 @@ _CHANNEL = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.min_reconnect_bac
             ("grpc.http2.bdp_probe", 0)]  # fmt: skip
 
 
+_quoted = functools.lru_cache(1 << 12)(json.dumps)
+
+
 def ticket(digest: str, requests: Requests) -> bytes:
     """A request: u32 length of a JSON header, the header, then the int64 ids of all tables in its order; little-endian."""
-    header = json.dumps({"digest": digest, "tables": [[name, len(ids)] for name, ids in requests]}).encode()
+    tables = ",".join([f"[{_quoted(name)},{len(ids)}]" for name, ids in requests])
+    header = f'{{"digest":{_quoted(digest)},"tables":[{tables}]}}'.encode()
     header += b" " * (-(4 + len(header)) % 8)  # ids that lie on their own size are read in place
     return b"".join([len(header).to_bytes(4, "little"), header, *(np.ascontiguousarray(ids, dtype="<i8") for _, ids in requests)])
 
