@@ -63,8 +63,9 @@ class FetchedInputs:
 
         def one(number: int) -> None:
             with torch.set_grad_enabled(grad):
+                table = table_of(number)
                 for each in by_table[number]:
-                    table_of(number).prefetch(each, batch * _PIPELINES + self._own)  # no other pipeline's batch
+                    table.prefetch(each, self._number(table, batch))
 
         if self._workers is None:
             for number in by_table:
@@ -75,10 +76,17 @@ class FetchedInputs:
         if errors:
             raise errors[0]
 
+    def _of_device(self, batch: int) -> int:
+        return batch * _PIPELINES + self._own  # no other pipeline's batch
+
+    def _number(self, table: SlotTable, batch: int) -> int:
+        """What ``batch`` is called in ``table``; those that compare ids with what was prefetched need no more than its place."""
+        return self._of_device(batch) if isinstance(table, DeviceTable) else batch
+
     def hand_out(self, batch: int, tables: Sequence[SlotTable]) -> None:
         """The loop gets ``batch``: what was prefetched in ``tables`` for batches before it is let go."""
         for table in tables:
-            table.drop_before(batch * _PIPELINES)
+            table.drop_before(batch * _PIPELINES if isinstance(table, DeviceTable) else batch)
         now = self._now = self._coming.pop(batch, None)
         if now is not None and now.variant is not None and all(v is not now.variant for v, _ in self._runs):
             self._wrap(now.variant)
@@ -92,7 +100,7 @@ class FetchedInputs:
         now, batch = self._now, None
         if now is not None and now.fit(variant, given):
             self._now = None  # a call that fails may leave some of its lookups' rows to the next
-            batch = now.number * _PIPELINES + self._own
+            batch = self._of_device(now.number)
         for table in self.tables:
             table.known = batch
         try:

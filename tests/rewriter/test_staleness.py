@@ -119,6 +119,7 @@ def test_tables_in_tiers(tmp_path):
         model = Model()
         pairs.append(tw.optimize(model, plan(k, tables=tables), optimizer=torch.optim.Adagrad(model.parameters(), lr=0.1), sample_inputs=batch(0)[:2]))
     (opt, optimizer), (plain, other) = pairs
+    assert not list(tw.pipeline([], plain))  # batches are counted anew in each pipeline
     line = tw.pipeline([batch(s) for s in range(30)], opt, inputs=lambda b: b[:2])
     train(line, opt, optimizer, loss)
     late_by(2, plain, other, [batch(s) for s in range(30)], loss)
