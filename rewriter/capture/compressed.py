@@ -36,11 +36,11 @@ class Compressed(OwnStorage):
 
     def fit(self, weight: Tensor) -> dict[str, Tensor]:
         """The parts that are nearest to a plain table."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define fit()")
 
     def read(self, ids: Tensor, look: Look) -> Tensor:
         """What the module gives for ids, where ``look`` reads a table."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define read()")
 
     @property
     def weight(self) -> Tensor:
