@@ -23,7 +23,7 @@ from .slot_moves import Arrival, Room, SlotMoves
 from .table import TieredTable
 
 _word, _words, _places = ctypes.c_int64, ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_void_p)
-_MOVE = ctypes.CFUNCTYPE(_word, _word, _words, _word, _words, _places, _places)  # native/cache.cpp says what it does
+_MOVE = ctypes.CFUNCTYPE(_word, _word, _words, _word, _words, _places, _places)  # native/cache.h says what it does
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import random
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -13,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import tablewright as tw
-import tier_training
 import torch
 from tablewright.kernels import tiers
 from tablewright.kernels.tiers import Part, TierError, device
 from tablewright.rewriter.errors import PlanError
-from tier_training import Model, batch, model_in, train
+from tier_training import Model, after_kills, batch, model_in, train
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))
@@ -262,28 +257,9 @@ def test_snapshot_and_restore_go_on_as_if_nothing_had_happened(tmp_path, late, b
 
 @pytest.mark.parametrize("backing", ["host", "ssd"])
 def test_kill_at_any_moment(tmp_path, backing):
-    folders = [str(Path(tw.__file__).parent.parent), str(Path(__file__).parent)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
-    storage = {"cache_on": "cpu", "backing": backing}
-    first, chance = 0, random.Random(1)
-    for _ in range(2 if backing == "host" else 1):
-        command = [sys.executable, tier_training.__file__, str(tmp_path), str(first), *(f"{k}={v}" for k, v in storage.items())]
-        run = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
-        assert run.stdout.readline(), "it did not reach its first snapshot"
-        time.sleep(chance.random() * 0.4)
-        run.send_signal(signal.SIGKILL)
-        run.stdout.read()
-        run.wait()
-        opt, optimizer = model_in(tmp_path, resume=True, **storage)
-        steps = int(optimizer.state[opt.top.weight]["step"])
-        assert steps > first and steps % 3 == 0
-        (tmp_path / f"straight{steps}").mkdir()
-        straight, other = model_in(tmp_path / f"straight{steps}")
-        train(straight, other, 0, steps)
+    for opt, optimizer, _, straight, other in after_kills(tmp_path, 2 if backing == "host" else 1, seed=1, cache_on="cpu", backing=backing):
         _same(opt, straight)
         assert torch.equal(optimizer.state[opt.top.weight]["sum"], other.state[straight.top.weight]["sum"])
-        opt._tiered.open["item.weight"].cache.close()
-        first = steps
 
 
 def test_snapshots_of_other_tables_and_damaged_ones_are_named(tmp_path):

@@ -3,22 +3,14 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import tablewright as tw
-import tier_training
 import torch
 from tablewright.kernels import tiers
 from tablewright.kernels.tiers import Part, TierError
 from tablewright.rewriter.errors import PlanError
-from tier_training import Model, batch, model_in, train
+from tier_training import Model, after_kills, batch, model_in, train
 from torch import nn
 
 pytestmark = pytest.mark.skipif(bool(tiers.available()), reason=f"NOT TESTED: {tiers.available()}")
@@ -112,26 +104,10 @@ def test_snapshot_and_resume_go_on_as_if_nothing_had_happened(tmp_path):
 
 def test_kill_at_any_moment(tmp_path):
     """Every snapshot is complete or absent: weights, state and dense part are of one step."""
-    folders = [str(Path(tw.__file__).parent.parent), str(Path(__file__).parent)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
-    first, chance = 0, random.Random(0)
-    for _ in range(2):
-        run = subprocess.Popen([sys.executable, tier_training.__file__, str(tmp_path), str(first)], stdout=subprocess.PIPE, env=environment)
-        assert run.stdout.readline(), "it did not reach its first snapshot"
-        time.sleep(chance.random() * 0.4)
-        run.send_signal(signal.SIGKILL)
-        run.stdout.read()
-        run.wait()
-        opt, optimizer = model_in(tmp_path, resume=True)
-        steps = 3 * opt.tiers["item.weight"].generation
-        assert steps > first
-        (tmp_path / f"straight{steps}").mkdir()
-        straight, other = model_in(tmp_path / f"straight{steps}")
-        train(straight, other, 0, steps)
+    for opt, optimizer, steps, straight, other in after_kills(tmp_path, 2, seed=0):
+        assert steps == 3 * opt.tiers["item.weight"].generation
         _same(opt, straight)
         assert torch.equal(optimizer.state[opt.top.weight]["sum"], other.state[straight.top.weight]["sum"])
-        opt._tiered.open["item.weight"].cache.close()
-        first = steps
 
 
 def test_a_snapshot_that_one_table_finished_and_the_manifest_did_not_is_dropped(tmp_path):

@@ -1,7 +1,12 @@
 """A process that trains a model in tiers, takes a snapshot every three steps and is killed at some moment."""
 from __future__ import annotations
 
+import os
+import random
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import tablewright as tw
@@ -38,6 +43,32 @@ def model_in(folder, resume=False, cache=40_000, **more):
     if resume:
         opt.restore(Path(folder) / "kept", optimizer)
     return opt, optimizer
+
+
+def after_kills(folder, times, seed, **storage):
+    """Models that went on from the last snapshot of a process that was killed, each with its optimizer, its number of steps, and a model (and its
+    optimizer) in a folder of its own that took those steps in one go."""
+    folders = [str(Path(tw.__file__).parent.parent), str(Path(__file__).parent)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    first, chance = 0, random.Random(seed)
+    for _ in range(times):
+        command = [sys.executable, __file__, str(folder), str(first), *(f"{k}={v}" for k, v in storage.items())]
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
+        assert run.stdout.readline(), "it did not reach its first snapshot"
+        time.sleep(chance.random() * 0.4)
+        run.send_signal(signal.SIGKILL)
+        run.stdout.read()
+        run.wait()
+        opt, optimizer = model_in(folder, resume=True, **storage)
+        steps = int(optimizer.state[opt.top.weight]["step"])
+        assert steps > first and steps % 3 == 0
+        own = Path(folder) / f"straight{steps}"
+        own.mkdir()
+        straight, other = model_in(own)
+        train(straight, other, 0, steps)
+        yield opt, optimizer, steps, straight, other
+        opt._tiered.open["item.weight"].cache.close()
+        first = steps
 
 
 def train(model, optimizer, first, last):
