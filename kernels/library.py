@@ -18,7 +18,7 @@ DIRECT.update({  # torch's own functions parse the same arguments in half the ti
     _aten.mean.dim: torch.mean, _aten.mul.Tensor: torch.mul, _aten.relu.default: torch.relu, _aten.reshape.default: torch.reshape,
     _aten.sigmoid.default: torch.sigmoid, _aten.softmax.int: torch.softmax, _aten.squeeze.dim: torch.squeeze,
     _aten.stack.default: torch.stack, _aten.sub.Tensor: torch.sub, _aten.sum.dim_IntList: torch.sum, _aten.tanh.default: torch.tanh,
-    _aten.to.dtype: torch.Tensor.to, _aten.transpose.int: torch.transpose, _aten.unsqueeze.default: torch.unsqueeze,
+    _aten.to.dtype: torch.Tensor.to, _aten.transpose.int: torch.transpose, _aten.unflatten.int: torch.unflatten, _aten.unsqueeze.default: torch.unsqueeze,
 })  # fmt: skip
 
 

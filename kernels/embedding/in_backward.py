@@ -26,7 +26,7 @@ class Owner(Protocol):
 
     def launch_key(self, table: str) -> tuple: ...
 
-    def table(self, name: str) -> torch.Tensor: ...
+    def tables_of(self, names: tuple[str, ...]) -> list[torch.Tensor | None]: ...
 
 
 _owners: weakref.WeakValueDictionary[int, Owner] = weakref.WeakValueDictionary()
@@ -70,9 +70,10 @@ def defer(number: int, text: str, slot_grads, indices, offsets, sample_weights, 
         )
     owner = _owners[number]
     lookups, names = _due(text)
+    held = owner.tables_of(names)
     for i in due:
-        mine = owner.table(names[i])
-        if tables[i] is not mine and tables[i].data_ptr() != mine.data_ptr():
+        table, mine = tables[i], held[i]
+        if table is not mine and (mine is None or table.data_ptr() != mine.data_ptr()):
             raise RuntimeError(
                 f"table '{names[i]}' was looked up in a tensor that is not the model's own (torch.func.functional_call?), so it "
                 "cannot be updated inside the backward: set in_backward: false in the plan"
@@ -85,17 +86,19 @@ def defer(number: int, text: str, slot_grads, indices, offsets, sample_weights, 
         engine.queue_callback(functools.partial(_finish, number, backward))
     backward.texts.append(text)
     backward.slot_grads.extend(slot_grads)
-    backward.indices.extend([indices[i] for i in lookups])
-    backward.offsets.extend([offsets[i] for i in lookups])
-    backward.sample_weights.extend([sample_weights[i] for i in lookups])
+    if len(lookups) < len(indices):
+        indices, offsets, sample_weights = ([given[i] for i in lookups] for given in (indices, offsets, sample_weights))
+    backward.indices.extend(indices)
+    backward.offsets.extend(offsets)
+    backward.sample_weights.extend(sample_weights)
 
 
 @functools.lru_cache(maxsize=1024)
-def _due(text: str) -> tuple[list[int], list[str]]:
+def _due(text: str) -> tuple[list[int], tuple[str, ...]]:
     """The lookups of tables that are updated in the backward; the names of all tables."""
     spec = decode(text)
     lookups = [i for i, lookup in enumerate(spec.lookups) if spec.tables[lookup.table].grad == "in_backward"]
-    return lookups, [table.name for table in spec.tables]
+    return lookups, tuple(table.name for table in spec.tables)
 
 
 def _finish(number: int, backward: _Backward) -> None:

@@ -188,6 +188,7 @@ class _Lookup(torch.autograd.Function):
         reads_rows = n_weights and any(ctx.needs_input_grad[8 + n_tables : 8 + n_tables + n_weights])
         ctx.tables = None if reads_rows else tables
         ctx.alone = alone and tuple([table.requires_grad for table in tables])
+        ctx.first = -len(tensors)  # of ctx.next_functions, which has one entry for each argument that is a tensor
         ctx.save_for_backward(*indices, *distinct.values(), *tensors[0 if reads_rows else n_tables : n_tables + n_weights])
         if tracing():
             with torch._C._AutoDispatchBelowAutograd():
@@ -228,9 +229,9 @@ class _Lookup(torch.autograd.Function):
         wanted_weights = [False] * n_lookups
         for place, need in zip(weighted, needs[n_tables:]):
             wanted_weights[place] = need and slot_grads[spec.lookups[place].slot] is not None
-        traced, stands = tracing(), due and (tables[ctx.alone.index(True)] if ctx.alone else tables[due[0]])
+        traced = tracing()
         if torch.is_grad_enabled():
-            asked = [stands] if ctx.alone else [tables[i] for i in range(n_tables) if wanted[i] or i in due]
+            asked = [tables[ctx.alone.index(True)]] if ctx.alone else [tables[i] for i in range(n_tables) if wanted[i] or i in due]
             _refuse_to_record([*asked, *(w for w, want in zip(weights, wanted_weights) if want)])
             wanted, wanted_weights, kinds, due = [False] * n_tables, [False] * n_lookups, (None,) * n_tables, ()
 
@@ -241,7 +242,7 @@ class _Lookup(torch.autograd.Function):
         if due:
             if traced:
                 torch.ops.tablewright.embedding_bags_defer_update(list(slot_grads), indices, offsets, weights, text, owner, ticket)
-            elif _accumulates(stands):
+            elif torch._C._will_engine_execute_node(ctx.next_functions[ctx.first + (0 if ctx.alone else due[0])][0]):
                 in_backward.defer(owner, text, list(slot_grads), indices, offsets, weights, tables, due)
         parts = iter(made)
         table_grads: list[Tensor | None] = [None] * n_tables

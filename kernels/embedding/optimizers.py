@@ -17,6 +17,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, SparseAdam
 from ..dense.fused_step import fused_step
 from ..memory import use_huge_pages
 from . import cpu, low_tables
+from .kept_rules import STATE, KeptRules
 from .rounding import seed_of
 from .spec import GroupSpec
 from .updates import TableUpdate
@@ -291,6 +292,8 @@ class RowUpdates(Optimizer):
         self._by_name: dict[str, tuple[Tensor, dict]] = {
             name: (param, group) for group in self.param_groups for name, param in zip(group["param_names"], group["params"])
         }
+        self._by_names: dict[tuple[str, ...], list[Tensor | None]] = {}
+        self._launches: dict[int, tuple[GroupSpec, KeptRules]] = {}  # by identity: hashing a spec takes long
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -314,26 +317,12 @@ class RowUpdates(Optimizer):
                         }
         self._index()
 
-    def _updates(self, held: list[tuple[Tensor, dict]]) -> list[TableUpdate]:
-        """The updates of this step for tables, each with its param group."""
-        settings: dict[int, tuple] = {}  # of each group, read once
-        updates = []
-        for param, group in held:
-            common = settings.get(id(group))
-            if common is None:
-                rates = (float(group["lr"]), group["eps"], *map(float, group["betas"]), group["weight_decay"])
-                common = settings[id(group)] = (group["kind"], *rates), group["maximize"], _STATE[group["kind"]]
-            rule, maximize, names = common
-            state = self.state[param] or self._start(param, group["kind"])
-            updates.append(TableUpdate(*rule, _step_count(state), maximize, tuple([state[name] for name in names])))
-        return updates
-
     def _start(self, param: Tensor, kind: str) -> dict[str, Any]:
         state = self.state[param]
         state["step"] = 0  # a number: 1,000 tables of tensors would take milliseconds to count
         dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
         shape = param.shape[:1] if kind == "rowwise_adagrad" else param.shape
-        state.update((name, torch.zeros(shape, dtype=dtype, device=param.device)) for name in _STATE[kind])
+        state.update((name, torch.zeros(shape, dtype=dtype, device=param.device)) for name in STATE[kind])
         if self.huge_pages:
             use_huge_pages(state.values())
         return state
@@ -363,7 +352,8 @@ class RowUpdates(Optimizer):
         """Step those of ``params`` that have a gradient."""
         chosen = {id(p) for p in params if p.grad is not None}
         given = [(name, param, group) for name, (param, group) in self._by_name.items() if id(param) in chosen]
-        updates = self._updates([(param, group) for _, param, group in given])
+        rules = KeptRules([param for _, param, _ in given], [group for *_, group in given])
+        updates: list[Any] = rules.next(range(len(given)), self.state, self._start)
         work, cut = [], []
         for (name, param, group), update in zip(given, updates):
             grad = param.grad if param.grad.is_sparse else _touched_rows(param.grad)
@@ -393,9 +383,12 @@ class RowUpdates(Optimizer):
         for param in params:
             param.grad = None
 
-    def table(self, name: str) -> Tensor:
-        """The parameter that goes by ``name``."""
-        return self._by_name[name][0]
+    def tables_of(self, names: tuple[str, ...]) -> list[Tensor | None]:
+        """The parameters that go by ``names``; None for one that is not updated here."""
+        found = self._by_names.get(names)
+        if found is None:
+            found = self._by_names[names] = [self._by_name[name][0] if name in self._by_name else None for name in names]
+        return found
 
     def launch_key(self, table: str) -> tuple:
         """Tables with equal keys can be updated in one launch."""
@@ -408,27 +401,29 @@ class RowUpdates(Optimizer):
             self.guard.before_update()
         if self.before_update is not None:
             self.before_update(spec, indices)
-        held = [self._by_name[table.name] for table in spec.tables]
-        tables = [param for param, _ in held]
+        kept = self._launches.get(id(spec))
+        if kept is None:
+            if len(self._launches) >= 256:
+                self._launches.clear()
+            held = [self._by_name[table.name] for table in spec.tables]
+            kept = self._launches[id(spec)] = spec, KeptRules([param for param, _ in held], [group for _, group in held])
+        tables, groups = kept[1].tables, kept[1].groups
         # A table that was frozen since has no update, as it would have no gradient.
         due = [i for i, param in enumerate(tables) if param.requires_grad]
         if any([g is None for g in slot_grads]):
             reached = {lookup.table for lookup in spec.lookups if slot_grads[lookup.slot] is not None}
             due = [i for i in due if i in reached]
-        updates: list[TableUpdate | None] = self._updates([held[i] for i in due])  # type: ignore[assignment]
-        if len(due) < len(held):
-            made = dict(zip(due, updates))
-            updates = [made.get(i) for i in range(len(held))]
+        updates = kept[1].next(due, self.state, self._start)
         _raise_bad_ids(tables[0])
         run = _implementation(tables[0])
-        if held[0][1].get("stochastic"):
+        if groups[0].get("stochastic"):
             seeds = [0 if u is None else seed_of(t.name, u.step) for t, u in zip(spec.tables, updates)]
             low_tables.update(run, spec, slot_grads, tables, indices, offsets, sample_weights, updates, seeds)
             return self._updated(tables)
         slot_grads = [None if g is None else g.to(tables[0].dtype) for g in slot_grads]
         cut = [False]
         if self.row_squares is not None:
-            cut = [u is not None and self._is_cut(t.name, group) for t, (_, group), u in zip(spec.tables, held, updates)]
+            cut = [u is not None and self._is_cut(t.name, group) for t, group, u in zip(spec.tables, groups, updates)]
         if any(cut):
             pairs = run.sparse_gradients(spec, slot_grads, tables, indices, offsets, sample_weights, cut)
             names = [t.name for t in spec.tables]
@@ -444,9 +439,6 @@ class RowUpdates(Optimizer):
         torch.autograd.graph.increment_version(tables)
         if self.guard is not None:
             self.guard.after_update()
-
-
-_STATE = {"sgd": (), "adagrad": ("sum",), "rowwise_adagrad": ("sum",), "adam": ("exp_avg", "exp_avg_sq")}
 
 
 def _touched_rows(grad: Tensor) -> Tensor:
