@@ -6,6 +6,7 @@ The protocol, for clients in other languages (any Arrow Flight library speaks it
 from __future__ import annotations
 
 import functools
+import ipaddress
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ import numpy as np
 
 from .. import errors
 from ..errors import ServingError, StoreUnavailable, UnknownTable, VersionSkew
+from . import turns
 from .local import Requests, node_of
 from .row_socket import RowError, RowSocket
 from .tables import Table
@@ -31,6 +33,7 @@ except ImportError as error:
 ERROR = "tablewright-error:"  # then the error's class, a colon and the message
 _NAMED = {name: each for name, each in vars(errors).items() if isinstance(each, type) and issubclass(each, ServingError)}
 _ROW_PORT_SECONDS = 1.0  # to connect to a row port; one that takes longer is behind a firewall
+_PATIENCE = 0.005  # seconds that a request keeps its turn while servers on this machine, and so on its cores, work for it
 # a server that comes back is found again within half a second; an answer of some MB comes at once, while another node's is read
 _CHANNEL = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.min_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500),
             ("grpc.use_local_subchannel_pool", 1), ("grpc.http2.lookahead_bytes", 1 << 22), ("grpc.http2.max_frame_size", 1 << 22),
@@ -79,6 +82,7 @@ class FlightStore:
         # of each replica: its row port, 0 where there is none that can be reached, None where it was not asked yet
         self._row_ports: list[list[int | None]] = [[None if sockets else 0] * len(node) for node in self._nodes]
         self._sockets = sockets
+        self._near = sockets and all(_here(each) for node in self._nodes for each in node)
         self._idle: dict[tuple[int, int], deque[_Exchange | RowSocket]] = {(n, r): deque() for n, node in enumerate(self._nodes) for r in range(len(node))}
         self._lock = threading.Lock()
         self._counts: dict[str, int] = dict.fromkeys(("requests", "over_row_ports", "rows", "bytes", "failovers"), 0)
@@ -124,17 +128,21 @@ class FlightStore:
             for n in busy:
                 pieces = [out[k][a : a + len(ids)] for (_, ids), (k, a) in zip(asked[n], places[n])]
                 calls.append(_Call(self, n, asked[n], pieces, end))
+            if not self._near:
+                turns.leave()
             for call in calls:
                 call.answer()
         finally:
             for call in calls:
                 call.drop()
+        turns.back()
         return out
 
     def _stream(self, number: int, which: int, seconds: float) -> _Exchange | RowSocket:
         try:
             return self._idle[number, which].pop()
         except IndexError:
+            turns.leave()  # who connects may wait for long
             said = {}
             if self._row_ports[number][which] is None:
                 said = _said(self._clients[number][which].do_action(flight.Action("describe", b""), flight.FlightCallOptions(timeout=seconds)))
@@ -147,7 +155,7 @@ class FlightStore:
             port = said.get("row_port", 0)
         if port:
             try:
-                link = RowSocket(self._nodes[number][which].rpartition(":")[0].strip("[]"), port, seconds)
+                link = RowSocket(_host(self._nodes[number][which]), port, seconds, _PATIENCE)
             except OSError:
                 if self._row_ports[number][which] is not None:
                     raise  # it was there: the server ended, or is another one now
@@ -316,6 +324,19 @@ class _Watch:
     def close(self) -> None:
         self._closed = True
         self._wake.set()
+
+
+def _host(replica: str) -> str:
+    return replica.rpartition(":")[0].strip("[]")
+
+
+def _here(replica: str) -> bool:
+    """Is it certainly on this machine?"""
+    host = _host(replica)
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _said(results) -> dict:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..errors import ServingError, StoreIncomplete, StoreUnavailable
+from . import turns
 from .hot_rows import mixed
 from .local import Requests
 from .published import Published
@@ -147,7 +148,9 @@ class RedisStore:
                 at = divmod(kind, self._partitions)
                 fields.setdefault(at, []).extend(names[a:b])
                 places.setdefault(at, []).append((r, order[a:b]))
+        turns.leave()
         answers = self._fetch(fields, end)
+        turns.back()
         found = [rows.view(np.uint8) for rows in out]
         for at, members in places.items():
             rows, start = answers[at], 0

@@ -12,10 +12,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from . import turns
+
 MAGIC = b"TWR1"
 REQUEST = struct.Struct("<4sIQ")  # magic, 0, bytes of the ticket that follows
 ANSWER = struct.Struct("<4sIQ64s")  # magic, 0 or 1 for an error, bytes that follow (rows, or the error's text), digest
 MOST_TEXT = 1 << 16  # bytes of an error
+_TIME = struct.Struct("@ll")  # seconds, microseconds
 
 
 class RowError(Exception):
@@ -23,10 +26,15 @@ class RowError(Exception):
 
 
 def fill(link: socket.socket, views: list[memoryview]) -> None:
-    """Read until all ``views`` (of bytes, none empty) are full. Raises ``ConnectionError`` at an end before that."""
+    """Read until all ``views`` (of bytes, none empty) are full. Raises ``ConnectionError`` at an end before that. Where the socket's patience is
+    over first, this thread's turn is left to another one."""
     at = 0
     while at < len(views):
-        got = link.recvmsg_into(views[at : at + 512], 0, socket.MSG_WAITALL)[0]
+        try:
+            got = link.recvmsg_into(views[at : at + 512], 0, socket.MSG_WAITALL)[0]
+        except BlockingIOError:
+            turns.leave()
+            continue
         if not got:
             raise ConnectionResetError("the connection ended")
         while got:
@@ -49,13 +57,15 @@ def send(link: socket.socket, head: bytes, body) -> None:
 
 
 class RowSocket:
-    """A connection to a replica's row port: a request and its answer at a time. Raises ``OSError``."""
+    """A connection to a replica's row port: a request and its answer at a time. ``seconds``: to connect; ``patience``: seconds without a byte
+    after which whoever waits leaves its turn (0: never). Raises ``OSError``."""
 
-    def __init__(self, host: str, port: int, seconds: float) -> None:
+    def __init__(self, host: str, port: int, seconds: float, patience: float = 0) -> None:
         self.fresh = True
         self._link = socket.create_connection((host, port), seconds)
         self._link.settimeout(None)  # whoever waits for too long is ended by drop(), from another thread
         self._link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIME.pack(0, int(patience * 1e6)))
         self._head = memoryview(bytearray(ANSWER.size))
 
     def send(self, raw: bytes) -> None:

@@ -22,6 +22,7 @@ except ImportError as error:
 from ...kernels.errors import ServingError, VersionSkew
 from ...kernels.gather.known_ids import KnownIds
 from ...kernels.gather.request import Lookups, Store
+from ...kernels.gather.turns import Turns, cores
 from . import manifest as manifests
 from .manifest import Manifest
 from .request_inputs import BATCH, Inputs
@@ -151,8 +152,9 @@ class Predictor:
     """A served model. ``p(**inputs)`` takes arrays by input name and returns what the model returns, as numpy arrays. Each call is
     answered by one version, however many reloads happen meanwhile. Made by :func:`load_serving`."""
 
-    def __init__(self, home: Path, options: Mapping[str, Any], pinned: bool) -> None:
+    def __init__(self, home: Path, options: Mapping[str, Any], pinned: bool, at_once: int) -> None:
         self._home, self._options, self._pinned = home, options, pinned
+        self._turns = Turns(at_once)
         self._lock = threading.Lock()  # of reloads; requests never wait for it
         self._version = self._load(home)
         self._before: Version | None = None
@@ -176,9 +178,10 @@ class Predictor:
         return {d["name"]: value for d, value in zip(version.manifest.raw["outputs"], outputs)}, version
 
     def _run(self, inputs: Mapping[str, Any]) -> tuple[list[np.ndarray], Version]:
-        version = self._version  # read once: from here on nothing else is asked which version it is
         try:
-            outputs, seconds = version.run(inputs)
+            with self._turns:
+                version = self._version  # read once: from here on nothing else is asked which version it is
+                outputs, seconds = version.run(inputs)
         except Exception:
             with self._counts_lock:
                 self._requests += 1
@@ -261,20 +264,25 @@ class Predictor:
 
 
 def load_serving(
-    directory: str | os.PathLike, store: str = "local", *, deadline_ms: float = 50, cache_rows: int = 0, threads: int = 1, verify: str = "full",
+    directory: str | os.PathLike, store: str = "local", *, deadline_ms: float = 50, cache_rows: int = 0, threads: int = 1, at_once: int | None = None,
+    verify: str = "full",
 ) -> Predictor:  # fmt: skip
     """The model that :func:`export_serving` wrote: ``directory`` is the model's (its ``CURRENT`` is followed) or one version's.
 
     ``store``: "local" (the version's own files, mapped), "flight://host:port,host:port|host:port" (shard servers; ``|`` between
     replicas) or "redis-cluster://host:port,...". ``deadline_ms``: for all rows of a request. ``cache_rows``: rows kept here in front
-    of a remote store. ``threads``: of ONNX Runtime, for one request. ``verify``: "full" compares every checksum, "size" sizes only.
+    of a remote store. ``threads``: of ONNX Runtime, for one request. ``at_once``: how many requests are worked on at the same time, while those of more
+    threads wait in the order they came in (one that waits for another machine does not count); default: this process's cores, at least 2.
+    More pay only where local rows are read from a disk. ``verify``: "full" compares every checksum, "size" sizes only.
 
     Raises :class:`~tablewright.ExportError` where there is no version, :class:`CorruptShard`, :class:`VersionSkew`,
     :class:`StoreUnavailable`; the recorded requests are answered once before it returns."""
     if not deadline_ms > 0:
         raise ValueError(f"deadline_ms is {deadline_ms}; it must be above 0")
+    if at_once is not None and at_once < 1:
+        raise ValueError(f"at_once is {at_once}; it must be 1 or more, or None for the cores of this process")
     home = Path(directory)
     options = {"spec": store, "deadline_ms": deadline_ms, "cache_rows": cache_rows, "threads": threads, "verify": verify}
-    return Predictor(home, options, pinned=(home / manifests.NAME).is_file())
+    return Predictor(home, options, (home / manifests.NAME).is_file(), cores() if at_once is None else at_once)
 
 

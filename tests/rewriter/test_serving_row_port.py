@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from serving_models import exported
+from tablewright.kernels.gather import flight as flight_rows
+from tablewright.kernels.gather import turns
 from tablewright.kernels.gather.flight import ERROR, FlightStore, ticket
 from tablewright.kernels.gather.row_socket import ANSWER, MAGIC, REQUEST, RowError, RowSocket
 from tablewright.kernels.gather.unique import Unique
@@ -213,6 +215,30 @@ def _received(port: int, sizes=(3, 5)) -> tuple[tuple[str, int], list[np.ndarray
     link, pieces = RowSocket("127.0.0.1", port, 30), [np.zeros((n, 2), np.float32) for n in sizes]
     link.send(b"")
     return link.receive(pieces), pieces
+
+
+@pytest.mark.parametrize("sockets, here, left", [(True, True, False), (True, False, True), (False, True, True)], ids=["this machine", "another", "Flight"])
+def test_who_waits_for_another_machine_leaves_its_turn(monkeypatch, sockets, here, left):
+    seen, answer = [], flight_rows._Call.answer
+
+    def noted(call):
+        seen.append(turns._thread.left)
+        answer(call)
+
+    with _server() as server:
+        monkeypatch.setattr(flight_rows, "_here", lambda replica: here)
+        store, one = _store(server, sockets), turns.Turns(1)
+        monkeypatch.setattr(flight_rows._Call, "answer", noted)
+        monkeypatch.setattr(flight_rows, "_PATIENCE", 0)
+        with one:
+            assert _rows_are_right(store) and not turns._thread.left and one._free == 0
+        assert seen == [left] and one._free == 1
+        store.close()
+
+
+@pytest.mark.parametrize("replica, here", [("127.0.0.1:1", True), ("[::1]:1", True), ("localhost:1", True), ("10.0.0.1:1", False), ("a.b:1", False)])
+def test_what_is_on_this_machine(replica, here):
+    assert flight_rows._here(replica) == here
 
 
 def test_an_answer_in_small_parts_is_put_together():

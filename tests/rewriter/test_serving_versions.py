@@ -4,6 +4,8 @@ from __future__ import annotations
 import copy
 import shutil
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from serving_models import arrays, close, every_lookup_inputs, exported, plain
 from serving_nodes import address, redis_cluster, shard_servers  # noqa: F401  (a fixture)
 from tablewright.kernels.gather.redis_rows import publish
+from tablewright.kernels.gather.turns import cores
 from tablewright.rewriter.serving import manifest as manifests
 from tablewright.rewriter.serving.stores import open_store, published
 from torch import nn
@@ -175,6 +178,37 @@ class Tagged(nn.Module):
 
     def forward(self, a, b):
         return self.last(torch.cat([self.a(a), self.b(b)], 1))
+
+
+@pytest.mark.parametrize("at_once", [1, 2, None])
+def test_threads_take_turns(versions, monkeypatch, at_once):
+    p, now, peak, lock = tw.load_serving(versions[0], at_once=at_once), [0], [0], threading.Lock()
+    run = p._version.run
+
+    def counted(given):
+        with lock:
+            now[0] += 1
+            peak[0] = max(peak[0], now[0])
+        time.sleep(0.005)
+        outputs = run(given)
+        with lock:
+            now[0] -= 1
+        return outputs
+
+    monkeypatch.setattr(p._version, "run", counted)
+    inputs = arrays(every_lookup_inputs(6))
+    wanted = p(**inputs)["score"]
+    with ThreadPoolExecutor(2 * cores()) as pool:
+        assert all(np.array_equal(each["score"], wanted) for each in pool.map(lambda _: p(**inputs), range(50)))
+    assert peak[0] == (at_once or cores())
+    with pytest.raises(tw.InputError):
+        p(**{**inputs, "user": inputs["user"].astype(np.float32)})
+    assert np.array_equal(p(**inputs)["score"], wanted)
+
+
+def test_no_turns_is_an_error(versions):
+    with pytest.raises(ValueError, match="at_once is 0; it must be 1 or more"):
+        tw.load_serving(versions[0], at_once=0)
 
 
 @pytest.mark.parametrize("remote", [False, True])
