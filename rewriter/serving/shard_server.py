@@ -39,7 +39,12 @@ class ShardServer(flight.FlightServerBase):
         self._open: OrderedDict[str, tuple[Manifest, LocalStore]] = OrderedDict()
         self._lock = threading.Lock()
         self._row_port = None if row_port is None else RowPort(host, row_port, self._rows, _told)
-        super().__init__(f"grpc://{host}:{port}")
+        try:
+            super().__init__(f"grpc://{host}:{port}")
+        except BaseException:  # the port is taken
+            if self._row_port:
+                self._row_port.end()
+            raise
 
     def do_get(self, context, ticket):
         try:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from serving_models import exported
+from serving_nodes import free_port
 from tablewright.kernels.gather import flight as flight_rows
 from tablewright.kernels.gather import turns
 from tablewright.kernels.gather.flight import ERROR, FlightStore, ticket
@@ -273,6 +274,14 @@ def test_a_read_that_waits_is_ended_from_another_thread():
         threading.Timer(0.2, link.drop).start()
         with pytest.raises(OSError):
             link.receive([np.zeros((8, 2), np.float32)])
+
+
+def test_a_server_that_does_not_start_leaves_no_row_port_open():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        row_port = free_port()
+        with pytest.raises(Exception, match="(?i)server|address|bind"):
+            ShardServer(exported(3)[1], port=taken.getsockname()[1], row_port=row_port)
+    socket.create_server(("127.0.0.1", row_port)).close()
 
 
 def test_the_port_is_said_in_describe():
