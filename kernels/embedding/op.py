@@ -397,7 +397,10 @@ class _OneLookup(torch.autograd.Function):
         if torch.is_grad_enabled():
             _refuse_to_record([table])
             return None, None, None, None
-        made = _backward([grad], [table], _saved(ctx), [None], [None], text, [True], [False], whole=True)
+        ids = _saved(ctx)
+        made = cpu.coalesced_gradients(decode(text), [grad], [table], ids, [None], [None], [True])
+        if made is None:
+            made = _backward([grad], [table], ids, [None], [None], text, [True], [False], whole=True)
         _keep_coalesced([table], made)
         return made[0], None, None, None
 
