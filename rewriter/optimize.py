@@ -252,13 +252,14 @@ class Compiler:
         self.any_ids = AnyIds(shell, plan)
         self.stored: dict[str, tuple[int, int]] = {}  # tables in memory of their own: bytes in the plain model, and here
         self.compressed = CompressedTables()
+        self.timings: dict[Any, Any] = {}  # what pays was timed once: all variants, copies and bisections make the same rewrites
 
     def for_copy(self, shell: nn.Module) -> Compiler:
         """For a deep copy of the model, which no longer follows the user's own."""
         result = Compiler(shell, {}, self.plan, self.samples, self.verify)
         named = dict([*shell.named_parameters(remove_duplicate=False), *shell.named_buffers(remove_duplicate=False)])
         result.tables = {name: named[name] for name in self.tables}
-        result.choices, result.stored, result.compressed = self.choices, self.stored, self.compressed
+        result.choices, result.stored, result.compressed, result.timings = self.choices, self.stored, self.compressed, self.timings
         return result
 
     def compile_all(self, optimizer: Optimizer | None) -> list[Variant]:
@@ -346,7 +347,7 @@ class Compiler:
         """Run the passes on a captured graph; ``budget`` limits how many rewrites are made."""
         passes = self.plan.make_passes()
         tiers: Any = None if self.tiered is None else self.tiered.wanted
-        return run_passes(graph, self.shell, passes, self.choices, budget=budget, numeric_check=check, tiers=tiers)
+        return run_passes(graph, self.shell, passes, self.choices, budget=budget, numeric_check=check, tiers=tiers, timings=self.timings)
 
     def _decide(self, read: dict[str, Tensor], optimizer: Optimizer | None) -> None:
         modules = dict(self.shell.named_modules())

@@ -45,24 +45,25 @@ class Step:
 
 def run_passes(
     graph: Graph, shell: nn.Module, passes: list[Pass | Disabled], tables: dict, *, budget: int | None = None,
-    numeric_check: Check | None = None, sharding: Sharding | None = None, tiers: Mapping[str, Tier] | None = None,
+    numeric_check: Check | None = None, sharding: Sharding | None = None, tiers: Mapping[str, Tier] | None = None, timings: dict | None = None,
 ) -> tuple[Graph, list[Step]]:  # fmt: skip
     """The rewritten graph and a :class:`Step` for each pass; ``graph`` itself is not changed.
 
     ``budget``: at most so many rewrites in all. ``numeric_check(before, after)`` raises :class:`VerifyError` on a difference;
     then, as on a structural fault, that pass is rolled back. ``sharding``: where tables live, over several ranks; graphs that exchange
-    with other ranks are not checked by numbers. Raises :class:`PassError` if a pass itself breaks.
+    with other ranks are not checked by numbers. ``timings``: what ``measure.py`` timed in earlier runs, so that the same rewrites are made
+    again. Raises :class:`PassError` if a pass itself breaks.
     """
     steps: list[Step] = []
-    made = 0
+    made, timings = 0, {} if timings is None else timings
     elsewhere = () if sharding is None else {n for n, t in sharding.layouts.items() if not t.replicated and t.on(sharding.rank) is None}
     for item in passes:
         if isinstance(item, Disabled):
-            found = _what_it_would_do(item, graph, shell, tables)
+            found = _what_it_would_do(item, graph, shell, tables, timings)
             steps.append(Step(item.cls.name, DISABLED, found, 0.0, 0.0, graph, graph))
             continue
         started = time.perf_counter()
-        context = Context(copy_graph(graph), shell, tables, None if budget is None else budget - made, sharding=sharding, tiers=tiers)
+        context = Context(copy_graph(graph), shell, tables, None if budget is None else budget - made, 0, timings, sharding, tiers)
         try:
             records = item.run(context)
         except CannotUpdate as error:
@@ -96,11 +97,11 @@ def run_passes(
     return graph, steps
 
 
-def _what_it_would_do(item: Disabled, graph: Graph, shell: nn.Module, tables: dict) -> tuple[Record, ...]:
+def _what_it_would_do(item: Disabled, graph: Graph, shell: nn.Module, tables: dict, timings: dict) -> tuple[Record, ...]:
     """What a disabled pass finds, so that the report still counts it; on a copy that is thrown away. A pass that breaks may
     well be why it is disabled."""
     try:
-        records = item.cls().run(Context(copy_graph(graph), shell, tables))
+        records = item.cls().run(Context(copy_graph(graph), shell, tables, timings=timings))
     except CannotUpdate:
         return ()
     except Exception:

@@ -7,6 +7,7 @@ import tablewright as tw
 import torch
 from small_models import Dot, dot_batch, weights_of
 from tablewright import passes as registry
+from tablewright.passes import measure
 from tablewright.passes.graph import aten
 from tablewright.passes.rule import Rule
 
@@ -48,6 +49,17 @@ def test_a_right_pipeline_has_no_first_difference():
     made = sum(step.made for step in opt.steps)
     assert made and opt.bisect(*dot_batch()) == f"none of the {made} rewrites changes the outputs by more than 1e-05 of the largest"
     assert all(torch.equal(a, b) for a, b in zip(before.values(), weights_of(opt).values()))
+
+
+def test_nothing_is_timed_again(monkeypatch):
+    opt = tw.optimize(Dot(dropout=0.3), sample_inputs=dot_batch())
+    made = sum(step.made for step in opt.steps)
+
+    def again(*_):
+        raise AssertionError("timed again: another outcome would make other rewrites")
+
+    monkeypatch.setattr(measure, "_time", again)
+    assert f"none of the {made} rewrites" in opt.bisect(*dot_batch())
 
 
 def test_names_the_wrong_rewrite_among_right_ones(monkeypatch):
