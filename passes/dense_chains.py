@@ -1,16 +1,17 @@
 """Chains of linear layers: each layer with its activation becomes one ``tablewright.dense``, where that is measured faster.
 
 ``relu(linear(x, W, b))``  ->  ``dense(x, W, b, "relu")``, and the same for sigmoid, tanh and no activation. The gain is in the matrix
-products (``kernels/dense/gemm.py``), so ``matmul(x, W)`` with a parameter is a layer too, and each layer is timed by itself, at the rows of the sample batch but at least at 2048: a
+products (``kernels/dense/gemm.py``), so ``matmul(x, W)``, ``einsum("bi,ij->bj", x, W)`` and ``matmul(W, x)`` of columns ``[*, in, 1]`` with a parameter are
+layers too, and each layer is timed by itself, at the rows of the sample batch but at least at 2048: a
 batch that was made for capture says little about training, and for small products the op does at run time what PyTorch does.
-Layers of equal shape are timed once. What lies between the layers (batch norm, dropout, other activations) stays; so
+(PyTorch makes the last two as batched products, at a half to a tenth of the speed.) Layers of equal shape are timed once. What lies between the layers (batch norm, dropout, other activations) stays; so
 does an activation after a product that reads what the graph writes to in place, for the op takes the activation's place.
 """
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,14 +36,15 @@ _LEAST, _ROUNDS, _SECONDS = 3, 9, 0.1  # of timing one layer: the fewest and the
 
 @dataclass(frozen=True)
 class Layer:
-    """The node ``product`` computes ``x weight^T + bias`` (``turned``: with ``weight`` itself); ``activation`` alone reads it, if there is
-    one. ``sizes``: in, out."""
+    """The node ``product`` computes ``x weight^T + bias`` (``turned``: with ``weight`` itself; ``column``: of x ``[*, in, 1]``, giving
+    ``[*, out, 1]``); ``activation`` alone reads it, if there is one. ``sizes``: in, out."""
 
     product: Node
     x: Node
     weight: Node
     bias: Node | None
     turned: bool
+    column: bool = False
     activation: Node | None = None
     sizes: tuple[int, int] = (0, 0)
 
@@ -105,7 +107,7 @@ class DenseChains(Measured):
 
     def _time(self, layer: Layer, context: Context) -> Timing:
         value = value_of(layer.x)
-        facts = (_rows(layer.product), *layer.sizes, layer.bias is not None, layer.function, value.dtype, value.device)
+        facts = (_rows(layer), *layer.sizes, layer.bias is not None, layer.function, value.dtype, value.device)
         key = (self.name, facts, torch.get_num_threads())
         if key not in context.timings:
             context.timings[key] = _time(*facts)
@@ -134,10 +136,34 @@ def _product(node: Node) -> Layer | None:
         return Layer(node, a["input"], a["weight"], a["bias"], False)
     if is_op(node, aten.matmul.default, aten.mm.default):
         x, weight = node.args
-        value = value_of(weight)
-        known = value is not None and value.dim() == 2 and is_constant(weight) and not is_constant(x)
-        return Layer(node, x, weight, None, True) if known else None
+        if _is_matrix(weight) and not is_constant(x):
+            return Layer(node, x, weight, None, True)
+        return Layer(node, weight, x, None, False, column=True) if _is_matrix(x) and _is_columns(weight) else None
+    if is_op(node, aten.einsum.default) and len(node.args[1]) == 2:
+        x, weight = node.args[1]
+        turned = _einsum_turned(str(node.args[0])) if _is_matrix(weight) and not is_constant(x) else None
+        return None if turned is None else Layer(node, x, weight, None, turned)
     return None
+
+
+def _is_matrix(node: Node) -> bool:
+    """Is it a matrix that depends on nothing but parameters?"""
+    value = value_of(node)
+    return value is not None and value.dim() == 2 and is_constant(node)
+
+
+def _is_columns(node: Node) -> bool:
+    value = value_of(node)
+    return value is not None and value.dim() > 2 and isinstance(value.shape[-1], int) and value.shape[-1] == 1 and not is_constant(node)
+
+
+def _einsum_turned(equation: str) -> bool | None:
+    """Whether the einsum of x and a weight is ``x weight`` (or ``x weight^T``, which is ``False``); ``None`` if it is neither."""
+    given, arrow, out = equation.replace(" ", "").partition("->")
+    x, _, weight = given.partition(",")
+    if not arrow or len(weight) != 2 or not x.isalpha() or len(set(x)) < len(x) or x[:-1] != out[:-1] or set(weight) != {x[-1], out[-1:]}:
+        return None
+    return weight[0] == x[-1]
 
 
 def _layer(node: Node, writes: Writes) -> Layer | str:
@@ -153,7 +179,7 @@ def _layer(node: Node, writes: Writes) -> Layer | str:
     sizes = tuple(weight.shape)
     if weight.dim() != 2 or not all(isinstance(s, int) for s in weight.shape):
         return f"the weight has {weight.dim()} dimensions or a size that varies; a fixed [out, in] was needed"
-    rows = _rows(node)
+    rows = _rows(layer)
     if rows * prod(sizes) < LEAST_WORK:
         return f"at {rows} rows the layer is {rows * prod(sizes) / 1e6:.2g} million multiply-adds; the fused layer gains from {LEAST_WORK / 1e6} on"
     users = list(node.users)
@@ -171,17 +197,22 @@ def _replace(editor: Editor, layer: Layer) -> None:
         weight = weight.args[0]
     elif layer.turned:
         weight = editor.call(aten.t.default, weight, before=layer.last, sources=sources)
-    made = editor.call(
-        dense.OP, operands.x, weight, operands.bias, layer.function, before=layer.last, sources=sources, value=value_of(layer.last)
-    )
+    more: dict[str, Any] = {"before": layer.last, "sources": sources}
+    x, value = operands.x, value_of(layer.last)
+    if layer.column:
+        x = editor.call(aten.squeeze.dim, x, -1, **more, value=value_of(x).squeeze(-1))
+        value = value.squeeze(-1)
+    made = editor.call(dense.OP, x, weight, operands.bias, layer.function, **more, value=value)
+    if layer.column:
+        made = editor.call(aten.unsqueeze.default, made, -1, **more, value=value_of(layer.last))
     editor.replace(layer.last, made)
     if layer.activation is not None:
         editor.graph.erase_node(layer.product)
 
 
-def _rows(node: Node) -> int:
+def _rows(layer: Layer) -> int:
     """How many rows the layer is timed with: the sample's, but not fewer than ``ROWS``."""
-    sizes = [s.node.hint if isinstance(s, torch.SymInt) else s for s in value_of(node).shape[:-1]]
+    sizes = [s.node.hint if isinstance(s, torch.SymInt) else s for s in value_of(layer.product).shape[: -2 if layer.column else -1]]
     return max(ROWS, prod(s or 1 for s in sizes))
 
 

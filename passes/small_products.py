@@ -1,6 +1,6 @@
 """Products of many small matrices  ->  ``tablewright.small_products``, where that is measured faster.
 
-``bmm(a, b)``, ``matmul(a, b)`` and ``einsum`` of two tensors, with one or two leading dimensions that both have and a result of at most 64 columns: attention over the
+``bmm(a, b)``, ``matmul(a, b)`` and ``einsum`` of two tensors, with one or two leading dimensions that both have and a result of at most 256 columns: attention over the
 fields of a row or over a short history, products of fields with a matrix each. PyTorch hands them to MKL's batched products after copying what is
 turned; the op (``kernels/small_products/op.py``) reads any strides. Forward + backward on an AMD EPYC (Zen 5), torch 2.13, one thread, float32: 4096 products of 10 x 8
 and 8 x 10 2.3 -> 0.6 ms, 2048 of 13 x 16 and 16 x 13 2.4 -> 0.9, 66 of 2048 x 16 and 16 x 16 4.7 -> 3.0.

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..small_products import cpu as small
 from . import native
 
+_BLOCK = 512  # rows of a weight gradient that are summed at a time
 LEAST_WORK = 1_500_000  # multiply-adds below which a call of oneDNN costs more than it saves
 
 _has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -41,6 +43,26 @@ def _is_long(rows: int, values: int) -> bool:
     """Is a weight gradient a sum of so many rows for so few values that oneDNN's packing costs more than its product saves?
     (57344 rows, 16->25: 0.7 ms with BLAS, 1.6 with oneDNN; 40960 rows, 32->32: 1.2 and 1.8; equal at 64->32.)"""
     return rows >= 8192 and values <= 1024
+
+
+def _is_narrow(grad: Tensor, x: Tensor) -> bool:
+    """Is a weight gradient ``[out, in]`` few values, each a sum over many rows, that :func:`_narrow` makes?"""
+    (rows, out), fan_in = grad.shape, x.shape[1]
+    if rows < 1024 or not (rows >= 8192 or min(out, fan_in) >= 4) or not 0 < out * fan_in <= 1 << 14 or max(out, fan_in) > small.WIDEST:
+        return False
+    return grad.dtype == x.dtype == torch.float32 and grad.is_cpu and x.is_cpu and small.available() and _is_plain(grad) and _is_plain(x)
+
+
+def _narrow(grad: Tensor, x: Tensor) -> Tensor:
+    """``grad.T @ x`` as products of ``_BLOCK`` rows each, which are then added up: whole sums stay in registers, where BLAS packs both operands.
+    The right operand is the one that fills vector registers better. One thread, AMD EPYC (Zen 5): 57344 rows 10->40 3.2 -> 0.26 ms, 40960 rows
+    64->16 1.3 -> 0.42, 4096 rows 10->32 0.15 -> 0.03, 2048 rows 64->32 0.094 -> 0.052; its sums are the more accurate ones, too."""
+    if x.shape[1] * -(-grad.shape[1] // 16) < grad.shape[1] * -(-x.shape[1] // 16):
+        return _narrow(x, grad).t().contiguous()
+    whole = len(x) // _BLOCK * _BLOCK
+    blocks = (t[:whole].unflatten(0, (-1, _BLOCK)) for t in (grad, x))
+    made = small.product(next(blocks).mT, next(blocks)).sum(0)
+    return made if whole == len(x) else made.add_(small.product(grad[whole:].t().unsqueeze(0), x[whole:].unsqueeze(0))[0])
 
 
 def _native_serves(x: Tensor, weight: Tensor, cols: int) -> bool:
@@ -77,6 +99,8 @@ def input_gradient(grad: Tensor, weight: Tensor, again: bool = False) -> Tensor:
 def weight_gradient(grad: Tensor, x: Tensor, again: bool = False) -> Tensor:
     """``grad.T @ x`` over all leading dimensions: ``[*, out]``, ``[*, in]`` -> ``[out, in]``, contiguous. ``again``: see above."""
     grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    if not again and _is_narrow(grad, x):
+        return _narrow(grad, x)
     if again or not onednn_serves(grad.t(), x.t()) or _is_long(len(x), x.shape[1] * grad.shape[1]):
         return grad.t() @ x
     if _native_serves(grad, x, x.shape[1]):

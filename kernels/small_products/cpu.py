@@ -20,11 +20,11 @@ class _Call(ctypes.Structure):
     ]
 
 
-WIDEST = 64  # columns of a product
+WIDEST = 256  # columns of a product
 _MOST = 1 << 17  # values of a right-hand matrix: what stays in a processor's second cache
 
 _LEVELS = ("baseline", "AVX2", "AVX-512")  # of twp_level()
-_lib, _why_not = load(Path(__file__).parent, "twp_abi", 1)
+_lib, _why_not = load(Path(__file__).parent, "twp_abi", 2)
 if _lib is not None:
     _lib.twp_level.restype, _lib.twp_level.argtypes = ctypes.c_int64, [ctypes.c_int64]
     _lib.twp_run.restype, _lib.twp_run.argtypes = ctypes.c_int64, [ctypes.POINTER(_Call)]
@@ -35,14 +35,19 @@ def describe() -> str:
     return f"pure PyTorch: {_why_not}" if _lib is None else f"native {_LEVELS[_lib.twp_level(-1)]}"
 
 
+def available() -> bool:
+    """Is the library there?"""
+    return _lib is not None
+
+
 def serves(a: Tensor, b: Tensor) -> bool:
     """May :func:`product` take them: float32 on CPU, one or two leading dimensions of equal sizes, a narrow result that is not empty?"""
-    if _lib is None or a.dtype != torch.float32 or b.dtype != torch.float32 or not (a.is_cpu and b.is_cpu):
+    if not available() or a.dtype != torch.float32 or b.dtype != torch.float32 or not (a.is_cpu and b.is_cpu):
         return False
     if a.is_neg() or b.is_neg():  # the memory holds the numbers with the other sign
         return False
     fits = a.dim() == b.dim() in (3, 4) and a.shape[:-2] == b.shape[:-2] and a.shape[-1] == b.shape[-2]
-    return fits and 0 < b.shape[-1] <= WIDEST and b.shape[-2] * WIDEST <= _MOST and a.numel() > 0
+    return fits and 0 < b.shape[-1] <= WIDEST and b.shape[-2] * b.shape[-1] <= _MOST and a.numel() > 0
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 ``small_products(a, b)`` is ``torch.matmul(a, b)``: ``[*, m, k]``, ``[*, k, n]`` -> ``[*, m, n]``, any dtype, device and strides. Attention over the
 fields of a row multiplies thousands of 10 x 8 matrices; PyTorch copies turned operands and hands them to MKL's batched products, which on an AMD
-processor come to a few GFLOP/s. For float32 on CPU with one or two leading dimensions and up to 64 columns they are made in C++ where the operands lie;
+processor come to a few GFLOP/s. For float32 on CPU with one or two leading dimensions and up to 256 columns they are made in C++ where the operands lie;
 everything else, and every trace, is ``torch.matmul`` itself. A backward that is differentiated again (``create_graph=True``) runs through
 plain PyTorch ops.
 

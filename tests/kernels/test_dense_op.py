@@ -52,6 +52,37 @@ def test_large_products_of_any_layout(fan_in, fan_out, layout):
     assert_equal(results, rtol=1e-4, atol=2e-4)
 
 
+NARROW = pytest.mark.skipif(not gemm.small.available(), reason="needs the C++ kernels")
+
+
+@NARROW
+@pytest.mark.parametrize("layout", ["rows", "columns", "part of wider rows", "expanded"])
+@pytest.mark.parametrize(("rows", "fan_in", "fan_out"), [(1024, 4, 9), (1300, 30, 5), (8200, 1, 36), (8192, 37, 1), (2049, 16, 16), (1025, 64, 256)])
+def test_weight_gradients_of_narrow_layers(rows, fan_in, fan_out, layout):
+    torch.manual_seed(0)
+
+    def matrix(columns):
+        return {
+            "rows": torch.randn(rows, columns), "columns": torch.randn(columns, rows).t(),
+            "part of wider rows": torch.randn(rows, columns + 3)[:, 2:-1], "expanded": torch.randn(1, columns).expand(rows, columns),
+        }[layout]  # fmt: skip
+
+    grad, x = matrix(fan_out), matrix(fan_in)
+    assert gemm._is_narrow(grad, x)
+    ours, wanted = gemm.weight_gradient(grad, x), grad.double().t() @ x.double()
+    assert ours.is_contiguous() and ours.shape == wanted.shape
+    rounding = (grad.double().abs().t() @ x.double().abs()) * 2e-5
+    assert ((ours.double() - wanted).abs() <= rounding).all()
+
+
+@NARROW
+def test_what_is_no_narrow_weight_gradient():
+    good = torch.randn(8192, 8)
+    assert gemm._is_narrow(good, good) and not gemm._is_narrow(good[:1023], good[:1023]) and not gemm._is_narrow(good[:2048, :3], good[:2048])
+    assert not gemm._is_narrow(good.double(), good.double()) and not gemm._is_narrow(good[:, :0], good)
+    assert not gemm._is_narrow(torch.randn(8192, 300), good) and not gemm._is_narrow(torch.randn(8192, 200), torch.randn(8192, 100))
+
+
 def test_nan_and_zero_as_in_torch():
     """oneDNN's own relu would make 0 of NaN."""
     x = torch.randn(2000, 40)

@@ -24,7 +24,7 @@ def close(ours, a, b):
 
 
 @NATIVE
-@pytest.mark.parametrize("n", [1, 3, 15, 16, 17, 32, 33, 48, 63, 64])
+@pytest.mark.parametrize("n", [1, 3, 15, 16, 17, 32, 33, 48, 63, 64, 65, 130, 256])
 def test_sizes(n, level):
     torch.manual_seed(0)
     for lead in ((1,), (5,), (3, 2)):
@@ -96,7 +96,7 @@ def test_gradients():
         (torch.randn(2, 4, 5).double(), torch.randn(2, 5, 6).double()),
         (torch.randn(2, 4, 5).bfloat16(), torch.randn(2, 5, 6).bfloat16()),
         (torch.randn(2, 1, 4, 5), torch.randn(1, 3, 5, 6)),
-        (torch.randn(2, 4, 5), torch.randn(2, 5, 65)),
+        (torch.randn(2, 4, 5), torch.randn(2, 5, 257)),
         (torch.randn(2, 4, 5, dtype=torch.complex64).conj().imag, torch.randn(2, 5, 6)),
         (torch.randn(2, 4, 5), torch.randn(2, 5, 6, dtype=torch.complex64).conj().imag),
         (torch.randn(0, 4, 5), torch.randn(0, 5, 6)),

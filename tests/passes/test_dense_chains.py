@@ -86,6 +86,10 @@ FORMS = {
     "matmul by a parameter": (lambda m, x: (m.a(x) @ m.b.weight).relu(), 1, 2),
     "matmul by a transposed parameter": (lambda m, x: (x.unsqueeze(1) @ m.b.weight.t()).relu(), 1, 1),
     "scores of all rows of a table": (lambda m, x: torch.matmul(x, m.b.weight.transpose(0, 1)), 1, 1),
+    "a matrix times columns": (lambda m, x: torch.matmul(m.b.weight, x.unsqueeze(2)).relu(), 1, 1),
+    "a matrix times columns of columns": (lambda m, x: m.b.weight @ (m.c.weight @ x.view(-1, 1, 4, 1)).tanh(), 2, 2),
+    "einsum": (lambda m, x: torch.einsum("bi,ij->bj", x, m.b.weight).sigmoid(), 1, 1),
+    "einsum by the transpose": (lambda m, x: torch.einsum("bli, ji -> blj", x.unsqueeze(1), m.b.weight), 1, 1),
     "a product of two activations": (lambda m, x: m.a(x) @ m.b(x).t(), 2, 2),
     "a functional layer": (lambda m, x: nn.functional.linear(x, m.b.weight * 2), 1, 1),
 }
@@ -98,6 +102,24 @@ def test_every_layer_is_in_one_record(name):
     assert len(done.records) == len(done.of("APPLIED")) == chains
     assert sum(int(r.detail.split()[2]) for r in done.records) == len(done.nodes("dense")) == layers
     assert_sound(done)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda m, x: m.b.weight @ x.unsqueeze(2).expand(-1, -1, 3),
+        lambda m, x: torch.einsum("bi,ij->ib", x, m.b.weight),
+        lambda m, x: torch.einsum("bi,jk->bi", x, m.b.weight),
+        lambda m, x: torch.einsum("bi,ij->b", x, m.b.weight),
+        lambda m, x: torch.einsum("bi,jj->bj", x, m.b.weight),
+        lambda m, x: torch.einsum("bi,i->b", x, m.c.bias),
+        lambda m, x: m.b.weight @ m.c.weight.unsqueeze(2) * x.sum(),
+    ],
+    ids=["wide columns", "turned", "no product", "summed", "diagonal", "a vector", "of parameters alone"],
+)
+def test_look_alikes_stay(how):
+    done = rewrite(Forms(how), (torch.randn(5, 4),), FUSE)
+    assert not done.records and not done.nodes("dense")
 
 
 def test_frozen_and_tied_weights():

@@ -66,7 +66,7 @@ class Other(nn.Module):
         lambda x, w: (x @ w).double() @ x.double().mT,
         lambda x, w: x.unsqueeze(1) @ x.mT.unsqueeze(1).repeat(1, 3, 1, 1),
         lambda x, w: torch.einsum("bid,bjd->bij", x[..., :1], x),
-        lambda x, w: torch.cat([x] * 9, 1) @ torch.cat([x] * 11, 1).mT @ torch.cat([x @ w] * 11, 1).repeat(1, 1, 9),
+        lambda x, w: torch.cat([x] * 9, 1) @ torch.cat([x] * 43, 1).mT @ torch.cat([x @ w] * 43, 1).repeat(1, 1, 33),
     ],
     ids=["matrix", "einsum with a matrix", "outer", "summed batch", "a sum more", "ellipsis", "float64", "broadcast", "a sum over 1 and 8", "wide"],
 )

@@ -11,7 +11,7 @@ namespace twp {
 enum Result : int64_t { OK = 0, NO_MEMORY = 1 };
 
 // y[i, j] = a[i, j] b[i, j] for i below `outer` and j below `inner`: a [m, k] and b [k, n] float32 with any strides (in elements),
-// y [outer, inner, m, n] contiguous; n is at most 64.
+// y [outer, inner, m, n] contiguous.
 struct Call {
     int64_t outer, inner, m, n, k, threads;
     const float *a, *b;
@@ -20,7 +20,7 @@ struct Call {
     int64_t b_outer, b_inner, b_k, b_n;
 };
 
-// Matrices [begin, end) of a call; scratch is aligned to 64 bytes and has room for k rows of 64 values.
+// Matrices [begin, end) of a call; scratch is aligned to 64 bytes and has room for k rows of n values, n rounded up to 16.
 struct Job {
     const Call* call;
     int64_t begin, end;

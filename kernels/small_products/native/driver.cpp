@@ -19,7 +19,7 @@ Builds<Kernels> builds = BUILDS(twp_kernels);
 #define TWP_API extern "C" __attribute__((visibility("default")))
 
 // The version of this interface; cpu.py refuses a library built from other sources.
-TWP_API int64_t twp_abi() { return 1; }
+TWP_API int64_t twp_abi() { return 2; }
 
 // 0 baseline, 1 AVX2, 2 AVX-512. A level below 0 or above what the CPU has only asks.
 TWP_API int64_t twp_level(int64_t level) { return builds.ask(level); }
@@ -31,7 +31,7 @@ TWP_API int64_t twp_run(const Call* call) {
     int64_t threads = c.threads < most ? c.threads : most;
     if (threads > count) threads = count;
     if (threads < 1) threads = 1;
-    const int64_t each = (int64_t(sizeof(float)) * 64 * (c.k + 1) + 4095) & ~int64_t(4095);
+    const int64_t each = (int64_t(sizeof(float)) * ((c.n + 15) & ~int64_t(15)) * (c.k + 1) + 4095) & ~int64_t(4095);
     char* scratch = static_cast<char*>(aligned_alloc(4096, size_t(each * threads)));
     if (!scratch) return NO_MEMORY;
 #if defined(_OPENMP)
