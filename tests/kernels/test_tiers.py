@@ -250,6 +250,51 @@ def test_a_journal_keeps_to_what_is_needed(tmp_path):
         RowCache(tmp_path, rows, [Part(width)], 2048)
 
 
+def _with_far_rows(folder, slots):
+    """A cache of rows of 4 KiB whose journal is larger than what of it stays in the system's memory, and what they are: the oldest are read from the disk."""
+    cache, whole = RowCache(folder, 30_000, [Part(1000), Part(24)], slots), torch.zeros(30_000)
+    for first in range(0, 24_000, 1000):
+        rows = torch.arange(first, first + 1000)
+        cache.write(rows, rows[:, None].float().expand(1000, 1000))
+        whole[rows] = rows.float()
+    return cache, whole
+
+
+def test_rows_are_left_to_the_disk_and_come_back(tmp_path):
+    cache, whole = _with_far_rows(tmp_path, 2048)
+    for step in range(30):
+        ids = torch.cat([torch.arange(step, 300, 30) * 20, torch.randint(0, 30_000, (300,), generator=torch.Generator().manual_seed(step))])
+        slots, ticket = cache.fetch(ids)
+        assert torch.equal(cache.parts[0][slots], whole[ids, None].expand(-1, 1000)) and not cache.parts[1][slots].any()
+        cache.parts[0][slots] = whole[ids, None] = -1.0 - step
+        cache.release(ticket)
+    ids = torch.arange(0, 30_000, 7)
+    assert torch.equal(cache.read(ids)[:, 999], whole[ids])
+
+
+def test_a_row_that_leaves_and_returns_in_one_batch_is_its_newest(tmp_path):
+    """The disk was asked for what it was before."""
+    cache, _ = _with_far_rows(tmp_path, 16)
+    slots, ticket = cache.fetch(torch.tensor([5]))  # the journal's place of row 5 is on the disk
+    cache.parts[0][slots] = 55.0
+    cache.release(ticket)
+    cache.release(cache.fetch(torch.arange(100, 115))[1])  # all slots are taken now, and row 5 is the oldest
+    slots, ticket = cache.fetch(torch.tensor([200, 5]))
+    assert cache.parts[0][slots][:, 0].tolist() == [200.0, 55.0]
+
+
+@pytest.mark.parametrize("row", [3, 23_990], ids=["on the disk", "in memory"])
+def test_a_damaged_row_of_the_journal_is_named(tmp_path, row):
+    cache, _ = _with_far_rows(tmp_path, 512)
+    entry = 16 + 4096
+    with open(tmp_path / "journal.dat", "r+b") as journal:
+        journal.seek(row * entry + 1000)
+        journal.write(b"?")
+    with pytest.raises(TierError, match=f"journal.dat is damaged at byte {row * entry}: go back to the last snapshot"):
+        cache.fetch(torch.tensor([row + 1, row]))
+    assert cache.read(torch.tensor([row + 1]))[0, 0] == row + 1
+
+
 @pytest.mark.parametrize("kills", [4])
 def test_after_kill_the_last_snapshot_is_there(tmp_path, kills):
     """kill -9 at random moments, again and again: every row is as the snapshot's step left it."""

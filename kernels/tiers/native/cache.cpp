@@ -27,6 +27,12 @@ std::vector<twt::Part> parts_of(int64_t count, const int64_t* bytes, const int64
     return parts;
 }
 
+int64_t row_bytes(const std::vector<twt::Part>& parts) {
+    int64_t bytes = 0;
+    for (const twt::Part& part : parts) bytes += part.bytes;
+    return bytes;
+}
+
 }  // namespace
 
 API int64_t twt_abi() { return 2; }
@@ -37,7 +43,7 @@ API void* twt_open(const char* folder, int64_t rows, int64_t count, const int64_
     void* made = nullptr;
     guarded([&] {
         std::vector<twt::Part> parts = parts_of(count, bytes, start, a, b);
-        std::unique_ptr<twt::Store> store(new twt::Store(folder, rows, parts, seed, create != 0, wanted));
+        std::unique_ptr<twt::Store> store(new twt::Store(folder, rows, parts, seed, create != 0, wanted, slots * row_bytes(parts)));
         made = new twt::Cache(std::move(store), parts, seed, slots, lfu != 0);
         return 0;
     });

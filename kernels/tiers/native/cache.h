@@ -7,13 +7,11 @@
 #include <string.h>
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
 #include <mutex>
-#include <system_error>
-#include <thread>
 #include <unordered_map>
 
+#include "fill.h"
 #include "memory.h"
 #include "places.h"
 #include "store.h"
@@ -21,20 +19,10 @@
 namespace twt {
 namespace {
 
-const int READERS = 8;  // threads that wait for the disk
 const size_t SAVED = 1024;  // rows that are written at once: they stay in the CPU's caches from their slots to the system
-const size_t MANY = 2048;   // rows of memory that several threads copy faster than one
 const size_t MOVED = 1 << 15;  // rows that go through a buffer at once in a snapshot
 const int64_t AHEAD = 64;   // ids whose sets are asked for before they are looked at
-const int64_t NEAR = 32;    // slots, and rows of the store, that are asked for before they are looked at
 const int64_t LEAVING = 6;  // rows whose values are asked for before they are copied
-
-struct Miss {
-    int64_t slot, row, before;  // before: the row that leaves, or -1
-    uint32_t tag;               // and its tag
-    bool dirty;                 // its values must be written first
-    int64_t at;                 // where its values go: the slot, or a place in a buffer
-};
 
 // Copies the rows of `leaving` slots to buffers and says in `from` where each part of them is, contiguous; in `to` where the caller shall put
 // those of the `coming` slots. What comes is copied to the slots when fetch has returned. Not 0: it could not.
@@ -48,7 +36,7 @@ struct Kept {  // a row and the slot that holds it
 class Cache {
   public:
     Cache(std::unique_ptr<Rows> store, std::vector<Part> parts, uint64_t seed, int64_t slots, bool lfu)
-        : store_(std::move(store)), parts_(std::move(parts)), seed_(seed), sets_(slots / WAYS), lfu_(lfu), places_(store_->rows(), sets_),
+        : store_(std::move(store)), parts_(std::move(parts)), filler_(*store_, parts_, seed), sets_(slots / WAYS), lfu_(lfu), places_(store_->rows(), sets_),
           sets_of_(size_t(sets_)) {
         count();
     }
@@ -71,6 +59,7 @@ class Cache {
                 if (i >= 0) slots[i] = take(ids[i], sought[i % AHEAD], train, held, misses, hits);
                 if (i + AHEAD < n) ask(ids[i + AHEAD], sought[(i + AHEAD) % AHEAD]);
             }
+            filler_.ask(misses);
             std::vector<Kept> leaving;
             for (const Miss& miss : misses)
                 if (miss.dirty) leaving.push_back({miss.before, miss.slot});
@@ -90,7 +79,7 @@ class Cache {
             throw;
         }
         try {
-            fill(misses, move ? to : arrays);
+            filler_.fill(misses, move ? to : arrays);
         } catch (...) {
             for (int64_t slot : held) at(slot).pins--;
             for (const Miss& miss : misses) {  // what could not be read is not there
@@ -181,7 +170,7 @@ class Cache {
                 memcpy(out + i * bytes, arrays[part] + slot * bytes, size_t(bytes));
                 continue;
             }
-            fetch_record(ids[i], record.data());
+            filler_.record(ids[i], record.data());
             memcpy(out + i * bytes, record.data() + before, size_t(bytes));
         }
     }
@@ -200,7 +189,7 @@ class Cache {
                 at(slot).dirty = 1;
                 continue;
             }
-            fetch_record(ids[i], record.data());
+            filler_.record(ids[i], record.data());
             memcpy(record.data() + before, from + i * bytes, size_t(bytes));
             store_->write({ids[i]}, [&](size_t, char* to) { memcpy(to, record.data(), record.size()); });
         }
@@ -217,7 +206,7 @@ class Cache {
 
   private:
     void count() {  // under tickets_lock_
-        int64_t all[] = {hits_, misses_, made_, read_, written_, present_, store_->journal_rows(), store_->written_rows(), store_->generation(), 0};
+        int64_t all[] = {hits_, misses_, filler_.made, filler_.read, written_, present_, store_->journal_rows(), store_->written_rows(), store_->generation(), 0};
         memcpy(counted_, all, sizeof all);
     }
 
@@ -272,7 +261,7 @@ class Cache {
         if (missing) place = victim(id, fresh);
         Slot& slot = at(place);
         if (missing) {
-            misses.push_back({place, id, row_of(place), tag(place), slot.dirty != 0, place});
+            misses.push_back(Miss{place, id, row_of(place), tag(place), slot.dirty != 0, place});
             tag(place) = fresh;
             slot.dirty = 0, slot.count = 0;
         }
@@ -320,25 +309,6 @@ class Cache {
         }
     }
 
-    void scatter(const char* record, int64_t slot, char* const* arrays) const {
-        for (size_t p = 0; p < parts_.size(); p++) {
-            memcpy(arrays[p] + slot * parts_[p].bytes, record, size_t(parts_[p].bytes));
-            record += parts_[p].bytes;
-        }
-    }
-
-    void fetch_record(int64_t row, char* record) {
-        Where where = store_->where(row);
-        if (where.at >= 0) {
-            store_->read(where, record);
-            return;
-        }
-        for (size_t p = 0; p < parts_.size(); p++) {
-            start_row(parts_[p], int64_t(p), seed_, row, reinterpret_cast<float*>(record));
-            record += parts_[p].bytes;
-        }
-    }
-
     // Has the rows of slots copied to buffers; `leaving` then names places in those.
     void stage(Move move, Kept* leaving, size_t count, const std::vector<int64_t>& coming, char** from, char** to) {
         std::vector<int64_t> slots;
@@ -363,67 +333,9 @@ class Cache {
         }
     }
 
-    // Fills the slots: what the system has in memory first, then from the disk by several threads, in the order of the files.
-    void fill(const std::vector<Miss>& misses, char* const* arrays) {
-        struct Wanted {
-            Where where;
-            int64_t slot;
-        };
-        std::vector<Wanted> stored;
-        for (size_t i = 0; i < misses.size(); i++) {
-            if (i + NEAR < misses.size()) store_->soon(misses[i + NEAR].row);
-            const Miss& miss = misses[i];
-            Where where = store_->where(miss.row);
-            if (where.at >= 0) {
-                stored.push_back({where, miss.at});
-                continue;
-            }
-            made_++;
-            for (size_t p = 0; p < parts_.size(); p++)
-                start_row(parts_[p], int64_t(p), seed_, miss.row, reinterpret_cast<float*>(arrays[p] + miss.at * parts_[p].bytes));
-        }
-        read_ += int64_t(stored.size());
-        bool in_memory = store_->in_memory(), shared = in_memory && stored.size() >= MANY;
-        if (!in_memory) std::sort(stored.begin(), stored.end(), [](const Wanted& a, const Wanted& b) { return a.where.logged != b.where.logged ? a.where.logged : a.where.at < b.where.at; });
-        std::vector<char> record(static_cast<size_t>(store_->record()));
-        size_t slow = 0;
-        for (const Wanted& each : stored) {
-            if (shared) break;
-            if (store_->read_now(each.where, record.data()))
-                scatter(record.data(), each.slot, arrays);
-            else
-                stored[slow++] = each;
-        }
-        if (!shared) stored.resize(slow);
-        std::atomic<size_t> next{0};
-        std::mutex failing;
-        std::string failed;
-        auto work = [&] {
-            std::vector<char> mine(static_cast<size_t>(store_->record()));
-            for (size_t i; (i = next.fetch_add(16)) < stored.size();)
-                for (size_t k = i; k < std::min(i + 16, stored.size()); k++) try {
-                        store_->read(stored[k].where, mine.data());
-                        scatter(mine.data(), stored[k].slot, arrays);
-                    } catch (const Failure& f) {
-                        std::lock_guard<std::mutex> guard(failing);
-                        failed = f.what;
-                    }
-        };
-        size_t threads = stored.size() < 64 ? 0 : READERS - 1;
-        std::vector<std::thread> readers;
-        readers.reserve(threads);
-        try {
-            for (size_t i = 0; i < threads; i++) readers.emplace_back(work);
-        } catch (const std::system_error&) {  // as many as there may be
-        }
-        work();
-        for (std::thread& t : readers) t.join();
-        if (!failed.empty()) throw Failure{failed};
-    }
-
     std::unique_ptr<Rows> store_;
     std::vector<Part> parts_;
-    uint64_t seed_;
+    Filler filler_;
     int64_t sets_;
     bool lfu_;
     Places places_;
@@ -434,7 +346,7 @@ class Cache {
     std::mutex lock_;
     uint32_t clock_ = 0;
     bool spilled_ = false;  // a row was ever put into its second set
-    int64_t tickets_ = 0, hits_ = 0, misses_ = 0, made_ = 0, read_ = 0, written_ = 0, present_ = 0;
+    int64_t tickets_ = 0, hits_ = 0, misses_ = 0, written_ = 0, present_ = 0;
     int64_t counted_[10] = {};  // under tickets_lock_, as is held_
 };
 

@@ -6,7 +6,6 @@
 #include <stddef.h>
 #include <string.h>
 #include <sys/file.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -18,7 +17,6 @@ namespace twt {
 namespace {
 
 const int64_t PAGE = 4096;
-const uintptr_t HUGE = 2 << 20;
 const size_t AHEAD = 32;  // rows whose memory is asked for before it is read
 const char MAGIC[8] = {'T', 'W', 'R', 'O', 'W', 'S', '0', '2'};
 
@@ -36,6 +34,9 @@ struct Entry {  // before each record in the journal
 };
 
 const int64_t SEGMENT = 1024;        // records of the journal that are given back together: whole pages, whatever a record's size
+const int64_t SENT = 2 << 20;         // bytes of the journal that are sent to the disk together
+const int64_t LEAST_NEAR = 64 << 20;
+const int64_t SELDOM = 64;            // rows written for one read that the disk does meanwhile
 const int64_t SPARE = 64 * SEGMENT;  // records that nobody needs any more, which the journal may hold anyway
 
 [[noreturn]] void fail(const std::string& what) { throw Failure{what}; }
@@ -72,151 +73,10 @@ void sync_folder(const std::string& folder) {
     if (file < 0 || fsync(file) != 0) fail_io("cannot flush", folder);
 }
 
-uint64_t mix(uint64_t x) {  // the finalizer of SplitMix64 (Steele, Lea, Flood 2014)
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-    return x ^ (x >> 31);
-}
-
 }  // namespace
 
-namespace {
-
-#if defined(__x86_64__)
-__attribute__((target("sse4.2"))) uint32_t crc_by_instruction(uint32_t c, const unsigned char* p, size_t bytes) {
-    uint64_t wide = c;
-    for (; bytes >= 8; bytes -= 8, p += 8) {
-        uint64_t word;
-        memcpy(&word, p, 8);
-        wide = __builtin_ia32_crc32di(wide, word);
-    }
-    c = uint32_t(wide);
-    for (; bytes > 0; bytes--, p++) c = __builtin_ia32_crc32qi(c, *p);
-    return c;
-}
-#endif
-
-uint32_t crc_by_table(uint32_t c, const unsigned char* p, size_t bytes) {
-    static const std::vector<uint32_t> table = [] {
-        std::vector<uint32_t> made(256);
-        for (uint32_t i = 0; i < 256; i++) {
-            uint32_t r = i;
-            for (int k = 0; k < 8; k++) r = r & 1 ? 0x82f63b78u ^ (r >> 1) : r >> 1;
-            made[i] = r;
-        }
-        return made;
-    }();
-    for (size_t i = 0; i < bytes; i++) c = table[(c ^ p[i]) & 255] ^ (c >> 8);
-    return c;
-}
-
-}  // namespace
-
-uint32_t checksum(const void* data, size_t bytes, uint32_t from) {  // CRC-32C (Castagnoli)
-    const unsigned char* p = static_cast<const unsigned char*>(data);
-#if defined(__x86_64__)
-    static const bool instruction = (__builtin_cpu_init(), __builtin_cpu_supports("sse4.2"));
-    if (instruction) return ~crc_by_instruction(~from, p, bytes);
-#endif
-    return ~crc_by_table(~from, p, bytes);
-}
-
-namespace {
-
-// The sum of twelve 16-bit numbers, whose deviation is that of twelve uniforms: exact in integers, so the same bits everywhere, and within
-// 6 deviations (Irwin-Hall).
-inline __attribute__((always_inline)) void normal_row(const Part& part, uint64_t base, float* out) {
-    int64_t count = part.bytes / 4;
-    double mean = part.a, deviation = part.b;
-    for (int64_t i = 0; i < count; i++) {
-        int64_t sum = 0;
-        for (uint64_t k = 0; k < 3; k++) {
-            uint64_t word = mix(base + (uint64_t(i) * 3 + k) * 0x9e3779b97f4a7c15ull);
-            sum += int64_t(word & 65535) + int64_t((word >> 16) & 65535) + int64_t((word >> 32) & 65535) + int64_t(word >> 48);
-        }
-        double z = double(2 * sum - 12 * 65535) / 131072.0;
-        double scaled = deviation * z;
-        out[i] = float(mean + scaled);
-    }
-}
-
-void normal_row_anywhere(const Part& part, uint64_t base, float* out) { normal_row(part, base, out); }
-#if defined(__x86_64__)
-__attribute__((target("avx512f,avx512dq,avx512vl"))) void normal_row_avx512(const Part& part, uint64_t base, float* out) { normal_row(part, base, out); }
-#endif
-
-auto normal_row_here() -> void (*)(const Part&, uint64_t, float*) {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return normal_row_avx512;
-#endif
-    return normal_row_anywhere;
-}
-
-}  // namespace
-
-// UNIFORM: 24 bits.
-void start_row(const Part& part, int64_t number, uint64_t seed, int64_t row, float* out) {
-    static const auto normal = normal_row_here();
-    int64_t count = part.bytes / 4;
-    uint64_t base = mix(mix(mix(seed + 0x9e3779b97f4a7c15ull) ^ uint64_t(number)) ^ uint64_t(row));
-    if (part.start == NORMAL) return normal(part, base, out);
-    for (int64_t i = 0; i < count; i++) {
-        if (part.start == CONSTANT) {
-            out[i] = float(part.a);
-        } else {
-            double u = double(mix(base + uint64_t(i) * 0x9e3779b97f4a7c15ull) >> 40) / 16777216.0;
-            double span = (part.b - part.a) * u;
-            out[i] = float(part.a + span);
-        }
-    }
-}
-
-void huge_pages(void* memory, size_t bytes) {
-#ifdef MADV_HUGEPAGE
-    uintptr_t from = (reinterpret_cast<uintptr_t>(memory) + HUGE - 1) / HUGE * HUGE, to = (reinterpret_cast<uintptr_t>(memory) + bytes) / HUGE * HUGE;
-    if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
-#endif
-}
-
-// --- the index ------------------------------------------------------------------------------------------------------------------
-
-void Index::clear() {
-    entries_.assign(1024, {-1, 0});
-    used_ = 0;
-}
-
-int64_t Index::find(int64_t row) const {
-    uint64_t mask = entries_.size() - 1;
-    for (uint64_t i = mix(uint64_t(row)) & mask;; i = (i + 1) & mask) {
-        if (entries_[i].row == row) return entries_[i].place;
-        if (entries_[i].row < 0) return -1;
-    }
-}
-
-int64_t Index::put(int64_t row, int64_t place) {
-    if ((used_ + 1) * 2 > int64_t(entries_.size())) {
-        std::vector<Entry> old = in_huge_pages(entries_.size() * 2, Entry{-1, 0});
-        old.swap(entries_);
-        used_ = 0;
-        for (const Entry& e : old)
-            if (e.row >= 0) put(e.row, e.place);
-    }
-    uint64_t mask = entries_.size() - 1;
-    uint64_t i = mix(uint64_t(row)) & mask;
-    while (entries_[i].row >= 0 && entries_[i].row != row) i = (i + 1) & mask;
-    int64_t before = entries_[i].row < 0 ? -1 : entries_[i].place;
-    used_ += before < 0;
-    entries_[i] = {row, place};
-    return before;
-}
-
-void Index::soon(int64_t row) const { __builtin_prefetch(&entries_[mix(uint64_t(row)) & (entries_.size() - 1)]); }
-
-// --- the files ------------------------------------------------------------------------------------------------------------------
-
-Store::Store(const std::string& folder, int64_t rows, const std::vector<Part>& parts, uint64_t seed, bool create, int64_t wanted)
-    : folder_(folder), rows_(rows), seed_(seed), parts_(parts) {
+Store::Store(const std::string& folder, int64_t rows, const std::vector<Part>& parts, uint64_t seed, bool create, int64_t wanted, int64_t near)
+    : folder_(folder), rows_(rows), seed_(seed), parts_(parts), near_(std::max(near, LEAST_NEAR)) {
     if (parts.empty() || parts.size() > 16) fail("a row has between 1 and 16 parts");
     for (const Part& part : parts) record_ += part.bytes;
     entry_ = int64_t(sizeof(Entry)) + record_;
@@ -255,6 +115,9 @@ Store::Store(const std::string& folder, int64_t rows, const std::vector<Part>& p
     }
     log_ = open(log.c_str(), O_RDWR | O_CREAT | (committed ? 0 : O_TRUNC), 0644);
     if (log_ < 0) fail_io("cannot open", log);
+#ifdef O_DIRECT
+    far_ = open(log.c_str(), O_RDONLY | O_DIRECT);  // not every file system has it
+#endif
     if (committed) {
         look_through(said[1], said[2]);
         apply();
@@ -308,14 +171,29 @@ void Store::soon(int64_t row) const {
     __builtin_prefetch(&bits_[size_t(row >> 3)]);
 }
 
+// Records of the journal are checked, since what could not be written is not known before the next snapshot.
+bool Store::whole(const char* entry) const {
+    Entry e;
+    memcpy(&e, entry, sizeof e);
+    return e.here == 1 && e.row >= 0 && e.row < rows_ && e.sum == checksum(entry + sizeof e, size_t(record_), uint32_t(e.row));
+}
+
 void Store::read(Where where, char* record) const {
-    read_all(where.logged ? log_ : file_, record, record_, where.at, folder_ + (where.logged ? "/journal.dat" : "/rows.dat"));
+    if (!where.logged) return read_all(file_, record, record_, where.at, folder_ + "/rows.dat");
+    std::string log = folder_ + "/journal.dat";
+    std::vector<char> bytes(static_cast<size_t>(entry_));
+    int64_t at = where.at - int64_t(sizeof(Entry));
+    read_all(log_, bytes.data(), entry_, at, log);
+    if (!whole(bytes.data())) fail(log + " is damaged at byte " + std::to_string(at) + ": go back to the last snapshot");
+    memcpy(record, bytes.data() + sizeof(Entry), size_t(record_));
 }
 
 bool Store::read_now(Where where, char* record) const {
 #ifdef RWF_NOWAIT
-    struct iovec all = {record, size_t(record_)};
-    return preadv2(where.logged ? log_ : file_, &all, 1, where.at, RWF_NOWAIT) == record_;
+    Entry e;
+    struct iovec all[] = {{&e, sizeof e}, {record, size_t(record_)}};
+    if (!where.logged) return preadv2(file_, all + 1, 1, where.at, RWF_NOWAIT) == record_;
+    return preadv2(log_, all, 2, where.at - int64_t(sizeof e), RWF_NOWAIT) == entry_ && e.here == 1 && e.sum == checksum(record, size_t(record_), uint32_t(e.row));
 #else
     return false;
 #endif
@@ -331,6 +209,7 @@ void Store::write(const std::vector<int64_t>& rows, const std::function<void(siz
     }
     append(rows, bytes_.data());
     tidy();
+    let_go();
 }
 
 // The journal only grows at its end: one write for all, and the order of its records is that of time.
@@ -355,6 +234,36 @@ void Store::give_back(size_t segment) {
 #ifdef FALLOC_FL_PUNCH_HOLE
     if (fallocate(log_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, int64_t(segment) * SEGMENT * entry_, SEGMENT * entry_) != 0) return;
 #endif
+}
+
+// What was written goes to the disk soon, and from where the journal is larger than `near` on, its oldest part is left to the disk as long as that is
+// asked for few of its records: what is written next takes the memory of those (fresh memory costs a virtual machine 8 us a page and more,
+// 2.5 ms for 2,500 rows of 512 bytes).
+void Store::let_go() {
+#if defined(__linux__)
+    for (; journal_end_ - sent_ >= SENT; sent_ += SENT) {
+        sync_file_range(log_, sent_, SENT, SYNC_FILE_RANGE_WRITE);
+        bool few = asked_ * SELDOM <= SENT / entry_;
+        asked_ = 0;
+        if (!few || far_ < 0 || kept_from_ + near_ > sent_) continue;
+        int64_t from = std::max(int64_t(0), kept_from_ - SENT);  // again what lay across two of them
+        kept_from_ += SENT;
+        posix_fadvise(log_, from, kept_from_ - from, POSIX_FADV_DONTNEED);
+    }
+#endif
+}
+
+void Store::ask(const std::vector<Where>& wanted) {
+    std::vector<int64_t> places;
+    for (Where each : wanted) places.push_back(each.at - int64_t(sizeof(Entry)));
+    reads_.begin(far_, places, entry_);
+    asked_ += int64_t(places.size());
+}
+
+const char* Store::answer(size_t i) {
+    reads_.end();
+    const char* entry = reads_.found(i);
+    return entry && whole(entry) ? entry + sizeof(Entry) : nullptr;
 }
 
 // Where more than half of the journal is needed no more, what is needed of the emptiest segments moves to the end.
@@ -420,10 +329,8 @@ void Store::each_entry(int64_t end, const std::function<void(int64_t at, int64_t
             Entry e;
             memcpy(&e, bytes.data() + i, sizeof e);
             if (e.row == 0 && e.sum == 0 && e.here == 0) continue;
-            const char* record = bytes.data() + i + sizeof e;
-            if (e.here != 1 || e.row < 0 || e.row >= rows_ || e.sum != checksum(record, size_t(record_), uint32_t(e.row)))
-                fail(log + " is damaged at byte " + std::to_string(first + i) + ": restore the folder from a copy");
-            use(first + i, e.row, record);
+            if (!whole(bytes.data() + i)) fail(log + " is damaged at byte " + std::to_string(first + i) + ": restore the folder from a copy");
+            use(first + i, e.row, bytes.data() + i + sizeof e);
         }
     }
 }
@@ -466,7 +373,7 @@ void Store::apply() {
     if (ftruncate(log_, 0) != 0) fail_io("cannot empty", log);
     journal_.clear();
     live_.clear();
-    journal_end_ = given_back_ = 0;
+    journal_end_ = given_back_ = sent_ = kept_from_ = asked_ = 0;
     prepared_ = false;
 }
 

@@ -16,6 +16,8 @@
 #include <string>
 #include <vector>
 
+#include "disk_reads.h"
+
 namespace twt {
 
 // How a part of a row (its weights, or one state of its optimizer) starts out.
@@ -30,6 +32,12 @@ struct Part {
 struct Failure {
     std::string what;
 };
+
+inline uint64_t mix(uint64_t x) {  // the finalizer of SplitMix64 (Steele, Lea, Flood 2014)
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+    return x ^ (x >> 31);
+}
 
 uint32_t checksum(const void* data, size_t bytes, uint32_t from = 0);
 
@@ -120,6 +128,10 @@ class Rows {
     virtual void soon(int64_t row) const = 0;  // `row` will be asked for
     virtual void read(Where where, char* record) const = 0;  // throws Failure
     virtual bool read_now(Where where, char* record) const = 0;  // false: it is not in the system's memory, or cannot be read
+    virtual bool any_far() const { return false; }  // some records were left to the disk
+    virtual bool far(Where) const { return false; }  // this one was
+    virtual void ask(const std::vector<Where>&) {}   // has the disk read such records, while the caller does other things
+    virtual const char* answer(size_t) { return nullptr; }  // waits for the i-th of them, which is there until the next ask(); nullptr: read() it
     // The records of distinct `rows`; record(i, to) gives the i-th. Throws Failure: then all rows have what they had, or all are written.
     virtual void write(const std::vector<int64_t>& rows, const std::function<void(size_t, char*)>& record) = 0;
     // Makes everything written so far the new snapshot, in two steps: after prepare() it is complete, finish() puts it in place.
@@ -132,8 +144,9 @@ class Rows {
 class Store : public Rows {
   public:
     // Opens or creates the files in `folder`. Throws Failure.
+    // `near`: bytes of the journal, its newest, that stay in the system's memory; 64 MiB at least. Older records are read from the disk.
     // A journal with a COMMIT is complete; where `wanted` >= 0 it is used only up to that generation, and else dropped.
-    Store(const std::string& folder, int64_t rows, const std::vector<Part>& parts, uint64_t seed, bool create, int64_t wanted);
+    Store(const std::string& folder, int64_t rows, const std::vector<Part>& parts, uint64_t seed, bool create, int64_t wanted, int64_t near);
 
     int64_t rows() const override { return rows_; }
     int64_t record() const override { return record_; }
@@ -142,6 +155,10 @@ class Store : public Rows {
     void soon(int64_t row) const override;
     void read(Where where, char* record) const override;
     bool read_now(Where where, char* record) const override;
+    bool any_far() const override { return kept_from_ > 0; }
+    bool far(Where where) const override { return where.logged && where.at < kept_from_; }
+    void ask(const std::vector<Where>& wanted) override;
+    const char* answer(size_t i) override;
     void write(const std::vector<int64_t>& rows, const std::function<void(size_t, char*)>& record) override;
     void prepare() override;
     void finish() override { apply(); }
@@ -155,6 +172,8 @@ class Store : public Rows {
     void append(const std::vector<int64_t>& rows, const char* bytes);
     void tidy();
     void give_back(size_t segment);
+    void let_go();
+    bool whole(const char* entry) const;
     void each_entry(int64_t end, const std::function<void(int64_t at, int64_t row, const char* record)>& use) const;
     void look_through(int64_t end, int64_t rows);
     bool read_commit(int64_t* said) const;  // {generation, bytes of the journal, its rows}
@@ -164,11 +183,13 @@ class Store : public Rows {
     std::vector<Part> parts_;
     std::vector<unsigned char> bits_;
     Index journal_;
-    int64_t journal_end_ = 0, given_back_ = 0, stored_ = 0;
+    int64_t near_, journal_end_ = 0, given_back_ = 0, stored_ = 0;
+    int64_t sent_ = 0, kept_from_ = 0, asked_ = 0;  // bytes of the journal: on their way to the disk; left to it; reads of those since the last were
     std::vector<int64_t> live_;  // by segment of the journal: records that no later one replaces
     bool prepared_ = false;      // a COMMIT names the journal as it is: nothing of it is given back
     std::vector<char> bytes_;    // what is about to be written
-    File file_, log_, lock_;
+    File file_, log_, far_, lock_;  // far_: the journal, read past the system's memory
+    DiskReads reads_;
 };
 
 }  // namespace twt

@@ -1,0 +1,119 @@
+// Reads of one size at many places of a file, all under way at once, past the system's memory (Linux AIO on a file opened with O_DIRECT).
+// Best effort: what could not be read this way is not found, and must be read in another.
+#pragma once
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <vector>
+#if defined(__linux__)
+#include <errno.h>
+#include <linux/aio_abi.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace twt {
+
+class DiskReads {
+  public:
+    DiskReads() {}
+    DiskReads(const DiskReads&) = delete;
+    DiskReads& operator=(const DiskReads&) = delete;
+    ~DiskReads() {
+        close();
+        free(memory_);
+    }
+
+    // Starts to read `bytes` at each of `places`. What an earlier call started and nobody waited for is dropped.
+    void begin(int file, const std::vector<int64_t>& places, int64_t bytes) {
+        if (done_ < started_) close();
+        file_ = file, bytes_ = bytes, places_ = places, done_ = started_ = 0;
+        span_ = (bytes + BLOCK - 2) / BLOCK * BLOCK + BLOCK;  // what whole blocks around any place take
+        found_.assign(places.size(), nullptr);
+#if defined(__linux__)
+        if (room_ < places.size() * size_t(span_)) {
+            free(memory_);
+            room_ = places.size() * size_t(span_), memory_ = static_cast<char*>(aligned_alloc(size_t(BLOCK), room_));
+            if (!memory_) room_ = 0;
+        }
+        if (!memory_ || file < 0 || (!context_ && syscall(SYS_io_setup, DEPTH, &context_) != 0)) places_.clear();
+#else
+        places_.clear();
+#endif
+        submit();
+    }
+
+    // Waits for all.
+    void end() {
+#if defined(__linux__)
+        std::vector<io_event> events(DEPTH);
+        while (done_ < started_) {
+            long count = syscall(SYS_io_getevents, context_, 1L, long(DEPTH), events.data(), nullptr);
+            if (count < 0 && errno == EINTR) continue;
+            if (count < 0) return close();
+            for (long k = 0; k < count; k++, done_++) {
+                size_t i = size_t(events[size_t(k)].data);
+                int64_t before = places_[i] % BLOCK;
+                if (events[size_t(k)].res >= before + bytes_) found_[i] = memory_ + i * size_t(span_) + before;
+            }
+            submit();
+        }
+#endif
+    }
+
+    // What was at the i-th place, until the next begin(); nullptr: it could not be read.
+    const char* found(size_t i) const { return found_[i]; }
+
+  private:
+    static const int64_t BLOCK = 4096;  // what disks and file systems read by
+    static const int DEPTH = 256;       // reads under way
+
+    void submit() {
+#if defined(__linux__)
+        while (started_ < places_.size() && started_ - done_ < size_t(DEPTH)) {
+            size_t count = std::min(places_.size() - started_, size_t(DEPTH) - (started_ - done_));
+            std::vector<iocb> reads(count);
+            std::vector<iocb*> each(count);
+            for (size_t k = 0; k < count; k++) {
+                size_t i = started_ + k;
+                int64_t first = places_[i] / BLOCK * BLOCK, end = (places_[i] + bytes_ + BLOCK - 1) / BLOCK * BLOCK;
+                memset(&reads[k], 0, sizeof(iocb));
+                reads[k].aio_data = i;
+                reads[k].aio_fildes = uint32_t(file_);
+                reads[k].aio_lio_opcode = IOCB_CMD_PREAD;
+                reads[k].aio_buf = uint64_t(uintptr_t(memory_ + i * size_t(span_)));
+                reads[k].aio_nbytes = uint64_t(end - first);
+                reads[k].aio_offset = first;
+                each[k] = &reads[k];
+            }
+            long taken = syscall(SYS_io_submit, context_, long(count), each.data());
+            if (taken < 0 && errno == EINTR) continue;
+            if (taken <= 0) return places_.resize(started_);  // no more of them
+            started_ += size_t(taken);
+        }
+#endif
+    }
+
+    void close() {  // waits for what is under way, and forgets it
+#if defined(__linux__)
+        if (context_) syscall(SYS_io_destroy, context_);
+        context_ = 0;
+#endif
+        places_.clear();
+        done_ = started_ = 0;
+    }
+
+    int file_ = -1;
+    int64_t bytes_ = 0, span_ = 0;
+    std::vector<int64_t> places_;
+    std::vector<const char*> found_;
+    size_t started_ = 0, done_ = 0, room_ = 0;
+    char* memory_ = nullptr;
+#if defined(__linux__)
+    aio_context_t context_ = 0;
+#endif
+};
+
+}  // namespace twt
