@@ -5,8 +5,9 @@
 What ReLU and dropout do is then part of the products, or one pass over their results, and is kept for the backward as one bit a
 value. The op takes the model's own parameters, so names and checkpoints stay.
 
-On CPU it takes over from ``dense_chains`` and ``fast_dropout``, which run before it, and only where a chain has dropout: without it there
-is nothing that they leave to gain. On a GPU it takes every chain with a ReLU; how each chain's products are made ("blas": cuBLASLt
+On CPU it takes over from ``dense_chains`` and ``fast_dropout``, which run before it, and only where a chain has dropout, for without it there
+is nothing that they leave to gain, or is bfloat16 with ReLU and the package has products of its own for that here: then the op reads the
+float32 parameters, and the casts of ``mixed_precision`` go away. On a GPU it takes every chain with a ReLU; how each chain's products are made ("blas": cuBLASLt
 through PyTorch; "square", "wide": Triton products that end in ReLU, dropout and the mask) is what is measured fastest. Where no form is measured
 faster than the chain as it is, the chain stays. Half-precision rows that are no multiple of 16 bytes (DLRM's 479 columns, its 13 numbers) are
 filled up with zeros there, by the interaction that makes them where there is one: tensor cores are fed 16 bytes at a time. A GPU draws dropout's values from another stream than torch's kernel (same distribution).
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..kernels.dense import bf16
 from ..kernels.dense import op as dense
 from ..kernels.dropout import cpu as draws
 from ..kernels.dropout import op as dropout
@@ -29,6 +31,7 @@ from ..kernels.mlp import op as mlp
 from ..kernels.mlp.layers import FORMS, Layer, encode
 from .graph import Editor, Writes, arguments, aten, is_op, value_of
 from .measure import Measured, time_both
+from .mixed_precision import drop_casts, master
 from .records import APPLIED, DISABLED, SKIPPED, Record, record
 from .rule import Context
 
@@ -68,8 +71,11 @@ class FuseMlp(Measured):
             seen.update(n for part in chain for n in part.nodes)
             value = value_of(node)
             on_cpu = value is None or value.device.type == "cpu"
-            if any(part.p for part in chain) or (not on_cpu and any(part.relu for part in chain)):
+            gains = not on_cpu or (value is not None and value.dtype == torch.bfloat16 and bf16.available())
+            if any(part.p for part in chain) or (gains and any(part.relu for part in chain)):
                 records.append(self._rewrite(chain, context))
+        if records:
+            drop_casts(Editor(context.graph, self.name))
         return records
 
     def _rewrite(self, chain: list[_Part], context: Context) -> Record:
@@ -148,6 +154,8 @@ def _unfit(chain: Sequence[_Part]) -> str | None:
     if any(v is None for v in values):
         return "whether it pays depends on the layers' dtype and device, and they are not known without sample_inputs"
     dtypes = {v.dtype for v in values}
+    if values[0].device.type == "cpu" and values[0].dtype == torch.bfloat16:
+        dtypes -= {torch.float32}  # which the op takes there
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float16, torch.bfloat16}:
         kinds = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
         return f"inputs and weights are {kinds}; one dtype of float32, float16 and bfloat16 was needed"
@@ -192,6 +200,8 @@ def _copied(chain: Sequence[_Part], copy_of: dict[Node, Node]) -> list[_Part]:
 def _replace(editor: Editor, chain: Sequence[_Part], form: str) -> None:
     nodes = [n for part in chain for n in part.nodes]
     inputs, weights, biases = map(list, zip(*(_operands(part.nodes[0]) for part in chain)))
+    if value_of(nodes[-1]).device.type == "cpu":  # type: ignore[union-attr]
+        weights, biases = [master(w) for w in weights], [b if b is None else master(b) for b in biases]
     width = value_of(weights[0]).shape[1]  # type: ignore[union-attr]
     if isinstance(width, int) and (more := -width % _columns(value_of(inputs[0]))):
         weights[0] = editor.call(aten.constant_pad_nd.default, weights[0], [0, more], before=nodes[-1], sources=nodes[:1])

@@ -74,6 +74,28 @@ def lowered(graph: Graph) -> torch.dtype | None:
     return next((d for d in found if d != torch.float32), None)  # type: ignore[return-value]
 
 
+def master(node: Node) -> Node:
+    """The float32 parameter that ``node`` is a part of this pass's cast of, or ``node`` itself."""
+    if node.target is operator.getitem and is_op(node.args[0], casts.OP):
+        return node.args[0].args[0][node.args[1]]  # type: ignore[index,union-attr,return-value]
+    return node
+
+
+def drop_casts(editor: Editor) -> None:
+    """Let nobody cast what is no longer read."""
+    for node in [n for n in editor.graph.nodes if is_op(n, casts.OP)]:
+        for part in [p for p in node.users if not p.users]:
+            editor.graph.erase_node(part)
+        parts = sorted(node.users, key=lambda part: part.args[1])
+        kept = [part.args[1] for part in parts]
+        if kept and len(kept) < len(node.args[0]):
+            node.meta["val"] = [node.meta["val"][i] for i in kept]
+            editor.set_argument(node, 0, [node.args[0][i] for i in kept])
+            for place, part in enumerate(parts):
+                editor.set_argument(part, 1, place)
+    editor.remove_dead()
+
+
 class _Lowering:
     """One run over a graph. ``low``: nodes whose value was float32 and now is low; values in ``meta["val"]`` follow the changes."""
 

@@ -1,5 +1,8 @@
-"""Matrix products of a linear layer on CPU: PyTorch's BLAS, or where the product is large enough for it oneDNN or, on one thread,
-the package's own (``native.py``).
+"""Matrix products of a linear layer on CPU: PyTorch's BLAS, or where the product is large enough for it oneDNN or the package's own: of
+float32 on one thread (``native.py``), of bfloat16 on any number (``bf16.py``).
+
+Where activations are bfloat16 or float16, a weight and its bias may be float32: they count as rounded to the activations' dtype, and
+their gradients are float32.
 
 PyTorch sends fp32 products to MKL, whose code for processors that are not Intel's stops at AVX2. The oneDNN that PyTorch also
 carries uses AVX-512 on all of them. Measured on an AMD EPYC (Zen 5), torch 2.13, one thread, batch 2048, forward + backward:
@@ -16,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..small_products import cpu as small
-from . import native
+from . import bf16, native
 
 _BLOCK = 512  # rows of a weight gradient that are summed at a time
 LEAST_WORK = 1_500_000  # multiply-adds below which a call of oneDNN costs more than it saves
@@ -75,8 +78,30 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_neg() and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def matched(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias in the dtype in which they meet ``x``: float32 ones in that of a lower ``x``. Autograd knows the cast."""
+    if x.dtype in (torch.bfloat16, torch.float16):
+        weight = weight.to(x.dtype) if weight.dtype == torch.float32 else weight
+        bias = bias.to(x.dtype) if bias is not None and bias.dtype == torch.float32 else bias
+    return weight, bias
+
+
+def _bf16_serves(x: Tensor, weight: Tensor, work: int, cols: int, depth: int = 0) -> bool:
+    """Is a product of bfloat16 ``x`` with ``weight`` one for ``bf16.py``: of so many multiply-adds, ``cols`` columns, and ``depth`` where the result is
+    bfloat16?"""
+    return (
+        x.dtype == torch.bfloat16 and weight.dtype in (torch.bfloat16, torch.float32) and x.is_cpu and weight.is_cpu
+        and work >= LEAST_WORK and cols >= bf16.LEAST_COLUMNS and depth <= bf16.MOST_DEPTH
+        and bf16.available() and _is_plain(x) and _is_plain(weight)
+    )  # fmt: skip
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
     """``x @ weight.T + bias``, then ReLU if asked: ``[*, in]``, ``[out, in]``, ``[out]`` -> ``[*, out]``, contiguous and fresh."""
+    if weight.dim() == 2 and _bf16_serves(x, weight, x.numel() * weight.shape[0], *weight.shape):
+        out = bf16.product(x.reshape(-1, x.shape[-1]), weight.t(), bias, relu)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1])
+    weight, bias = matched(x, weight, bias)
     if not onednn_serves(x, weight):
         out = F.linear(x, weight, bias)
     elif _native_serves(x, weight, weight.shape[0]) and (bias is None or bias.dtype == x.dtype):
@@ -89,6 +114,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -
 
 def input_gradient(grad: Tensor, weight: Tensor, again: bool = False) -> Tensor:
     """``grad @ weight``: ``[*, out]``, ``[out, in]`` -> ``[*, in]``. ``again``: as an op that autograd can differentiate again."""
+    if not again and _bf16_serves(grad, weight, grad.numel() * weight.shape[1], *weight.shape[::-1]):
+        return bf16.product(grad.reshape(-1, grad.shape[-1]), weight).view(*grad.shape[:-1], weight.shape[1])
+    weight, _ = matched(grad, weight)
     if again or not onednn_serves(grad, weight.t()):
         return grad @ weight
     if _native_serves(grad, weight, weight.shape[1]):
@@ -96,9 +124,18 @@ def input_gradient(grad: Tensor, weight: Tensor, again: bool = False) -> Tensor:
     return _onednn(grad, weight.t(), None)
 
 
-def weight_gradient(grad: Tensor, x: Tensor, again: bool = False) -> Tensor:
-    """``grad.T @ x`` over all leading dimensions: ``[*, out]``, ``[*, in]`` -> ``[out, in]``, contiguous. ``again``: see above."""
-    grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+def weight_gradient(grad: Tensor, x: Tensor, again: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+    """``grad.T @ x`` over all leading dimensions: ``[*, out]``, ``[*, in]`` -> ``[out, in]``, contiguous. ``again``: see above. ``dtype``: of the
+    result, the weight's; grad's if not given."""
+    grad, x, dtype = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), dtype or grad.dtype
+    if not again and x.dtype == grad.dtype and _bf16_serves(grad, x, grad.shape[1] * x.numel(), x.shape[1]):
+        return bf16.product(grad.t(), x, dtype=torch.float32).to(dtype)
+    if not again and x.dtype == grad.dtype and _bf16_serves(grad, x, grad.shape[1] * x.numel(), grad.shape[1]):
+        return bf16.product(x.t(), grad, dtype=torch.float32).t().to(dtype, memory_format=torch.contiguous_format)
+    return _weight_gradient(grad, x, again).to(dtype)
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, again: bool) -> Tensor:
     if not again and _is_narrow(grad, x):
         return _narrow(grad, x)
     if again or not onednn_serves(grad.t(), x.t()) or _is_long(len(x), x.shape[1] * grad.shape[1]):
@@ -111,6 +148,11 @@ def weight_gradient(grad: Tensor, x: Tensor, again: bool = False) -> Tensor:
     return _onednn(grad.t(), x.t(), None)
 
 
+def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of ``grad`` ``[*, out]`` over all leading dimensions, in ``dtype``."""
+    return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=dtype)
+
+
 def relu_gradient(grad: Tensor, out: Tensor) -> tuple[Tensor, Tensor] | None:
     """(the gradient of ReLU's input, its sum over all but the last dimension) in one pass, from that of the result and the result; ``None``
     where there is no such pass, and the caller makes them."""
@@ -120,3 +162,19 @@ def relu_gradient(grad: Tensor, out: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     made, sums = native.masked(grad.reshape(-1, grad.shape[-1]), out.view(-1, out.shape[-1]))
     return made.view(out.shape), sums
+
+
+def linear_and_bits(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """(:func:`linear` with ReLU of ``x`` ``[rows, in]``, which values ReLU passes as bits) in one product; ``None`` where there is none that makes both.
+    Bits: int32 ``[rows, ceil(out / 32)]``."""
+    if not _bf16_serves(x, weight, x.numel() * weight.shape[0], *weight.shape):
+        return None
+    return bf16.relu_product(x, weight.t(), bias)
+
+
+def masked_input_gradient(grad: Tensor, weight: Tensor, bits: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
+    """(:func:`input_gradient` of ``grad`` ``[rows, out]`` times ``scale`` where the bit is set and else 0, its sum over the rows in float32) in one
+    product; ``None`` as above."""
+    if not _bf16_serves(grad, weight, grad.numel() * weight.shape[1], *weight.shape[::-1]):
+        return None
+    return bf16.masked_product(grad, weight, bits, scale)

@@ -16,7 +16,7 @@ from ..native_library import load
 
 LEAST_COLUMNS = 32  # of a result: narrower ones fill no register tile
 
-_lib, _why_not = load(Path(__file__).parent, "twm_abi", 1)
+_lib, _why_not = load(Path(__file__).parent, "twm_abi", 2)
 if _lib is not None:
     _word, _pointer = ctypes.c_int64, ctypes.c_void_p
     _lib.twm_ready.restype = _word
@@ -43,7 +43,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, relu: bool = False
     """``a @ b + bias``, then ReLU if asked (NaN stays NaN): ``[rows, depth]``, ``[depth, cols]``, ``[cols]`` -> ``[rows, cols]``
     contiguous, float32. No size may be 0. Transposed operands cost no copy. Raises
     ``RuntimeError`` for shapes that do not fit and ``MemoryError``."""
-    (a, a_stride, a_turned), (b, b_stride, b_turned) = _laid_out(a), _laid_out(b)
+    (a, a_stride, a_turned), (b, b_stride, b_turned) = laid_out(a), laid_out(b)
     (rows, depth), cols = a.shape, b.shape[1]
     if b.shape[0] != depth or (bias is not None and bias.shape != (cols,)):
         biased = "" if bias is None else f" + {list(bias.shape)}"
@@ -61,7 +61,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, relu: bool = False
 
 def masked(grad: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of ReLU's input and the sum of its columns: ``grad`` where ``out`` ``[rows, cols]``, contiguous, is not 0 or less, else 0."""
-    grad, stride, turned = _laid_out(grad)
+    grad, stride, turned = laid_out(grad)
     if turned:
         grad, stride = grad.contiguous(), grad.shape[1]
     made, sums = torch.empty_like(out), out.new_empty(out.shape[1])
@@ -69,8 +69,8 @@ def masked(grad: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     return made, sums
 
 
-def _laid_out(matrix: Tensor) -> tuple[Tensor, int, bool]:
-    """(the matrix or a copy, the stride of what does not lie side by side, whether that is the columns)."""
+def laid_out(matrix: Tensor) -> tuple[Tensor, int, bool]:
+    """(the matrix or a copy, the stride of what does not lie side by side, whether that is the columns): what the library reads."""
     rows, cols = matrix.stride()
     if cols == 1:
         return matrix, rows, False

@@ -65,7 +65,7 @@ def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> tu
     generator = torch.default_generator if generator is None else generator
     state = generator.get_state()
     out, kept = torch.empty_like(x), torch.empty(x.shape, dtype=torch.uint8)
-    limit, scale = math.ceil((1 - p) * 2.0**53), _scale(p)
+    limit, scale = math.ceil((1 - p) * 2.0**53), scale_of(p)
     _lib.twd_dropout(state.data_ptr(), x.data_ptr(), out.data_ptr(), kept.data_ptr(), x.numel(), limit, scale)
     generator.set_state(state)
     return out, kept
@@ -75,7 +75,7 @@ def gradient(grad: Tensor, kept: Tensor, p: float) -> Tensor:
     """The gradient of the input, from that of the result."""
     grad = grad.contiguous()
     out = torch.empty_like(grad)
-    _lib.twd_back(grad.data_ptr(), kept.data_ptr(), out.data_ptr(), grad.numel(), _scale(p), torch.get_num_threads())
+    _lib.twd_back(grad.data_ptr(), kept.data_ptr(), out.data_ptr(), grad.numel(), scale_of(p), torch.get_num_threads())
     return out
 
 
@@ -87,7 +87,7 @@ def finish(y: Tensor, relu: bool, p: float) -> Tensor:
     rows, cols = y.shape
     bits = torch.empty(rows, -(-cols // 32), dtype=torch.int32)
     state = torch.default_generator.get_state() if p else None
-    limit, scale, half = math.ceil((1 - p) * 2.0**53), _scale(p, y.dtype), y.dtype == torch.bfloat16
+    limit, scale, half = math.ceil((1 - p) * 2.0**53), scale_of(p, y.dtype), y.dtype == torch.bfloat16
     pointer = None if state is None else state.data_ptr()
     _lib.twd_finish(pointer, y.data_ptr(), bits.data_ptr(), rows, cols, half, relu, limit, scale, torch.get_num_threads())
     if state is not None:
@@ -98,11 +98,12 @@ def finish(y: Tensor, relu: bool, p: float) -> Tensor:
 def masked(grad: Tensor, bits: Tensor, p: float) -> Tensor:
     """``grad / (1 - p)`` where the bit of :func:`finish` is set, else 0; ``grad`` ``[rows, cols]`` float32 or bfloat16."""
     grad = grad.contiguous()
-    out, half, scale = torch.empty_like(grad), grad.dtype == torch.bfloat16, _scale(p, grad.dtype)
+    out, half, scale = torch.empty_like(grad), grad.dtype == torch.bfloat16, scale_of(p, grad.dtype)
     _lib.twd_masked(grad.data_ptr(), bits.data_ptr(), out.data_ptr(), *grad.shape, half, scale, torch.get_num_threads())
     return out
 
 
 @functools.lru_cache(64)
-def _scale(p: float, dtype: torch.dtype = torch.float32) -> float:
+def scale_of(p: float, dtype: torch.dtype = torch.float32) -> float:
+    """What a kept value is multiplied with."""
     return torch.ones(1, dtype=dtype).div_(1 - p).item()  # rounded as torch rounds it

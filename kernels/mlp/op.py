@@ -4,8 +4,8 @@
 
     mlp(x, weights, biases, layers, train) -> [*, out of the last layer]
 
-``x`` is ``[*, in]``, ``weights[i]`` ``[out_i, in_i]``, ``biases[i]`` ``[out_i]`` or none, any floating dtype, one for all; ``layers`` is an
-encoded tuple of :class:`~.layers.Layer`; ``train[i]`` says whether the dropout of layer i drops. The parameters are the model's own.
+``x`` is ``[*, in]``, ``weights[i]`` ``[out_i, in_i]``, ``biases[i]`` ``[out_i]`` or none, any floating dtype, one for all, but on CPU a layer of
+low ``x`` may be float32 (as in ``tablewright::dense``); ``layers`` is an encoded tuple of :class:`~.layers.Layer`; ``train[i]`` says whether the dropout of layer i drops. The parameters are the model's own.
 
 What ReLU and dropout leave of a value is kept for the backward as one bit. Its derivative at 0 is 0 and NaN passes, as in torch.
 A gradient at a value that did not pass is 0 even where it is infinite or NaN. On CPU dropout draws what ``F.dropout`` draws, value for value;
@@ -52,13 +52,14 @@ def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
             f"{len(layers)} layers with {len(weights)} weights, {len(biases)} biases and {len(train)} flags; as many of each are needed"
         )
     width = x.shape[-1]
+    dtypes = (x.dtype, torch.float32) if x.is_cpu and x.dtype in (torch.bfloat16, torch.float16) else (x.dtype,)
     for i, (weight, bias) in enumerate(zip(weights, biases)):
         if weight.dim() != 2 or weight.shape[1] != width:
             raise ValueError(f"the weight of layer {i} has shape {list(weight.shape)}; [out, {width}] was needed")
         width = weight.shape[0]
         if bias is not None and tuple(bias.shape) != (width,):
             raise ValueError(f"the bias of layer {i} has shape {list(bias.shape)}; [{width}] was needed")
-        wrong = next((t for t in (weight, bias) if t is not None and t.dtype != x.dtype), None)
+        wrong = next((t for t in (weight, bias) if t is not None and t.dtype not in dtypes), None)
         if wrong is not None:
             raise ValueError(f"layer {i} holds {wrong.dtype} and its input is {x.dtype}; one dtype for both was needed")
 

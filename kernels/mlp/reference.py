@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..dense.gemm import matched
 from .layers import Layer, pack, unpack
 
 
 def plain(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], layers: Sequence[Layer], train: Sequence[bool]) -> Tensor:
     """What the op stands for, in the plain model's own ops."""
     for layer, weight, bias, drops in zip(layers, weights, biases, train):
-        x = F.linear(x, weight, bias)
+        x = F.linear(x, *matched(x, weight, bias))
         x = F.relu(x) if layer.relu else x
         x = F.dropout(x, layer.p, drops) if layer.p else x
     return x
@@ -43,7 +44,7 @@ def masked_again(
     """The result once more, with the masks of an earlier forward, in ops that autograd can differentiate as often as asked."""
     given = iter(masks)
     for layer, weight, bias, drops in zip(layers, weights, biases, train):
-        x = F.linear(x, weight, bias)
+        x = F.linear(x, *matched(x, weight, bias))
         if layer.masks(drops):
             x = x * (unpack(next(given), x.shape[1]).to(x.dtype) / (1 - layer.dropped(drops)))
     return x

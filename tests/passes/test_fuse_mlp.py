@@ -1,6 +1,8 @@
 """Chains of linear layers with ReLU and dropout: one op, the same bits from the same seed, train() and eval() followed."""
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from pass_harness import again, assert_same_numbers, assert_sound, rewrite
@@ -12,7 +14,9 @@ from tablewright.passes.fast_dropout import FastDropout
 from tablewright.passes.fuse_dot_interaction import FuseDotInteraction
 from tablewright.passes.fuse_mlp import FuseMlp
 from tablewright.passes.measure import Timing
-from tablewright.rewriter.verify import check_structure
+from tablewright.passes.mixed_precision import MixedPrecision
+from tablewright.rewriter.capture import attach
+from tablewright.rewriter.verify import check_structure, copy_graph
 from torch import nn
 from torch.nn import functional as F
 
@@ -68,7 +72,8 @@ def test_it_takes_over_from_dense_chains_and_fast_dropout(monkeypatch):
         assert done.of("APPLIED")
     assert layers(done) == ["relu 0.2 blas,relu 0.3 blas"] and len(done.nodes("dense")) == 1, "the layer with a sigmoid stays"
     assert not done.nodes("dropout")
-    assert_same_numbers(done.shell, before, done.after, done.leaves, exact=True)
+    one = torch.get_num_threads() == 1  # then dense layers add up a bias's gradient in an order of their own
+    assert_same_numbers(done.shell, before, done.after, done.leaves, exact=not one)
     weights = [n for n in done.after.nodes if n.op == "get_attr"]
     assert {"0.weight", "0.bias", "3.weight"} <= {str(n.target) for n in weights}
 
@@ -203,3 +208,42 @@ def test_rows_are_filled_up_to_16_bytes_where_asked(monkeypatch, read_twice):
     plain = rewrite(tower(nn.ReLU()), (torch.randn(5, 7),), FUSE)
     assert len(plain.nodes("constant_pad_nd")) == 2
     assert_sound(plain)
+
+
+class Tied(nn.Module):
+    """A chain, and a product outside of it with its first weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.chain = nn.Sequential(nn.Linear(7, 40), nn.ReLU(), nn.Linear(40, 7))
+
+    def forward(self, x):
+        return self.chain(x) + (x @ self.chain[0].weight.t()) @ self.chain[0].weight
+
+
+@pytest.mark.parametrize("here", [True, False])
+@needs_library
+def test_low_chains_read_the_parameters_themselves(monkeypatch, here):
+    """Behind mixed_precision, where the package has bfloat16 products: what the op reads is not cast any more, what others read is."""
+    monkeypatch.setattr(fuse_mlp.bf16, "available", lambda: here)
+    done = rewrite(Tied(), (torch.randn(9, 7),), MixedPrecision(precision="bf16"))
+    cast = len(done.nodes("cast_all")[0].args[0])
+    done = again(done.shell, done.after, [], FUSE)
+    if not here:
+        assert not done.records and len(done.nodes("cast_all")[0].args[0]) == cast
+        return
+    (made,) = done.nodes("mlp")
+    assert [n.target for n in made.args[1] + made.args[2]] == ["chain.0.weight", "chain.2.weight", "chain.0.bias", "chain.2.bias"]
+    (left,) = done.nodes("cast_all")
+    assert [n.target for n in left.args[0]] == ["chain.0.weight"] and cast == 4 and len(left.meta["val"]) == 1
+    check_structure(done.before, done.after, done.shell)
+    results = []
+    for graph in (done.before, done.after):
+        module = attach(copy.deepcopy(done.shell), copy_graph(graph))
+        out = module(torch.linspace(-1, 1, 63).view(9, 7))
+        out = out[0] if isinstance(out, (tuple, list)) else out
+        out.sum().backward()
+        results.append([out, *(p.grad for p in module.parameters())])
+    for ours, plain in zip(*results):
+        assert ours.dtype == plain.dtype == torch.float32
+        torch.testing.assert_close(ours, plain, rtol=0.02, atol=0.03 * plain.abs().max().item())

@@ -7,24 +7,7 @@
 
 namespace {
 
-// Aligned memory that a thread keeps from call to call.
-struct Room {
-    float* values = nullptr;
-    int64_t count = 0;
-    float* of(int64_t wanted) {
-        if (wanted > count) {
-            free(values);
-            values = nullptr;
-            count = 0;
-            void* made = nullptr;
-            if (posix_memalign(&made, 4096, size_t(wanted) * sizeof(float))) return nullptr;
-            values = static_cast<float*>(made);
-            count = wanted;
-        }
-        return values;
-    }
-    ~Room() { free(values); }
-};
+#include "room.inc"
 
 thread_local Room room;
 
@@ -38,7 +21,7 @@ const twm::Kernels* kernels() { return nullptr; }
 
 #define TW_EXPORT extern "C" __attribute__((visibility("default")))
 
-TW_EXPORT int64_t twm_abi() { return 1; }
+TW_EXPORT int64_t twm_abi() { return 2; }
 
 TW_EXPORT int64_t twm_ready() { return kernels() != nullptr; }
 
