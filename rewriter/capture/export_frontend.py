@@ -369,6 +369,8 @@ def _open_flags(graph: fx.Graph, shell: nn.Module, log) -> None:
                 node.update_arg(index, flag(path, node))
         elif node.target is aten.add_.Tensor and isinstance(owner, nn.modules.batchnorm._BatchNorm):
             counter = node.args[0]
+            while counter.target is aten.add_.Tensor:  # a module that is called again counts on what it made before
+                counter = counter.args[0]
             if counter.op == "get_attr" and counter.target.endswith("num_batches_tracked") and node.args[1] == 1:
                 node.update_arg(1, flag(path, node))
 

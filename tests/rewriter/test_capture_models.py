@@ -240,6 +240,22 @@ def test_one_export_serves_both_modes(mode):
         "drop.0.training", "drop.1.training"}
 
 
+class GhostBatches(nn.Module):
+    """One batch norm for parts of the batch, so that its counter is counted up several times."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.norm = nn.Embedding(20, 4), nn.BatchNorm1d(4)
+
+    def forward(self, ids):
+        return torch.cat([self.norm(part) for part in self.table(ids).chunk(-(-ids.shape[0] // 2))])
+
+
+def test_a_batch_norm_that_is_called_several_times():
+    result, _, _ = captured(GhostBatches(), (torch.randint(0, 20, (6,)),), door="export")
+    assert {node.target for node in result.graph.nodes if str(node.target).endswith("training")} == {"norm.training"}
+
+
 class Branching(nn.Module):
     def __init__(self, loop=False):
         super().__init__()
