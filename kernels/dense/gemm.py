@@ -175,6 +175,7 @@ def linear_and_bits(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Ten
 def masked_input_gradient(grad: Tensor, weight: Tensor, bits: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
     """(:func:`input_gradient` of ``grad`` ``[rows, out]`` times ``scale`` where the bit is set and else 0, its sum over the rows in float32) in one
     product; ``None`` as above."""
-    if not _bf16_serves(grad, weight, grad.numel() * weight.shape[1], *weight.shape[::-1]):
+    work = max(grad.numel(), 16 * len(grad)) * weight.shape[1]  # with the passes over the result that a lone product would leave
+    if not _bf16_serves(grad, weight, work, *weight.shape[::-1]):
         return None
     return bf16.masked_product(grad, weight, bits, scale)
