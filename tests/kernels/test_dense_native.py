@@ -7,7 +7,7 @@ from tablewright.kernels.dense import gemm, native
 
 pytestmark = pytest.mark.skipif(not native._ready, reason=f"NOT TESTED: {native.describe()}")
 
-# A tile has 12 rows and 32 columns, a block 192 rows, a part of the depth at most 512.
+# A tile has 12 rows and 32 columns, a block 48 rows, a part of the depth at most 1024.
 SIZES = [(1, 32, 1), (11, 33, 15), (12, 47, 16), (13, 48, 17), (25, 64, 100), (191, 65, 511), (193, 40, 513), (205, 32, 1030), (400, 1000, 13)]
 LAYOUTS = {
     "rows": lambda rows, cols: torch.randn(rows, cols),

@@ -1,6 +1,7 @@
 // The C functions that bf16.py calls, and what is shared between threads: one packs some panels of b, then some blocks of rows.
 #include <stdint.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #include "../../native/cpu_level.h"
 #include "bf16.h"

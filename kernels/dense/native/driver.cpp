@@ -1,6 +1,7 @@
 // The C functions that native.py calls. There is one build, for AVX-512: elsewhere PyTorch's own products are as good.
 #include <stdint.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #include "../../native/cpu_level.h"
 #include "abi.h"
