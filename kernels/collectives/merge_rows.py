@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..embedding.op import leading_shapes
 from ..library import DIRECT, LIBRARY, size_from_data, traced, tracing
+from . import native
 from .exchange_rows import incoming, numbers_in
 from .spec import ExchangeSpec, decode, starts_of
 
@@ -80,13 +81,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 @dataclass(frozen=True)
 class _Even:
     """All rows that travel are equally wide, and go to places of that width in one slot: one index says where each goes.
-    ``units``: such places in a row of the slot; ``columns``: of each stream, which of them is its; ``once``: no two streams go to the
-    same places."""
+    ``units``: such places in a row of the slot; ``columns``: of each stream, which of them is its, ``begins``: in numbers; ``once``: no two
+    streams go to the same places."""
 
     slot: int
     width: int
     units: int
     columns: Tensor
+    begins: Tensor
     once: bool
 
     @staticmethod
@@ -108,12 +110,31 @@ class _Even:
         if not width or any(start % width for start in (spec.group.slots[slot], *starts)):
             return None
         columns = torch.tensor([start // width for start in starts])
-        return _Even(slot, width, spec.group.slots[slot] // width, columns, len(set(starts)) == len(starts))
+        return _Even(slot, width, spec.group.slots[slot] // width, columns, columns * width, len(set(starts)) == len(starts))
 
     def index(self, header: Tensor, places: Tensor) -> Tensor:
         """The place of each row."""
         columns = self.columns.to(places.device).repeat_interleave(header[:, 0].to(places.device), output_size=places.numel())
         return columns.add_(places, alpha=self.units)
+
+
+    def merge(self, received: Tensor, header: Tensor, places: Tensor, slot: Tensor) -> None:
+        """Write the rows to ``slot``."""
+        count = received.numel() // self.width
+        fresh = self.once and count == slot.numel() // self.width  # every place gets one row
+        if native.merges(received, slot, places, header):
+            native.merge(received, slot if fresh else slot.zero_(), self.width, places, header, self.begins, not fresh)
+            return
+        sums, rows, index = slot.view(-1, self.width), received.view(-1, self.width), self.index(header, places)
+        sums.index_copy_(0, index, rows) if fresh else sums.zero_().index_add_(0, index, rows)
+
+    def part(self, grad: Tensor, header: Tensor, places: Tensor, scale: float) -> Tensor:
+        """The gradients of the rows, flat: ``scale`` times those of their places in the slot."""
+        if native.merges(grad, places, header):
+            made = grad.new_empty(places.numel() * self.width)
+            native.part(made, grad, self.width, places, header, self.begins, scale)
+            return made
+        return grad.view(-1, self.width).index_select(0, self.index(header, places)).mul_(scale).view(-1)
 
 
 def _merge(received: Tensor, header: Tensor, places: Tensor, counts: Tensor, indices, offsets, extras, text: str) -> list[Tensor]:
@@ -123,11 +144,7 @@ def _merge(received: Tensor, header: Tensor, places: Tensor, counts: Tensor, ind
         shapes, dtypes = _slot_shapes(spec, indices, offsets, extras), _slot_dtypes(spec, extras)
         slots = [received.new_empty((*shape, width), dtype=d) for shape, width, d in zip(shapes, spec.group.slots, dtypes)]
         if slots[even.slot].dtype == received.dtype:
-            sums, rows, index = slots[even.slot].view(-1, even.width), received.view(-1, even.width), even.index(header, places)
-            if even.once and rows.shape[0] == sums.shape[0]:
-                sums.index_copy_(0, index, rows)
-            else:
-                sums.zero_().index_add_(0, index, rows)
+            even.merge(received, header, places, slots[even.slot])
             for place, extra in zip(spec.group.extras, extras):
                 slots[place.slot].narrow(-1, place.column, place.width).copy_(extra)
             return slots
@@ -195,8 +212,7 @@ class _Merge(torch.autograd.Function):
             like = next(g for g in held if g is not None)
             even = _Even.of(spec)
             if even is not None and held[even.slot] is not None and like.dtype == spec.torch_dtype:
-                index = even.index(header, places)
-                grad = held[even.slot].view(-1, even.width).index_select(0, index).mul_(1.0 / spec.world).view(-1)
+                grad = even.part(held[even.slot], header, places, 1.0 / spec.world)
         if ctx.needs_input_grad[1] and grad is None:
             layout = _Layout(spec, header, places, counts, indices, offsets)
             # Rows that other ops of this exchange read (deduplicated ones) have their gradients from there.

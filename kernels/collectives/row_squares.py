@@ -6,10 +6,8 @@ step, each in one pass over the gradients of all tables.
 """
 from __future__ import annotations
 
-import ctypes
 import struct
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,17 +15,12 @@ from torch import Tensor
 
 from ..embedding.reference import accumulation_dtype
 from ..embedding.updates import TableUpdate
-from ..native_library import load
 from .errors import lost_peer
+from .native import library as _lib
 from .spec import Shard, TableLayout
 from .work import group_of
 
 Cut = tuple[str, Tensor, Tensor, Tensor, TableUpdate]  # name, block, rows int64 ascending, gradient [rows, columns], rule
-
-_lib, _ = load(Path(__file__).parent, "twc_abi", 1)
-if _lib is not None:
-    for _function in (_lib.twc_squares, _lib.twc_step):
-        _function.restype, _function.argtypes = None, [ctypes.c_char_p, *[ctypes.c_int64] * 3]
 
 
 class RowSquares:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from tablewright.kernels.collectives import exchange_ids, exchange_rows, merge_rows, route_ids
+from tablewright.kernels.collectives import exchange_ids, exchange_rows, merge_rows, native, route_ids
 from tablewright.kernels.collectives.route_alike import route_alike
 from tablewright.kernels.collectives.spec import ExchangeSpec, Shard, Stream
 from tablewright.kernels.embedding.spec import Extra, GroupSpec, Lookup, Table
@@ -42,9 +42,19 @@ def draw(seed: int):
     return spec, ids, [offsets] * count
 
 
+@pytest.fixture(params=[True, False], ids=["native", "torch"])
+def ways(request, monkeypatch):
+    """In C++, and in PyTorch."""
+    if request.param and native.library is None:
+        pytest.skip("NOT TESTED: the C++ library was not built")
+    if not request.param:
+        monkeypatch.setattr(native, "library", None)
+
+
 @pytest.mark.parametrize("seed", range(60))
-def test_routed_at_once_as_one_by_one(seed, monkeypatch):
+def test_routed_at_once_as_one_by_one(seed, ways, monkeypatch):
     spec, ids, offsets = draw(seed)
+    ids = [i.to(torch.int32) for i in ids] if seed % 3 == 0 else ids
     together = route_alike(spec, ids, offsets)
     if offsets[0] is not None and not offsets[0].numel():
         assert together is None
@@ -55,10 +65,11 @@ def test_routed_at_once_as_one_by_one(seed, monkeypatch):
     bad = [*ids[:-1], torch.full_like(ids[-1], spec.group.tables[-1].rows)]
     used = ids[-1].numel() if offsets[0] is None else int(offsets[0][-1])
     assert not used or route_alike(spec, bad, offsets) is None
+    assert not used or route_alike(spec, [*ids[:-1], torch.full_like(ids[-1], -1)], offsets) is None
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_rows_merged_by_one_index_as_stream_by_stream(seed, monkeypatch):
+def test_rows_merged_by_one_index_as_stream_by_stream(seed, ways, monkeypatch):
     spec, ids, offsets = draw(seed)
     header, _, places, counts = route_ids._routed(spec, ids, offsets)
     size = exchange_rows.numbers_in(spec, exchange_rows.incoming(spec, header))

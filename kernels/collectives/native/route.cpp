@@ -1,0 +1,112 @@
+// Which row numbers go to which rank, and where the rows that come back belong: one pass each. route_alike.py and merge_rows.py call them.
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+// What goes to one shard: the rows [first, first + count) of what a lookup asks for.
+struct Way {
+    int64_t lookup, first, count;
+};
+
+template <class In, class Out>
+bool route(const int64_t* ids, const int64_t* rows, int64_t lookups, const int64_t* lengths, int64_t bags, int64_t used, const Way* ways,
+           int64_t streams, Out* payload, int64_t* places, int64_t* header, int64_t* ends) {
+    for (int64_t l = 0; l < lookups; ++l) {
+        const In* mine = reinterpret_cast<const In*>(ids[l]);
+        bool wrong = false;
+        for (int64_t i = 0; i < used; ++i) wrong |= uint64_t(int64_t(mine[i])) >= uint64_t(rows[l]);
+        if (wrong) return false;
+    }
+    std::vector<Out> sizes(size_t(bags) + 1);
+    Out* to = payload;
+    for (int64_t s = 0; s < streams; ++s, header += 3) {
+        const In* mine = reinterpret_cast<const In*>(ids[ways[s].lookup]);
+        const int64_t first = ways[s].first;
+        const uint64_t count = uint64_t(ways[s].count);
+        int64_t found = 0, held = 0;
+        for (int64_t b = 0; b < bags; ++b) {  // without branches: half of the ids may go elsewhere. What does not count is written over.
+            const int64_t before = found;
+            for (int64_t i = 0; i < lengths[b]; ++i) {
+                const int64_t row = int64_t(*mine++) - first;
+                to[found] = Out(row);
+                found += uint64_t(row) < count;
+            }
+            places[held] = b;
+            sizes[size_t(held)] = Out(found - before);
+            held += found > before;
+        }
+        bool uneven = false;
+        for (int64_t b = 1; b < held; ++b) uneven |= sizes[size_t(b)] != sizes[0];
+        if (uneven) {
+            memmove(to + held, to, size_t(found) * sizeof(Out));
+            memcpy(to, sizes.data(), size_t(held) * sizeof(Out));
+            to += held;
+        }
+        to += found;
+        places += held;
+        header[0] = held, header[1] = found, header[2] = uneven;
+        ends[1] += held;
+    }
+    ends[0] = to - payload;
+    return true;
+}
+
+// Rows of equal width that came for each stream, and the slot they belong to.
+struct Merge {
+    void *received, *slot;
+    int64_t width, stride;   // of a received row; from row to row of the slot
+    const int64_t* places;   // [bags of all streams]: the slot's row
+    const int64_t* header;   // [streams, 3]: first its bags
+    const int64_t* columns;  // [streams]: of the slot, where its rows begin
+    int64_t streams;
+    double scale;
+};
+
+template <class T, class Each> void each_row(const Merge& m, Each each) {
+    T *received = static_cast<T*>(m.received), *slot = static_cast<T*>(m.slot);
+    const int64_t* place = m.places;
+    for (int64_t s = 0; s < m.streams; ++s)
+        for (int64_t k = 0; k < m.header[3 * s]; ++k, received += m.width) each(received, slot + *place++ * m.stride + m.columns[s]);
+}
+
+template <class T> void merge(const Merge& m, bool add) {
+    const int64_t width = m.width;
+    if (!add) return each_row<T>(m, [width](const T* row, T* home) { memcpy(home, row, size_t(width) * sizeof(T)); });
+    each_row<T>(m, [width](const T* row, T* home) {
+        for (int64_t c = 0; c < width; ++c) home[c] += row[c];
+    });
+}
+
+template <class T> void part(const Merge& m) {
+    const int64_t width = m.width;
+    const T scale = T(m.scale);
+    each_row<T>(m, [width, scale](T* row, const T* home) {
+        for (int64_t c = 0; c < width; ++c) row[c] = home[c] * scale;
+    });
+}
+
+}  // namespace
+
+#define TW_EXPORT extern "C" __attribute__((visibility("default")))
+
+// 0, or 1 where an id is outside its table. `ends`: how many numbers of payload and of places were written; both have room for one more.
+TW_EXPORT int64_t twc_route(const int64_t* ids, const int64_t* rows, int64_t lookups, const int64_t* lengths, int64_t bags, int64_t used,
+                            const Way* ways, int64_t streams, int64_t wide_in, int64_t wide_out, void* payload, int64_t* places,
+                            int64_t* header, int64_t* ends) {
+    ends[0] = ends[1] = 0;
+    const auto run = [&](auto in, auto out) {
+        using In = decltype(in);
+        using Out = decltype(out);
+        return route<In, Out>(ids, rows, lookups, lengths, bags, used, ways, streams, static_cast<Out*>(payload), places, header, ends);
+    };
+    const bool good = wide_in ? wide_out ? run(int64_t(), int64_t()) : run(int64_t(), int32_t()) : wide_out ? run(int32_t(), int64_t()) : run(int32_t(), int32_t());
+    return !good;
+}
+
+// The slot gets the received rows; `add`: to what is there.
+TW_EXPORT void twc_merge(const Merge* m, int64_t add, int64_t is_double) { is_double ? merge<double>(*m, add) : merge<float>(*m, add); }
+
+// The other way: each received row is `scale` times its place in the slot.
+TW_EXPORT void twc_part(const Merge* m, int64_t is_double) { is_double ? part<double>(*m) : part<float>(*m); }
