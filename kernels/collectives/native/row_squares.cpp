@@ -21,7 +21,15 @@ struct Step {
     double keep;         // 1 - lr * weight decay
 };
 
-template <class T> void squares_of(const Step& s) {
+// Compiled for wide vectors too; the processor at hand picks.
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
+#define TW_WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define TW_WIDE
+#endif
+#define TW_INSIDE inline __attribute__((always_inline))
+
+template <class T> TW_INSIDE void squares_of(const Step& s) {
     const T* values = static_cast<const T*>(s.values);
     T* out = static_cast<T*>(s.squares);
     for (int64_t k = 0; k < s.count; ++k, values += s.cols) {
@@ -36,7 +44,7 @@ template <class T> void squares_of(const Step& s) {
     }
 }
 
-template <class T> void step_of(const Step& s) {
+template <class T> TW_INSIDE void step_of(const Step& s) {
     const T *values = static_cast<const T*>(s.values), *squares = static_cast<const T*>(s.squares);
     T *const table = static_cast<T*>(s.table), *const state = static_cast<T*>(s.state);
     const T dim = T(s.dim), rate = T(s.rate), eps = T(s.eps), keep = T(s.keep);
@@ -53,6 +61,9 @@ template <class T> void step_of(const Step& s) {
     }
 }
 
+TW_WIDE void squares(const Step& s, bool is_double) { is_double ? squares_of<double>(s) : squares_of<float>(s); }
+TW_WIDE void step(const Step& s, bool is_double) { is_double ? step_of<double>(s) : step_of<float>(s); }
+
 template <class Run> void each(int64_t tables, int64_t threads, Run run) {
     (void)threads;
 #pragma omp parallel for num_threads(int(threads)) schedule(dynamic) if (threads > 1 && tables > 1)
@@ -66,9 +77,9 @@ template <class Run> void each(int64_t tables, int64_t threads, Run run) {
 TW_EXPORT int64_t twc_abi() { return 2; }
 
 TW_EXPORT void twc_squares(const Step* steps, int64_t tables, int64_t is_double, int64_t threads) {
-    each(tables, threads, [=](int64_t t) { is_double ? squares_of<double>(steps[t]) : squares_of<float>(steps[t]); });
+    each(tables, threads, [=](int64_t t) { squares(steps[t], is_double); });
 }
 
 TW_EXPORT void twc_step(const Step* steps, int64_t tables, int64_t is_double, int64_t threads) {
-    each(tables, threads, [=](int64_t t) { is_double ? step_of<double>(steps[t]) : step_of<float>(steps[t]); });
+    each(tables, threads, [=](int64_t t) { step(steps[t], is_double); });
 }
