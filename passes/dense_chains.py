@@ -102,6 +102,7 @@ class DenseChains(Measured):
         editor = Editor(context.graph, self.name)
         for layer in chosen:
             _replace(editor, layer)
+        _tell(context)
         gain = f"; {_timed([timings[layer] for layer in chosen])}" if self.measure else ""
         return row(APPLIED, detail=f"{len(chosen)} of {len(chain)} linear layers{gain}")
 
@@ -208,6 +209,13 @@ def _replace(editor: Editor, layer: Layer) -> None:
     editor.replace(layer.last, made)
     if layer.activation is not None:
         editor.graph.erase_node(layer.product)
+
+
+def _tell(context: Context) -> None:
+    """Let each layer know that it alone reads the result of a ReLU: a graph's output, whose gradient may be asked for, is read by the output."""
+    for node in context.graph.nodes:
+        if is_op(node, dense.OP) and is_op(x := node.args[0], dense.OP) and x.args[3] == "relu" and list(x.users) == [node]:
+            node.args = (*node.args[:4], True)
 
 
 def _rows(layer: Layer) -> int:

@@ -124,6 +124,16 @@ def input_gradient(grad: Tensor, weight: Tensor, again: bool = False) -> Tensor:
     return _onednn(grad, weight.t(), None)
 
 
+def masked_input_gradient(grad: Tensor, weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor] | None:
+    """:func:`relu_gradient` of :func:`input_gradient` and ``out`` ``[*, in]``, in one pass; ``None`` where there is no such pass."""
+    if not (onednn_serves(grad, weight.t()) and _native_serves(grad, weight, weight.shape[1]) and _is_plain(out)):
+        return None
+    if out.dtype != torch.float32 or not out.is_contiguous():
+        return None
+    made, sums = native.masked_product(grad.reshape(-1, grad.shape[-1]), weight, out.view(-1, out.shape[-1]))
+    return made.view(out.shape), sums
+
+
 def weight_gradient(grad: Tensor, x: Tensor, again: bool = False, dtype: torch.dtype | None = None) -> Tensor:
     """``grad.T @ x`` over all leading dimensions: ``[*, out]``, ``[*, in]`` -> ``[out, in]``, contiguous. ``again``: see above. ``dtype``: of the
     result, the weight's; grad's if not given."""

@@ -21,7 +21,7 @@ if _lib is not None:
     _word, _pointer = ctypes.c_int64, ctypes.c_void_p
     _lib.twm_ready.restype = _word
     _lib.twm_product.restype = _word
-    _lib.twm_product.argtypes = [_pointer, _word, _word, _pointer, _word, _word, _pointer, _pointer, _word, _word, _word, _word]
+    _lib.twm_product.argtypes = [*[_pointer, _word, _word] * 2, _pointer, _pointer, *[_word] * 4, _pointer, _word, _pointer]
     _lib.twm_masked.restype = None
     _lib.twm_masked.argtypes = [_pointer, _word, _pointer, _pointer, _pointer, _word, _word]
 _ready = _lib is not None and bool(_lib.twm_ready())
@@ -43,20 +43,33 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, relu: bool = False
     """``a @ b + bias``, then ReLU if asked (NaN stays NaN): ``[rows, depth]``, ``[depth, cols]``, ``[cols]`` -> ``[rows, cols]``
     contiguous, float32. No size may be 0. Transposed operands cost no copy. Raises
     ``RuntimeError`` for shapes that do not fit and ``MemoryError``."""
+    return _product(a, b, bias, relu, None)[0]
+
+
+def masked_product(a: Tensor, b: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`masked` of :func:`product` (``a``, ``b``) and ``out`` ``[rows, cols]``, whose columns lie side by side, in one pass. Raises as they do."""
+    if out.shape != (a.shape[0], b.shape[1]) or out.stride(1) != 1:
+        raise RuntimeError(f"the mask is {list(out.shape)} with strides {out.stride()}; it must be [{a.shape[0]}, {b.shape[1]}], its columns side by side")
+    made, sums = _product(a, b, None, False, out)
+    assert sums is not None
+    return made, sums
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, relu: bool, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
     (a, a_stride, a_turned), (b, b_stride, b_turned) = laid_out(a), laid_out(b)
     (rows, depth), cols = a.shape, b.shape[1]
     if b.shape[0] != depth or (bias is not None and bias.shape != (cols,)):
         biased = "" if bias is None else f" + {list(bias.shape)}"
         raise RuntimeError(f"shapes cannot be multiplied: [{rows}, {depth}] x {list(b.shape)}{biased}")
     bias = None if bias is None else bias.contiguous()
-    out = a.new_empty(rows, cols)
+    out, sums = a.new_empty(rows, cols), None if kept is None else a.new_empty(cols)
     failed = _lib.twm_product(
         a.data_ptr(), a_stride, a_turned, b.data_ptr(), b_stride, b_turned, None if bias is None else bias.data_ptr(), out.data_ptr(),
-        rows, cols, depth, relu,
+        rows, cols, depth, relu, *((None, 0, None) if kept is None else (kept.data_ptr(), kept.stride(0), sums.data_ptr())),
     )  # fmt: skip
     if failed:
         raise MemoryError(f"no memory to pack a product of [{rows}, {depth}] and [{depth}, {cols}]")
-    return out
+    return out, sums
 
 
 def masked(grad: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

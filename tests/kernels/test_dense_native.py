@@ -104,3 +104,19 @@ def test_products_of_linear_layers(threads, monkeypatch):
         assert len(used) == (3 if threads == 1 else 0)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_masked_products_of_any_size(sizes):
+    torch.manual_seed(0)
+    rows, cols, depth = sizes
+    kept = torch.randn(rows, cols + 5)[:, :cols].relu()
+    kept[0, 0] = float("nan")  # passes, as in torch
+    for left in ("rows", "columns"):
+        a, b = LAYOUTS[left](rows, depth), LAYOUTS["rows"](depth, cols)
+        made, sums = native.masked_product(a, b, kept)
+        plain = torch.ops.aten.threshold_backward(a.double() @ b.double(), kept.double(), 0)
+        torch.testing.assert_close(made.double(), plain, rtol=1e-5, atol=2e-6 * (depth**0.5 + 4))
+        torch.testing.assert_close(sums.double(), plain.sum(0), rtol=1e-5, atol=2e-5 * (depth * rows) ** 0.5 + 1e-5)
+    with pytest.raises(RuntimeError, match="the mask is"):
+        native.masked_product(a, b, kept.t())

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tablewright.kernels.dense import gemm
+from tablewright.kernels.dense import gemm, native
+from tablewright.kernels.dense import op as dense_op
 from tablewright.kernels.dense.op import ACTIVATIONS, OP, call, reference
 
 
@@ -204,3 +205,42 @@ def test_the_result_may_be_written_to(shape):
         results.append(torch.autograd.grad(out.masked_fill_(out > 1, 0).sum(), (x, weight, bias)))
     for ours, plain in zip(*results):
         torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.skipif(not native._ready, reason=f"NOT TESTED: {native.describe()}")
+@pytest.mark.parametrize("shape", [(1201, 40), (13, 100, 40)])
+@pytest.mark.parametrize("readers", [1, 2])
+def test_gradients_of_relus_are_masked_by_the_layer_above(shape, readers, monkeypatch):
+    """Where it is the only reader, once; where another reader's gradient is added, again."""
+    torch.manual_seed(0)
+    passes = []
+    masked = native.masked
+    monkeypatch.setattr(native, "masked", lambda *args: passes.append(1) or masked(*args))
+    weights = [torch.randn(out, into) / 8 for into, out in ((40, 1030), (1030, 47), (47, 33))]
+    results = []
+    for run, dtype in ((call, torch.float32), (reference, torch.float64)):
+        torch.manual_seed(1)
+        flag = (True,) if run is call else ()
+        given = [torch.randn(shape).to(dtype), *(w.to(dtype) for w in weights), *(torch.randn(len(w)).to(dtype) for w in weights)]
+        x, *parameters = [t.requires_grad_() for t in given]
+        first = run(x, parameters[0], parameters[3], "relu")
+        second = run(first, parameters[1], parameters[4], "relu", *flag)
+        out = run(second, parameters[2], parameters[5], "none", *flag)
+        loss = out.square().sum() + (first.cos().sum() if readers == 2 else 0)
+        results.append(torch.autograd.grad(loss, [x, *parameters]))
+    assert len(passes) == readers - 1
+    for ours, plain in zip(*results):
+        torch.testing.assert_close(ours.double(), plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
+
+
+@pytest.mark.skipif(not native._ready, reason=f"NOT TESTED: {native.describe()}")
+def test_a_mask_of_another_result_is_not_taken():
+    x = torch.randn(1500, 40, requires_grad=True)
+    weight = torch.randn(40, 40)
+    out = call(x, weight, None, "relu")
+    grad = torch.randn(1500, 40)
+    plain = torch.autograd.grad(out, x, grad, retain_graph=True)[0]
+    setattr(grad, dense_op._MASKED, (x.data_ptr(), grad._version, torch.zeros(40)))
+    assert torch.equal(torch.autograd.grad(out, x, grad, retain_graph=True)[0], plain)
+    setattr(grad, dense_op._MASKED, (out.data_ptr(), grad._version - 1, torch.zeros(40)))
+    assert torch.equal(torch.autograd.grad(out, x, grad)[0], plain)

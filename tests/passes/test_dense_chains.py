@@ -190,3 +190,24 @@ def test_writes_between_a_product_and_its_activation(what):
     done = rewrite(model, (torch.randn(5, 4),), FUSE)
     assert [n.args[3] for n in done.nodes("dense")] == ["none"] and done.nodes("relu")
     assert_sound(done)
+
+
+class Returned(nn.Module):
+    """The hidden result is read by a layer alone, by another reader too, or returned, so that its gradient can be asked for."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.first, self.second = how, nn.Linear(7, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = self.first(x).relu()
+        out = self.second(hidden)
+        return (out, hidden) if self.how == "returned" else out + hidden.sum() if self.how == "read twice" else out
+
+
+@pytest.mark.parametrize("how", ["read once", "read twice", "returned"])
+def test_only_the_one_reader_of_a_relu_masks_its_gradient(how):
+    done = rewrite(Returned(how), (torch.randn(5, 7),), FUSE)
+    first, second = done.nodes("dense")
+    assert len(first.args) == 4 and second.args[4:] == ((True,) if how == "read once" else ())
+    assert_sound(done)

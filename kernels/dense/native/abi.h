@@ -14,10 +14,19 @@ struct Matrix {
     bool turned;
 };
 
+// What happens to a product before it is written, in this order: `bias` [cols] or null is added; ReLU if asked; 0 where `kept` [rows, cols],
+// its rows kept_stride apart, is 0 or less, and then `sums` [cols] get the sum of each column. kept may be null.
+struct Finish {
+    const float* bias;
+    bool relu;
+    const float* kept;
+    int64_t kept_stride;
+    float* sums;
+};
+
 struct Kernels {
-    // out [rows, cols], contiguous = a [rows, depth] x b [depth, cols] + bias [cols] or null, then ReLU if asked. All sizes at least 1.
-    void (*product)(const Matrix& a, const Matrix& b, const float* bias, float* out, int64_t rows, int64_t cols, int64_t depth, bool relu,
-                    float* room);
+    // out [rows, cols], contiguous = a [rows, depth] x b [depth, cols], finished. All sizes at least 1.
+    void (*product)(const Matrix& a, const Matrix& b, const Finish& finish, float* out, int64_t rows, int64_t cols, int64_t depth, float* room);
     // How many floats of 64-byte aligned room a product takes.
     int64_t (*room)(int64_t cols, int64_t depth);
     // out = grad where kept > 0, else 0, all [rows, cols] with the strides given in values (out is contiguous); sums [cols]: of each

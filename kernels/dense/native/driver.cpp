@@ -28,11 +28,13 @@ TW_EXPORT int64_t twm_ready() { return kernels() != nullptr; }
 
 // 0, or 1 where there is no memory for it.
 TW_EXPORT int64_t twm_product(const float* a, int64_t a_stride, int64_t a_turned, const float* b, int64_t b_stride, int64_t b_turned,
-                              const float* bias, float* out, int64_t rows, int64_t cols, int64_t depth, int64_t relu) {
+                              const float* bias, float* out, int64_t rows, int64_t cols, int64_t depth, int64_t relu, const float* kept,
+                              int64_t kept_stride, float* sums) {
     static const twm::Kernels* const use = kernels();
     float* space = room.of(use->room(cols, depth));
     if (space == nullptr) return 1;
-    use->product({a, a_stride, a_turned != 0}, {b, b_stride, b_turned != 0}, bias, out, rows, cols, depth, relu != 0, space);
+    use->product({a, a_stride, a_turned != 0}, {b, b_stride, b_turned != 0}, {bias, relu != 0, kept, kept_stride, sums}, out, rows, cols, depth,
+                 space);
     return 0;
 }
 

@@ -14,6 +14,7 @@
 #endif
 #include "abi.h"
 
+using twm::Finish;
 using twm::Matrix;
 
 namespace {
@@ -63,9 +64,13 @@ template <int64_t W> void pack(const float* from, int64_t stride, bool across, i
         }
 }
 
-// A tile of R rows and at most NR columns; `add` to what is there.
+// As torch's threshold_backward: 0 only where `of` is at most 0, so that NaN passes.
+inline __m512 passed(__m512 value, __m512 of) { return _mm512_maskz_mov_ps(__mmask16(~_mm512_cmp_ps_mask(of, _mm512_setzero_ps(), _CMP_LE_OQ)), value); }
+
+// A tile of R rows and at most NR columns; `add` to what is there. `kept`: see Finish, from the tile's place on.
 template <int R>
-void tile(int64_t depth, const float* a, const float* b, float* out, int64_t stride, int64_t cols, bool add, const float* bias, bool relu) {
+void tile(int64_t depth, const float* a, const float* b, float* out, int64_t stride, int64_t cols, bool add, const float* bias, bool relu,
+          const float* kept, int64_t kept_stride, float* sums) {
     const __mmask16 left = first(cols), right = first(cols - 16);
     __m512 s[R][2];
 #pragma GCC unroll 12
@@ -73,6 +78,7 @@ void tile(int64_t depth, const float* a, const float* b, float* out, int64_t str
         s[i][0] = s[i][1] = _mm512_setzero_ps();
         _mm_prefetch(reinterpret_cast<const char*>(out + i * stride), _MM_HINT_T0);
         _mm_prefetch(reinterpret_cast<const char*>(out + i * stride + 16), _MM_HINT_T0);
+        if (kept != nullptr) soon(kept + i * kept_stride), soon(kept + i * kept_stride + 16);
     }
     for (int64_t p = 0; p < depth; p++, a += MR, b += NR) {
         const __m512 b0 = _mm512_load_ps(b), b1 = _mm512_load_ps(b + 16);
@@ -99,17 +105,32 @@ void tile(int64_t depth, const float* a, const float* b, float* out, int64_t str
             s[i][0] = _mm512_max_ps(zero, s[i][0]);
             s[i][1] = _mm512_max_ps(zero, s[i][1]);
         }
+        if (kept != nullptr) {
+            const float* of = kept + i * kept_stride;
+            s[i][0] = passed(s[i][0], _mm512_maskz_loadu_ps(left, of));
+            s[i][1] = passed(s[i][1], _mm512_maskz_loadu_ps(right, of + 16));
+        }
         _mm512_mask_storeu_ps(row, left, s[i][0]);
         _mm512_mask_storeu_ps(row + 16, right, s[i][1]);
     }
+    if (kept != nullptr) {
+#pragma GCC unroll 12
+        for (int i = 1; i < R; i++) {
+            s[0][0] = _mm512_add_ps(s[0][0], s[i][0]);
+            s[0][1] = _mm512_add_ps(s[0][1], s[i][1]);
+        }
+        _mm512_mask_storeu_ps(sums, left, _mm512_add_ps(s[0][0], _mm512_maskz_loadu_ps(left, sums)));
+        _mm512_mask_storeu_ps(sums + 16, right, _mm512_add_ps(s[0][1], _mm512_maskz_loadu_ps(right, sums + 16)));
+    }
 }
 
-typedef void (*Tile)(int64_t, const float*, const float*, float*, int64_t, int64_t, bool, const float*, bool);
+typedef void (*Tile)(int64_t, const float*, const float*, float*, int64_t, int64_t, bool, const float*, bool, const float*, int64_t, float*);
 const Tile TILES[MR + 1] = {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>};
 
 int64_t room(int64_t cols, int64_t depth) { return (rounded_up(cols, NR) + MC) * least(rounded_up(depth, 16), KC); }
 
-void product(const Matrix& a, const Matrix& b, const float* bias, float* out, int64_t rows, int64_t cols, int64_t depth, bool relu, float* room) {
+void product(const Matrix& a, const Matrix& b, const Finish& finish, float* out, int64_t rows, int64_t cols, int64_t depth, float* room) {
+    if (finish.kept != nullptr) memset(finish.sums, 0, size_t(cols) * sizeof(float));
     const int64_t parts = (depth + KC - 1) / KC, part = least(rounded_up((depth + parts - 1) / parts, 16), KC);
     float* const packed_b = room;
     float* const packed_a = room + rounded_up(cols, NR) * part;
@@ -123,7 +144,9 @@ void product(const Matrix& a, const Matrix& b, const float* bias, float* out, in
             for (int64_t j = 0; j < cols; j += NR)
                 for (int64_t i = 0; i < high; i += MR)
                     TILES[least(MR, high - i)](some, packed_a + i * some, packed_b + j * some, out + (top + i) * cols + j, cols, cols - j, p > 0,
-                                               last && bias != nullptr ? bias + j : nullptr, last && relu);
+                                               last && finish.bias != nullptr ? finish.bias + j : nullptr, last && finish.relu,
+                                               last && finish.kept != nullptr ? finish.kept + (top + i) * finish.kept_stride + j : nullptr,
+                                               finish.kept_stride, finish.kept != nullptr ? finish.sums + j : nullptr);
         }
     }
 }
