@@ -74,6 +74,7 @@ class DenseChains(Measured):
                 chain = _chain(node)
                 seen.update(chain)
                 records.append(self._rewrite(chain, context, writes))
+        _tell(context)
         return records
 
     def _rewrite(self, chain: list[Node], context: Context, writes: Writes) -> Record:
@@ -102,7 +103,6 @@ class DenseChains(Measured):
         editor = Editor(context.graph, self.name)
         for layer in chosen:
             _replace(editor, layer)
-        _tell(context)
         gain = f"; {_timed([timings[layer] for layer in chosen])}" if self.measure else ""
         return row(APPLIED, detail=f"{len(chosen)} of {len(chain)} linear layers{gain}")
 
