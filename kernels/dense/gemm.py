@@ -124,7 +124,7 @@ def input_gradient(grad: Tensor, weight: Tensor, again: bool = False) -> Tensor:
     return _onednn(grad, weight.t(), None)
 
 
-def masked_input_gradient(grad: Tensor, weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor] | None:
+def relu_input_gradient(grad: Tensor, weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor] | None:
     """:func:`relu_gradient` of :func:`input_gradient` and ``out`` ``[*, in]``, in one pass; ``None`` where there is no such pass."""
     if not (onednn_serves(grad, weight.t()) and _native_serves(grad, weight, weight.shape[1]) and _is_plain(out)):
         return None

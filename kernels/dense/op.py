@@ -60,7 +60,7 @@ def _backward(
     grad, sums = (_DERIVE[activation](grad, out), None) if both is None else both
     made = []
     if wanted[0]:
-        masked = gemm.masked_input_gradient(grad, weight, x) if of_relu and not again else None
+        masked = gemm.relu_input_gradient(grad, weight, x) if of_relu and not again else None
         made.append(gemm.input_gradient(grad, weight, again) if masked is None else masked[0])
         if masked is not None:
             setattr(masked[0], _MASKED, (x.data_ptr(), masked[0]._version, masked[1]))
