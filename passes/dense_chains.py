@@ -140,8 +140,8 @@ def _product(node: Node) -> Layer | None:
         if _is_matrix(weight) and not is_constant(x):
             return Layer(node, x, weight, None, True)
         return Layer(node, weight, x, None, False, column=True) if _is_matrix(x) and _is_columns(weight) else None
-    if is_op(node, aten.einsum.default) and len(node.args[1]) == 2:
-        x, weight = node.args[1]
+    if is_op(node, aten.einsum.default) and len(read := node.all_input_nodes) == 2:
+        x, weight = read
         turned = _einsum_turned(str(node.args[0])) if _is_matrix(weight) and not is_constant(x) else None
         return None if turned is None else Layer(node, x, weight, None, turned)
     return None

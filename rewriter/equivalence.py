@@ -16,6 +16,7 @@ from torch.fx import Graph
 from torch.utils import _pytree as pytree
 
 from ..kernels.embedding import reference
+from ..kernels.embedding.kept_rules import KeptRules
 from ..kernels.embedding.op import OP
 from ..kernels.embedding.optimizers import RowUpdates, _touched_rows, row_wise
 from ..kernels.embedding.spec import decode
@@ -304,6 +305,6 @@ def _reference_step(optimizer: RowUpdates, plain: nn.Module) -> None:
                 lone = RowUpdates([{**{k: v for k, v in group.items() if k != "param_names"}, "params": [(name, table)]}])
                 if param in optimizer.state:
                     lone.state[table] = copy.deepcopy(optimizer.state[param])
-                (update,) = lone._updates([(table, lone.param_groups[0])])
+                (update,) = KeptRules([table], lone.param_groups).next([0], lone.state, lone._start)
                 rows, values = touched._indices().squeeze(0), touched._values()
                 reference.update_from_sparse([table.detach()], [rows], [values], [update])
