@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
@@ -22,3 +23,10 @@ def load(folder: Path, version_function: str, version: int) -> tuple[ctypes.CDLL
     if built != version:
         return None, f"{found[0]} was built from other sources (interface {built}, wanted {version}); install the package again"
     return library, ""
+
+
+def declare(library: ctypes.CDLL, prefix: str, signatures: Mapping[str, tuple[type | None, Sequence[type]]]) -> None:
+    """Say what the functions ``prefix`` + name of ``library`` return and take: ctypes types, by name."""
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, prefix + name)
+        function.restype, function.argtypes = result, arguments

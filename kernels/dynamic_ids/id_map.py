@@ -22,7 +22,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..native_library import load
+from ..native_library import declare, load
 
 POLICIES = ("lru", "lfu", "age")
 LARGEST = 2**31 - 2  # slots
@@ -41,9 +41,7 @@ if _lib is not None:
         "waiting": (_word, [*[_pointer] * 4, _word]),
         "load": (_word, [_pointer, _pointer, _pointer, _word, _pointer, _pointer, _pointer, _word]),
     }
-    for _name, (_result, _arguments) in _signatures.items():
-        _function = getattr(_lib, f"twd_{_name}")
-        _function.restype, _function.argtypes = _result, _arguments
+    declare(_lib, "twd_", _signatures)
 
 
 class IdMapError(RuntimeError):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..memory import promised
-from ..native_library import load
+from ..native_library import declare, load
 
 WAYS = 16  # slots in a set
 STARTS = ("constant", "uniform", "normal")
@@ -44,9 +44,7 @@ if _lib is not None:
         "counters": (None, [_pointer, _pointer]),
         "start": (None, [_word, _word, _real, _real, _word, ctypes.c_uint64, _pointer, _word, _pointer]),
     }
-    for _name, (_result, _arguments) in _signatures.items():
-        _function = getattr(_lib, f"twt_{_name}")
-        _function.restype, _function.argtypes = _result, _arguments
+    declare(_lib, "twt_", _signatures)
 
 
 class TierError(RuntimeError):

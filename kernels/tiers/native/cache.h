@@ -327,7 +327,7 @@ class Cache {
             store_->write(rows, [&](size_t i, char* to) {
                 if (i + LEAVING < count)
                     for (size_t p = 0; p < parts_.size(); p++)
-                        for (int64_t at = 0; at < parts_[p].bytes; at += 64) __builtin_prefetch(arrays[p] + kept[first + i + LEAVING].slot * parts_[p].bytes + at);
+                        for (int64_t at = 0; at < parts_[p].bytes; at += 64) __builtin_prefetch(arrays[p] + kept[first + i + LEAVING].slot * parts_[p].bytes + at, 0, 0);  // once
                 gather(kept[first + i].slot, arrays, to);
             });
         }
