@@ -2,7 +2,8 @@
 //
 //   rows.dat     header (4 KiB), one bit for each row that was ever written, the records; holes where nothing was written
 //   journal.dat  records written since the last snapshot, each with its row and a checksum, the newest of a row last; read through an
-//                index in memory. At most half of it is out of date: what is needed of other parts moves to the end, and they become holes
+//                index in memory. At most half of it is out of date: what is needed of other parts moves to the end, and they become holes.
+//                On Linux, where it is long, its oldest part is on the disk alone, and is read from there past the system's memory
 //   COMMIT       its generation, the journal's bytes and rows; there from the moment a snapshot is complete until the journal has been copied into rows.dat
 //
 // A process that dies leaves either no COMMIT (the journal is dropped: the last snapshot) or one (the journal is copied again).
