@@ -252,8 +252,8 @@ def test_a_journal_keeps_to_what_is_needed(tmp_path):
 
 def _with_far_rows(folder, slots):
     """A cache of rows of 4 KiB whose journal is larger than what of it stays in the system's memory, and what they are: the oldest are read from the disk."""
-    cache, whole = RowCache(folder, 30_000, [Part(1000), Part(24)], slots), torch.zeros(30_000)
-    for first in range(0, 24_000, 1000):
+    cache, whole = RowCache(folder, 10_000, [Part(1000), Part(24)], slots), torch.zeros(10_000)
+    for first in range(0, 8_000, 1000):
         rows = torch.arange(first, first + 1000)
         cache.write(rows, rows[:, None].float().expand(1000, 1000))
         whole[rows] = rows.float()
@@ -263,12 +263,12 @@ def _with_far_rows(folder, slots):
 def test_rows_are_left_to_the_disk_and_come_back(tmp_path):
     cache, whole = _with_far_rows(tmp_path, 2048)
     for step in range(30):
-        ids = torch.cat([torch.arange(step, 300, 30) * 20, torch.randint(0, 30_000, (300,), generator=torch.Generator().manual_seed(step))])
+        ids = torch.cat([torch.arange(step, 300, 30) * 10, torch.randint(0, 10_000, (300,), generator=torch.Generator().manual_seed(step))])
         slots, ticket = cache.fetch(ids)
         assert torch.equal(cache.parts[0][slots], whole[ids, None].expand(-1, 1000)) and not cache.parts[1][slots].any()
         cache.parts[0][slots] = whole[ids, None] = -1.0 - step
         cache.release(ticket)
-    ids = torch.arange(0, 30_000, 7)
+    ids = torch.arange(0, 10_000, 7)
     assert torch.equal(cache.read(ids)[:, 999], whole[ids])
 
 
@@ -283,7 +283,7 @@ def test_a_row_that_leaves_and_returns_in_one_batch_is_its_newest(tmp_path):
     assert cache.parts[0][slots][:, 0].tolist() == [200.0, 55.0]
 
 
-@pytest.mark.parametrize("row", [3, 23_990], ids=["on the disk", "in memory"])
+@pytest.mark.parametrize("row", [3, 7_990], ids=["on the disk", "in memory"])
 def test_a_damaged_row_of_the_journal_is_named(tmp_path, row):
     cache, _ = _with_far_rows(tmp_path, 512)
     entry = 16 + 4096

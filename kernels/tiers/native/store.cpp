@@ -35,7 +35,7 @@ struct Entry {  // before each record in the journal
 
 const int64_t SEGMENT = 1024;        // records of the journal that are given back together: whole pages, whatever a record's size
 const int64_t SENT = 2 << 20;         // bytes of the journal that are sent to the disk together
-const int64_t LEAST_NEAR = 64 << 20;
+const int64_t LEAST_NEAR = 16 << 20;
 const int64_t SELDOM = 64;            // rows written for one read that the disk does meanwhile
 const int64_t SPARE = 64 * SEGMENT;  // records that nobody needs any more, which the journal may hold anyway
 

@@ -145,7 +145,7 @@ class Rows {
 class Store : public Rows {
   public:
     // Opens or creates the files in `folder`. Throws Failure.
-    // `near`: bytes of the journal, its newest, that stay in the system's memory; 64 MiB at least. Older records are read from the disk.
+    // `near`: bytes of the journal, its newest, that stay in the system's memory; 16 MiB at least. Older records are read from the disk.
     // A journal with a COMMIT is complete; where `wanted` >= 0 it is used only up to that generation, and else dropped.
     Store(const std::string& folder, int64_t rows, const std::vector<Part>& parts, uint64_t seed, bool create, int64_t wanted, int64_t near);
 
