@@ -225,7 +225,7 @@ def test_a_commit_that_was_interrupted_is_finished(tmp_path):
 
 def test_a_journal_keeps_to_what_is_needed(tmp_path):
     """Rows that leave again and again: the journal gives back what is out of date, loses nothing, and a snapshot with its holes is whole."""
-    rows, width = 20_000, 16
+    rows, width = 20_000, 64  # so that its oldest part is on the disk
     cache, whole, generator = RowCache(tmp_path, rows, [Part(width)], 2048), torch.zeros(20_000), torch.Generator().manual_seed(0)
     for step in range(1, 1500):
         ids = torch.unique((torch.rand(300, generator=generator) ** 2 * rows).long())  # some often, some seldom
