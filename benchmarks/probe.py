@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from tablewright.kernels import memory
 from tablewright.kernels.embedding import cpu
 from torch import Tensor
 
@@ -32,20 +33,30 @@ def gather_limit(weights: list[Tensor], batches: list[Tensor], copies: bool) -> 
 
 
 def update_limit(
-    weights: list[Tensor], batches: list[Tensor], state: Tensor | None, bags: int, copies: bool
+    weights: list[Tensor], batches: list[Tensor], state: Tensor | None, bags: int, copies: bool, stored: bool = False
 ) -> Callable[[int], None]:  # fmt: skip
     """What a lookup with its update must move: read every looked-up row (and write it out, see :func:`gather_limit`), read one
     gradient row for each of ``bags`` bags, and read, change and write back each distinct row, in ascending order, and the same
-    rows of an element-wise ``state``, if there is one."""
+    rows of an element-wise ``state``, if there is one. ``stored``: the summed gradient of each distinct row is written to memory and read
+    again, as a step from ``.grad`` must."""
     read = gather_limit(weights, batches, copies)
     distinct = [_global_rows(weights, ids).unique() for ids in batches]
     parts = [weights] if state is None else [weights, [state.view(-1, weights[0].shape[1])]]
     gradients = torch.randn(bags, weights[0].shape[1])
     order = torch.randperm(bags)
+    most = max(map(len, distinct)) if stored else 0
+    source, sums = torch.randint(0, bags, (most,)), torch.empty(most, weights[0].shape[1])
+    memory.use_huge_pages([sums])
+    in_order = torch.arange(most)
 
     def call(i: int) -> None:
         read(i)
-        _probe([gradients], order, None, write=False)
+        if stored:
+            count = len(distinct[i % len(distinct)])
+            _probe([gradients], source[:count], sums, write=False)
+            _probe([sums], in_order[:count], None, write=False)
+        else:
+            _probe([gradients], order, None, write=False)
         for part in parts:
             _probe(part, distinct[i % len(distinct)], None, write=True)
 
