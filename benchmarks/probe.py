@@ -51,12 +51,11 @@ def update_limit(
 
     def call(i: int) -> None:
         read(i)
+        count = len(distinct[i % len(distinct)]) if stored else 0
         if stored:
-            count = len(distinct[i % len(distinct)])
             _probe([gradients], source[:count], sums, write=False)
             _probe([sums], in_order[:count], None, write=False)
-        else:
-            _probe([gradients], order, None, write=False)
+        _probe([gradients], order[count:], None, write=False)  # what was not read before
         for part in parts:
             _probe(part, distinct[i % len(distinct)], None, write=True)
 
