@@ -14,6 +14,7 @@ from pathlib import Path
 import tablewright as tw
 import torch
 from embedding_cpu import heading
+from tablewright.kernels import memory
 from torch import Tensor, nn
 from workload import interleaved, median_ms
 
@@ -30,14 +31,14 @@ class Lookups(nn.Module):
         return torch.cat([table(i) for table, i in zip(self.tables, ids)], dim=-1)
 
 
-def shapes(tables: list[int], dims: list[int]):
-    for count, dim, pooling, batch in itertools.product(tables, dims, [1, 10, 100], [1, 32, 2048, 16384]):
+def shapes(args):
+    for count, dim, pooling, batch in itertools.product(args.tables, args.dims, args.pooling, args.batches):
         if count * dim * pooling * batch <= 40_000_000 and count * batch * dim <= 8_000_000:
             yield count, dim, pooling, batch
 
 
-def measure(count: int, dim: int, pooling: int, batch: int, seconds: float) -> str:
-    rows = max(100, min(20_000, 40_000_000 // (count * dim)))
+def measure(count: int, dim: int, pooling: int, batch: int, seconds: float, rows: int) -> str:
+    rows = max(100, min(rows, 40_000_000 // (count * dim)))
     batches = [
         [torch.randint(0, rows, (batch,) if pooling == 1 else (batch, pooling)) for _ in range(count)] for _ in range(4)
     ]
@@ -46,6 +47,8 @@ def measure(count: int, dim: int, pooling: int, batch: int, seconds: float) -> s
     ours = Lookups(count, rows, dim, pooling, False)
     optimizer = torch.optim.Adagrad(ours.parameters(), lr=0.01)
     parts["ours"] = tw.optimize(ours, "auto", optimizer=optimizer, sample_inputs=(batches[0],))
+
+    memory.wait()  # while pages are moved to huge ones, reads of them stop
 
     def forward(model):
         def call(i: int) -> None:
@@ -77,6 +80,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each comparison")
     parser.add_argument("--tables", type=int, nargs="+", default=[1, 2, 4, 26, 200, 1000])
     parser.add_argument("--dims", type=int, nargs="+", default=[4, 16, 64, 512])
+    parser.add_argument("--pooling", type=int, nargs="+", default=[1, 10, 100])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 2048, 16384])
+    parser.add_argument("--rows", type=int, default=20_000, help="of a table, at most")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -84,8 +90,8 @@ def main() -> None:
              "| tables | pooling | batch | forward ms | vs plain | vs plain sparse | step ms | vs plain | vs plain sparse |",
              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     print("\n".join(lines), flush=True)
-    for shape in shapes(args.tables, args.dims):
-        lines.append(measure(*shape, args.seconds))
+    for shape in shapes(args):
+        lines.append(measure(*shape, args.seconds, args.rows))
         print(lines[-1], flush=True)
         if args.out:
             args.out.write_text("\n".join(lines) + "\n")
