@@ -53,23 +53,23 @@ class Measured(Pass):
 
     measure: bool = True
 
-    def no_gain(self, context: Context, nodes: Sequence[Node], rewrite: Rewrite) -> Skip | None:
+    def no_gain(self, context: Context, nodes: Sequence[Node], rewrite: Rewrite, least: float = LEAST_GAIN) -> Skip | None:
         """``None`` where replacing ``nodes`` pays (or need not be measured); else a :class:`Skip` that says why not.
 
         ``rewrite(editor, copy_of)`` edits a copy of the subgraph just as the pass would edit the graph itself: ``copy_of`` maps
         each of ``nodes`` and everything they read to its copy. It must not touch any other node. Measured is at the sample's
-        batch, or at ``ROWS`` if that is more and what the nodes read has the batch in its first dimension.
+        batch, or at ``ROWS`` if that is more and what the nodes read has the batch in its first dimension. ``least``: the gain to be reached.
         """
         if not self.measure:
             return None
         timing = time_both(context, nodes, rewrite, self.name)
         if timing is None:
             return skip("whether it pays is measured on the shapes of sample_inputs, and they are not known here", at=nodes[-1])
-        if timing.gain >= LEAST_GAIN:
+        if timing.gain >= least:
             return None
         return skip(
             f"measured on {timing.rows} rows: the rewrite takes {timing.rewritten * 1e6:.0f} us and the plain ops "
-            f"{timing.plain * 1e6:.0f} us; it must be {LEAST_GAIN}x faster to be made", at=nodes[-1],
+            f"{timing.plain * 1e6:.0f} us; it must be {least}x faster to be made", at=nodes[-1],
         )  # fmt: skip
 
 
