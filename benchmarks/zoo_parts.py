@@ -34,7 +34,7 @@ PRODUCTS = {
     "aten::mkldnn_convolution", "aten::_slow_conv2d_forward", "aten::_slow_conv2d_backward", "aten::mkldnn_rnn_layer",
     "aten::mkldnn_rnn_layer_backward",
 }  # fmt: skip
-LOOKUPS = {"_Lookup", "_LookupBackward", "tablewright::embedding_row_sums"}
+LOOKUPS = {"_Lookup", "_LookupBackward", "_OneLookup", "_OneLookupBackward", "tablewright::embedding_row_sums"}
 UPDATE = "update of tables"
 STEPS = 8
 
