@@ -164,6 +164,8 @@ def _einsum_turned(equation: str) -> bool | None:
     x, _, weight = given.partition(",")
     if not arrow or len(weight) != 2 or not x.isalpha() or len(set(x)) < len(x) or x[:-1] != out[:-1] or set(weight) != {x[-1], out[-1:]}:
         return None
+    if weight[0] == weight[1]:  # "bi,ii->bi" reads the diagonal
+        return None
     return weight[0] == x[-1]
 
 

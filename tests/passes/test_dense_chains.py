@@ -112,10 +112,11 @@ def test_every_layer_is_in_one_record(name):
         lambda m, x: torch.einsum("bi,jk->bi", x, m.b.weight),
         lambda m, x: torch.einsum("bi,ij->b", x, m.b.weight),
         lambda m, x: torch.einsum("bi,jj->bj", x, m.b.weight),
+        lambda m, x: torch.einsum("bi,ii->bi", x, m.b.weight),
         lambda m, x: torch.einsum("bi,i->b", x, m.c.bias),
         lambda m, x: m.b.weight @ m.c.weight.unsqueeze(2) * x.sum(),
     ],
-    ids=["wide columns", "turned", "no product", "summed", "diagonal", "a vector", "of parameters alone"],
+    ids=["wide columns", "turned", "no product", "summed", "diagonal", "times its diagonal", "a vector", "of parameters alone"],
 )
 def test_look_alikes_stay(how):
     done = rewrite(Forms(how), (torch.randn(5, 4),), FUSE)
