@@ -283,6 +283,22 @@ def test_a_row_that_leaves_and_returns_in_one_batch_is_its_newest(tmp_path):
     assert cache.parts[0][slots][:, 0].tolist() == [200.0, 55.0]
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="NOT TESTED: memory is read from /proc")
+def test_many_short_rows_from_the_disk_take_little_memory(tmp_path):
+    """Each of them is read with the blocks around it, at the same time as others."""
+    cache, rows = RowCache(tmp_path, 120_000, [Part(60)], 70_000), torch.arange(120_000)
+    cache.write(rows, rows[:, None].float().expand(-1, 60))
+    ids, before = rows[:40_000], _resident()
+    slots, ticket = cache.fetch(ids, train=False)
+    assert _resident() - before < 110 << 20  # of which the rows are 10 MB
+    assert torch.equal(cache.parts[0][slots][:, 59], ids.float())
+
+
+def _resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 @pytest.mark.parametrize("row", [3, 7_990], ids=["on the disk", "in memory"])
 def test_a_damaged_row_of_the_journal_is_named(tmp_path, row):
     cache, _ = _with_far_rows(tmp_path, 512)

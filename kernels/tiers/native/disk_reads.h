@@ -26,16 +26,17 @@ class DiskReads {
         free(memory_);
     }
 
-    // Starts to read `bytes` at each of `places`. What an earlier call started and nobody waited for is dropped.
+    // Starts to read `bytes` at each of `places`, as many as there is room for. What an earlier call started and nobody waited for is dropped.
     void begin(int file, const std::vector<int64_t>& places, int64_t bytes) {
         if (done_ < started_) close();
         file_ = file, bytes_ = bytes, places_ = places, done_ = started_ = 0;
         span_ = (bytes + BLOCK - 2) / BLOCK * BLOCK + BLOCK;  // what whole blocks around any place take
         found_.assign(places.size(), nullptr);
+        places_.resize(std::min(places.size(), size_t(MOST / span_)));
 #if defined(__linux__)
-        if (room_ < places.size() * size_t(span_)) {
+        if (room_ < places_.size() * size_t(span_)) {
             free(memory_);
-            room_ = places.size() * size_t(span_), memory_ = static_cast<char*>(aligned_alloc(size_t(BLOCK), room_));
+            room_ = places_.size() * size_t(span_), memory_ = static_cast<char*>(aligned_alloc(size_t(BLOCK), room_));
             if (!memory_) room_ = 0;
         }
         if (!memory_ || file < 0 || (!context_ && syscall(SYS_io_setup, DEPTH, &context_) != 0)) places_.clear();
@@ -68,6 +69,7 @@ class DiskReads {
 
   private:
     static const int64_t BLOCK = 4096;  // what disks and file systems read by
+    static const int64_t MOST = 64 << 20;  // bytes of memory: each of 8,000 short rows takes two blocks
     static const int DEPTH = 256;       // reads under way
 
     void submit() {
