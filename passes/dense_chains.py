@@ -182,6 +182,9 @@ def _layer(node: Node, writes: Writes) -> Layer | str:
     sizes = tuple(weight.shape)
     if weight.dim() != 2 or not all(isinstance(s, int) for s in weight.shape):
         return f"the weight has {weight.dim()} dimensions or a size that varies; a fixed [out, in] was needed"
+    fan_in = sizes[0] if layer.turned else sizes[1]
+    if is_op(node, aten.einsum.default) and type(value.shape[-1]) is int and value.shape[-1] != fan_in:
+        return f"the einsum repeats its one input column; an input of {fan_in} columns was needed"
     rows = _rows(layer)
     if rows * prod(sizes) < LEAST_WORK:
         return f"at {rows} rows the layer is {rows * prod(sizes) / 1e6:.2g} million multiply-adds; the fused layer gains from {LEAST_WORK / 1e6} on"

@@ -186,6 +186,6 @@ def masked_input_gradient(grad: Tensor, weight: Tensor, bits: Tensor, scale: flo
     """(:func:`input_gradient` of ``grad`` ``[rows, out]`` times ``scale`` where the bit is set and else 0, its sum over the rows in float32) in one
     product; ``None`` as above."""
     work = max(grad.numel(), 16 * len(grad)) * weight.shape[1]  # with the passes over the result that a lone product would leave
-    if not _bf16_serves(grad, weight, work, *weight.shape[::-1]):
+    if not grad.numel() or not _bf16_serves(grad, weight, work, *weight.shape[::-1]):
         return None
     return bf16.masked_product(grad, weight, bits, scale)

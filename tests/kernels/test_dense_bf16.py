@@ -112,6 +112,10 @@ def test_what_products_do_at_their_end(shape, threads):
     torch.testing.assert_close(sums.double(), plain.sum(0), rtol=1e-5, atol=2e-6 * (rows * depth) ** 0.5 + 1e-5)
 
 
+def test_a_layer_of_no_columns_has_no_product():
+    assert gemm.masked_input_gradient(torch.zeros(2048, 0, dtype=LOW), torch.zeros(0, 64), torch.zeros(2048, 2, dtype=torch.int32), 1.0) is None
+
+
 def test_refusals():
     with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied: \[2, 3\] x \[4, 40\]"):
         bf16.product(torch.ones(2, 3, dtype=LOW), torch.ones(4, 40))

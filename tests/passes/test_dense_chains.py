@@ -123,6 +123,11 @@ def test_look_alikes_stay(how):
     assert not done.records and not done.nodes("dense")
 
 
+def test_an_einsum_that_repeats_a_column_is_skipped():
+    done = rewrite(Forms(lambda m, x: torch.einsum("bi,ij->bj", x[:, :1], m.b.weight)), (torch.randn(5, 4),), FUSE)
+    assert "of 4 columns was needed" in done.of("SKIPPED")[0].reason
+
+
 def test_frozen_and_tied_weights():
     model = Forms(lambda m, x: m.c(m.b(m.a(x).relu())))
     model.c.weight = model.a.weight
