@@ -82,7 +82,7 @@ class FlightStore:
         # of each replica: its row port, 0 where there is none that can be reached, None where it was not asked yet
         self._row_ports: list[list[int | None]] = [[None if sockets else 0] * len(node) for node in self._nodes]
         self._sockets = sockets
-        self._near = sockets and all(_here(each) for node in self._nodes for each in node)
+        self._near = all(_here(each) for node in self._nodes for each in node)
         self._idle: dict[tuple[int, int], deque[_Exchange | RowSocket]] = {(n, r): deque() for n, node in enumerate(self._nodes) for r in range(len(node))}
         self._lock = threading.Lock()
         self._counts: dict[str, int] = dict.fromkeys(("requests", "over_row_ports", "rows", "bytes", "failovers"), 0)
@@ -128,7 +128,7 @@ class FlightStore:
             for n in busy:
                 pieces = [out[k][a : a + len(ids)] for (_, ids), (k, a) in zip(asked[n], places[n])]
                 calls.append(_Call(self, n, asked[n], pieces, end))
-            if not self._near:
+            if not (self._near and all(isinstance(call._stream, RowSocket) for call in calls)):
                 turns.leave()
             for call in calls:
                 call.answer()

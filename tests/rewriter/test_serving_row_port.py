@@ -218,8 +218,10 @@ def _received(port: int, sizes=(3, 5)) -> tuple[tuple[str, int], list[np.ndarray
     return link.receive(pieces), pieces
 
 
-@pytest.mark.parametrize("sockets, here, left", [(True, True, False), (True, False, True), (False, True, True)], ids=["this machine", "another", "Flight"])
-def test_who_waits_for_another_machine_leaves_its_turn(monkeypatch, sockets, here, left):
+@pytest.mark.parametrize("sockets, here, spoil, left", [
+    (True, True, None, False), (True, False, None, True), (False, True, None, True), (True, True, _closed, True),
+], ids=["this machine", "another", "Flight", "its port cannot be reached"])  # fmt: skip
+def test_who_waits_for_another_machine_leaves_its_turn(monkeypatch, sockets, here, spoil, left):
     seen, answer = [], flight_rows._Call.answer
 
     def noted(call):
@@ -228,13 +230,14 @@ def test_who_waits_for_another_machine_leaves_its_turn(monkeypatch, sockets, her
 
     with _server() as server:
         monkeypatch.setattr(flight_rows, "_here", lambda replica: here)
+        if spoil is not None:
+            spoil(server)
         store, one = _store(server, sockets), turns.Turns(1)
         monkeypatch.setattr(flight_rows._Call, "answer", noted)
         monkeypatch.setattr(flight_rows, "_PATIENCE", 0)
-        with one:
+        with contextlib.closing(store), one:  # a server does not end before its streams
             assert _rows_are_right(store) and not turns._thread.left and one._free == 0
         assert seen == [left] and one._free == 1
-        store.close()
 
 
 @pytest.mark.parametrize("replica, here", [("127.0.0.1:1", True), ("[::1]:1", True), ("localhost:1", True), ("10.0.0.1:1", False), ("a.b:1", False)])
