@@ -210,8 +210,11 @@ def test_the_result_may_be_written_to(shape):
 @pytest.mark.skipif(not native._ready, reason=f"NOT TESTED: {native.describe()}")
 @pytest.mark.parametrize("shape", [(1201, 40), (13, 100, 40)])
 @pytest.mark.parametrize("readers", [1, 2])
-def test_gradients_of_relus_are_masked_by_the_layer_above(shape, readers, monkeypatch):
-    """Where it is the only reader, once; where another reader's gradient is added, again."""
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gradients_of_relus_are_masked_by_the_layer_above(shape, readers, threads, monkeypatch, request):
+    """Where it is the only reader, once; where another reader's gradient is added, again. Over several threads torch's ops do it."""
+    request.addfinalizer(lambda before=torch.get_num_threads(): torch.set_num_threads(before))
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     passes = []
     masked = native.masked
@@ -228,7 +231,7 @@ def test_gradients_of_relus_are_masked_by_the_layer_above(shape, readers, monkey
         out = run(second, parameters[2], parameters[5], "none", *flag)
         loss = out.square().sum() + (first.cos().sum() if readers == 2 else 0)
         results.append(torch.autograd.grad(loss, [x, *parameters]))
-    assert len(passes) == readers - 1
+    assert len(passes) == (readers - 1 if threads == 1 else 0)
     for ours, plain in zip(*results):
         torch.testing.assert_close(ours.double(), plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
 

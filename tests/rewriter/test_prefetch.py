@@ -70,12 +70,13 @@ def test_batches_that_are_not_used_evaluations_between_and_a_loop_that_ends_earl
 
 def test_rows_come_before_they_are_asked_for(tmp_path):
     opt, _ = model_in(tmp_path)
-    fetched = threading.Event()
+    fetched, counted = threading.Event(), threading.Event()
 
     def loader():
         yield batch(0)
         yield batch(1)
         fetched.set()
+        counted.wait(30)  # the rows of another batch would be counted, too
         yield batch(2)
 
     line = iter(tw.pipeline(loader(), opt, inputs=lambda b: b[:2]))
@@ -87,6 +88,7 @@ def test_rows_come_before_they_are_asked_for(tmp_path):
     opt(items, users)
     after = opt.tiers["item.weight"]
     assert (after.hits, after.misses) == (before.hits, before.misses)  # nothing was fetched by the lookup itself
+    counted.set()
     line.close()
     assert threading.active_count() < 50
 
