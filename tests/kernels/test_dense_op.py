@@ -213,7 +213,8 @@ def test_the_result_may_be_written_to(shape):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_gradients_of_relus_are_masked_by_the_layer_above(shape, readers, threads, monkeypatch, request):
     """Where it is the only reader, once; where another reader's gradient is added, again. Over several threads torch's ops do it."""
-    request.addfinalizer(lambda before=torch.get_num_threads(): torch.set_num_threads(before))
+    before = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(before))
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     passes = []
