@@ -117,7 +117,6 @@ class _Even:
         columns = self.columns.to(places.device).repeat_interleave(header[:, 0].to(places.device), output_size=places.numel())
         return columns.add_(places, alpha=self.units)
 
-
     def merge(self, received: Tensor, header: Tensor, places: Tensor, slot: Tensor) -> None:
         """Write the rows to ``slot``."""
         count = received.numel() // self.width

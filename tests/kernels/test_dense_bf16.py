@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dense_layouts import LAYOUTS
 from tablewright.kernels.dense import bf16, gemm
 from tablewright.kernels.mlp import op as mlp
 from tablewright.kernels.mlp.layers import Layer, encode, pack, unpack
@@ -13,15 +14,6 @@ pytestmark = pytest.mark.skipif(not bf16._ready, reason=f"NOT TESTED: {bf16.desc
 
 # A tile has 12 rows and 32 columns, pairs of the depth lie together and 16 pairs are packed at once; float32 results take 2048 of the depth at a time.
 SIZES = [(1, 1, 1), (1, 32, 2), (11, 33, 15), (12, 47, 31), (13, 48, 33), (25, 64, 100), (205, 65, 1030), (400, 100, 13)]
-LAYOUTS = {
-    "rows": lambda rows, cols: torch.randn(rows, cols),
-    "columns": lambda rows, cols: torch.randn(cols, rows).t(),
-    "part of a wider matrix": lambda rows, cols: torch.randn(rows, cols + 7)[:, 3:-4],
-    "part of a higher matrix": lambda rows, cols: torch.randn(cols, rows + 5).t()[2:-3],
-    "every other": lambda rows, cols: torch.randn(rows, 2 * cols)[:, ::2],
-    "one row for all": lambda rows, cols: torch.randn(1, cols).expand(rows, cols),
-    "one column for all": lambda rows, cols: torch.randn(rows, 1).expand(rows, cols),
-}
 
 
 @pytest.fixture(params=[1, 2])

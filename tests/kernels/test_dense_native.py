@@ -3,21 +3,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dense_layouts import LAYOUTS
 from tablewright.kernels.dense import gemm, native
 
 pytestmark = pytest.mark.skipif(not native._ready, reason=f"NOT TESTED: {native.describe()}")
 
 # A tile has 12 rows and 32 columns, a block 48 rows, a part of the depth at most 1024.
 SIZES = [(1, 32, 1), (11, 33, 15), (12, 47, 16), (13, 48, 17), (25, 64, 100), (191, 65, 511), (193, 40, 513), (205, 32, 1030), (400, 1000, 13)]
-LAYOUTS = {
-    "rows": lambda rows, cols: torch.randn(rows, cols),
-    "columns": lambda rows, cols: torch.randn(cols, rows).t(),
-    "part of a wider matrix": lambda rows, cols: torch.randn(rows, cols + 7)[:, 3:-4],
-    "part of a higher matrix": lambda rows, cols: torch.randn(cols, rows + 5).t()[2:-3],
-    "every other": lambda rows, cols: torch.randn(rows, 2 * cols)[:, ::2],
-    "one row for all": lambda rows, cols: torch.randn(1, cols).expand(rows, cols),
-    "one column for all": lambda rows, cols: torch.randn(rows, 1).expand(rows, cols),
-}
 
 
 def assert_product(a, b, bias=None, relu=False):

@@ -160,39 +160,24 @@ class Cache {
     // Copies of rows as they are now, cached or not; the cache stays as it is.
     void peek(const int64_t* ids, int64_t n, int64_t part, char* out, char* const* arrays) {
         std::lock_guard<std::mutex> guard(lock_);
-        int64_t bytes = parts_[size_t(part)].bytes, before = 0;
-        for (int64_t p = 0; p < part; p++) before += parts_[size_t(p)].bytes;
-        std::vector<char> record(static_cast<size_t>(store_->record()));
-        for (int64_t i = 0; i < n; i++) {
-            if (ids[i] < 0 || ids[i] >= store_->rows()) throw Failure{"id " + std::to_string(ids[i]) + " is out of range"};
-            int64_t slot = find(ids[i]);
-            if (slot >= 0) {
-                memcpy(out + i * bytes, arrays[part] + slot * bytes, size_t(bytes));
-                continue;
-            }
-            filler_.record(ids[i], record.data());
-            memcpy(out + i * bytes, record.data() + before, size_t(bytes));
-        }
+        const int64_t bytes = parts_[size_t(part)].bytes;
+        each_row(ids, n, part, [&](int64_t i, int64_t slot) { memcpy(out + i * bytes, arrays[part] + slot * bytes, size_t(bytes)); },
+                 [&](int64_t i, std::vector<char>& record, int64_t before) { memcpy(out + i * bytes, record.data() + before, size_t(bytes)); });
     }
 
     // Sets one part of rows, cached or not.
     void poke(const int64_t* ids, int64_t n, int64_t part, const char* from, char* const* arrays) {
         std::lock_guard<std::mutex> guard(lock_);
-        int64_t bytes = parts_[size_t(part)].bytes, before = 0;
-        for (int64_t p = 0; p < part; p++) before += parts_[size_t(p)].bytes;
-        std::vector<char> record(static_cast<size_t>(store_->record()));
-        for (int64_t i = 0; i < n; i++) {
-            if (ids[i] < 0 || ids[i] >= store_->rows()) throw Failure{"id " + std::to_string(ids[i]) + " is out of range"};
-            int64_t slot = find(ids[i]);
-            if (slot >= 0) {
-                memcpy(arrays[part] + slot * bytes, from + i * bytes, size_t(bytes));
-                at(slot).dirty = 1;
-                continue;
-            }
-            filler_.record(ids[i], record.data());
-            memcpy(record.data() + before, from + i * bytes, size_t(bytes));
-            store_->write({ids[i]}, [&](size_t, char* to) { memcpy(to, record.data(), record.size()); });
-        }
+        const int64_t bytes = parts_[size_t(part)].bytes;
+        each_row(ids, n, part,
+                 [&](int64_t i, int64_t slot) {
+                     memcpy(arrays[part] + slot * bytes, from + i * bytes, size_t(bytes));
+                     at(slot).dirty = 1;
+                 },
+                 [&](int64_t i, std::vector<char>& record, int64_t before) {
+                     memcpy(record.data() + before, from + i * bytes, size_t(bytes));
+                     store_->write({ids[i]}, [&](size_t, char* to) { memcpy(to, record.data(), record.size()); });
+                 });
         std::lock_guard<std::mutex> tickets(tickets_lock_);
         count();
     }
@@ -205,6 +190,23 @@ class Cache {
     }
 
   private:
+    // `cached(i, slot)` for ids that have a slot; `away(i, record, before)` for others: all parts of the row, and where `part` begins in them.
+    template <class Cached, class Away> void each_row(const int64_t* ids, int64_t n, int64_t part, Cached cached, Away away) {
+        int64_t before = 0;
+        for (int64_t p = 0; p < part; p++) before += parts_[size_t(p)].bytes;
+        std::vector<char> record(static_cast<size_t>(store_->record()));
+        for (int64_t i = 0; i < n; i++) {
+            if (ids[i] < 0 || ids[i] >= store_->rows()) throw Failure{"id " + std::to_string(ids[i]) + " is out of range"};
+            const int64_t slot = find(ids[i]);
+            if (slot >= 0) {
+                cached(i, slot);
+                continue;
+            }
+            filler_.record(ids[i], record.data());
+            away(i, record, before);
+        }
+    }
+
     void count() {  // under tickets_lock_
         int64_t all[] = {hits_, misses_, filler_.made, filler_.read, written_, present_, store_->journal_rows(), store_->written_rows(), store_->generation(), 0};
         memcpy(counted_, all, sizeof all);
