@@ -211,14 +211,14 @@ def test_rows_are_filled_up_to_16_bytes_where_asked(monkeypatch, read_twice):
 
 
 class Tied(nn.Module):
-    """A chain, and a product outside of it with its first weight."""
+    """A chain, and a product outside of it with its last weight, whose place among what is cast changes when others leave."""
 
     def __init__(self):
         super().__init__()
         self.chain = nn.Sequential(nn.Linear(7, 40), nn.ReLU(), nn.Linear(40, 7))
 
     def forward(self, x):
-        return self.chain(x) + (x @ self.chain[0].weight.t()) @ self.chain[0].weight
+        return self.chain(x) + (x @ self.chain[2].weight) @ self.chain[2].weight.t()
 
 
 @pytest.mark.parametrize("here", [True, False])
@@ -235,7 +235,7 @@ def test_low_chains_read_the_parameters_themselves(monkeypatch, here):
     (made,) = done.nodes("mlp")
     assert [n.target for n in made.args[1] + made.args[2]] == ["chain.0.weight", "chain.2.weight", "chain.0.bias", "chain.2.bias"]
     (left,) = done.nodes("cast_all")
-    assert [n.target for n in left.args[0]] == ["chain.0.weight"] and cast == 4 and len(left.meta["val"]) == 1
+    assert [n.target for n in left.args[0]] == ["chain.2.weight"] and cast == 4 and len(left.meta["val"]) == 1
     check_structure(done.before, done.after, done.shell)
     results = []
     for graph in (done.before, done.after):
