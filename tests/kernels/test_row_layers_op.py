@@ -96,4 +96,4 @@ def test_what_is_wrong_is_said():
 
 def test_as_an_op():
     x, weights, biases = given((4, 3, 5), (8, 2))
-    torch.library.opcheck(OP, (x, weights, biases, "gelu,none"))
+    torch.library.opcheck(OP, (x, weights, biases, "gelu,none"), test_utils=("test_schema", "test_faketensor"))
