@@ -1,9 +1,9 @@
-"""Updates of bags of many ids, which go table by table (native/by_table.h): the same bits, and nothing written on bad input."""
+"""Gradients and updates of bags of many ids, which go table by table (native/by_table.h): the same bits, and nothing written on bad input."""
 from __future__ import annotations
 
 import pytest
 import torch
-from tablewright.kernels.embedding import cpu
+from tablewright.kernels.embedding import cpu, reference
 from tablewright.kernels.embedding.spec import GroupSpec, Lookup, Table
 from test_embedding_cpu import Group, level, native_only, one_thread  # noqa: F401
 
@@ -73,3 +73,20 @@ def test_a_bad_input_of_the_last_table_leaves_long_bags_alone(last, threads):
         cpu.update(group.spec, group.grads, tables, *group.inputs[1:], rules)
     for now, before in zip([*tables, *(r.state[0] for r in rules)], [*group.tables, *states]):
         assert torch.equal(now, before)
+
+
+@pytest.mark.usefixtures("level", "native_only")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gradients_of_long_bags_are_those_of_the_reference(threads):
+    torch.set_num_threads(threads)
+    group = LongBags(torch.float64)
+    wanted = [t != 2 for t in range(len(group.tables))]
+    args = (group.spec, group.grads, *group.inputs, wanted)
+    kept = [g.clone() for g in group.grads]
+    for mine, theirs in zip(cpu.sparse_gradients(*args), reference.sparse_gradients(*args)):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            assert torch.equal(mine[0], theirs[0]) and torch.allclose(mine[1], theirs[1], rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(cpu.dense_gradients(*args), reference.dense_gradients(*args)):
+        assert mine is None or torch.allclose(mine, theirs, rtol=1e-12, atol=1e-12)
+    assert torch.equal(kept[0], group.grads[0])

@@ -1,4 +1,4 @@
-// Updates that go table by table, each sorted and applied by one thread. Part of driver.cpp.
+// Backwards that go table by table, each applied by one thread. Part of driver.cpp.
 //
 // With long bags the gradient of a bag is read once for each of its ids, in the order of rows, and the gradients of one table lie
 // far apart in their slot. Copied side by side they stay in the L2 cache of the core that reads them: a seventh less time at
@@ -15,11 +15,12 @@ struct TableSizes {
     int64_t ids, sources, gradient_bytes, scaled;  // the most of any table
     bool pays;
 
-    TableSizes(const Call& c, const int64_t* wanted, int64_t threads) : ids(0), sources(0), gradient_bytes(0), scaled(0), pays(false) {
+    // `runs_of(t, has_scales)`: the runs of table t, as far as they are known.
+    template <class RunsOf> TableSizes(const Call& c, int64_t threads, RunsOf runs_of) : ids(0), sources(0), gradient_bytes(0), scaled(0), pays(false) {
         int64_t all = 0, packed = 0;
         for (int64_t t = 0; t < c.spec->tables; ++t) {
-            bool has_scales;
-            const TableRuns r = sizes_of(c, t, wanted[t] != 0, has_scales);
+            bool has_scales = false;
+            const TableRuns r = runs_of(t, has_scales);
             const int64_t bytes = packed_bytes(c, t, r);
             all += r.ids;
             packed += bytes ? r.ids : 0;
@@ -118,6 +119,31 @@ int update_by_table(const Call& c, const Kernels* kernels, const int64_t* wanted
     });
     give_workspace(w);
     return result;
+}
+
+// Sorted gradients, stored table by table where that pays; else false. `write` fills in what a job writes to, given its table.
+template <class Write> bool fill_by_table(const Call& c, const Kernels* kernels, const Sorted& s, Write write) {
+    const TableSizes most(c, s.threads, [&](int64_t t, bool&) { return s.tables[t]; });
+    Workspace* w = most.pays ? take_workspace(size_t(most.gradient_bytes * s.threads)) : nullptr;
+    if (!w) return false;
+    for_each_task(c.spec->tables, s.threads, [&](int64_t t, int thread) {
+        const TableRuns& r = s.tables[t];
+        RowsJob job;
+        memset(&job, 0, sizeof job);
+        job.runs = r.runs;
+        job.last = r.count;
+        job.dim = c.tables[t].dim;
+        job.scratch = s.scratch + thread * s.scratch_bytes;
+        write(job, t);
+        if (TableSizes::packed_bytes(c, t, r)) {
+            Packed packed = {w->data + thread * most.gradient_bytes, job.dim * c.element};
+            for (int64_t k = 0; k < r.sources; ++k) r.source[k] = packed.take(r.source[k], 0);
+        }
+        if (job.last) kernels->rows[c.head->dtype](&job);
+        return int(OK);
+    });
+    give_workspace(w);
+    return true;
 }
 
 }  // namespace

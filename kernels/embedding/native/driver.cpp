@@ -134,11 +134,12 @@ TW_API int64_t tw_gradients_fill(const int64_t* spec, const int64_t* call, void*
         out_bytes += r.count * c.tables[t].dim * c.element;
         for (int64_t u = 0; rows[t] && u < r.count; ++u) rows[t][u] = int64_t(r.keys[r.starts[u]] >> r.runs.shift);
     }
-    apply_all(c, s, [&](RowsJob& job, int64_t t) {
+    const auto write = [&](RowsJob& job, int64_t t) {
         job.weights = TableArg{values[t], c.tables[t].dim};
         job.by_row = by_row;
         job.stream = out_bytes >= STREAM_FROM;
-    });
+    };
+    if (!fill_by_table(c, builds.active(), s, write)) apply_all(c, s, write);
     tw_gradients_drop(handle);
     return OK;
 }
@@ -146,7 +147,7 @@ TW_API int64_t tw_gradients_fill(const int64_t* spec, const int64_t* call, void*
 TW_API int64_t tw_update(const int64_t* spec, const int64_t* call, const int64_t* wanted, const UpdateArg* updates) {
     const Call c(spec, call);
     const int64_t threads = c.threads();
-    const TableSizes most(c, wanted, threads);
+    const TableSizes most(c, threads, [&](int64_t t, bool& scaled) { return sizes_of(c, t, wanted[t] != 0, scaled); });
     if (most.pays) return update_by_table(c, builds.active(), wanted, updates, most, threads);
     Sorted s;
     int result = sort_all(c, wanted, s);

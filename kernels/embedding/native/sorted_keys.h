@@ -146,6 +146,7 @@ int sort_table(const Call& c, int64_t t, bool wanted, TableRuns& r, uint64_t* sp
         count += (r.keys[p] >> shift) != (r.keys[p + 1] >> shift);
     }
     r.count = count;
+    r.sources = int64_t(next_source);
     for (int64_t k = 1; k <= MOST_AHEAD; ++k) r.starts[count + k] = uint32_t(n);
     for (int64_t k = 0; n && k < MOST_AHEAD; ++k) r.keys[n + k] = r.keys[n - 1];
     r.runs = Runs{r.keys, r.starts, r.source, r.scale, r.count, shift};
