@@ -24,6 +24,7 @@ from .recompute_modules import RecomputeModules
 from .remove_zero_dropout import RemoveZeroDropout
 from .row_layers import RowLayers
 from .rule import Pass
+from .select_features import SelectFeatures
 from .shard_tables import ShardTables
 from .share_repeats import ShareRepeats
 from .short_softmax import ShortSoftmax
@@ -35,7 +36,7 @@ from .wide_rows import WideRows
 DEFAULT: tuple[type[Pass], ...] = (
     RemoveZeroDropout, FuseFm, FuseDotInteraction, FusePairProducts, FuseCin, FieldProducts, PoolSequences, ConcatenatedLookups,
     ShareRepeats, IdColumns, GroupTables, TableGradients, WideRows, FuseCross,
-    BatchExperts, FuseGelu, MixedPrecision, DenseChains, RowLayers, FuseDice, SmallProducts, ShortSoftmax, FastDropout, FuseMlp, FuseLookupDots, RecomputeModules,
+    BatchExperts, FuseGelu, MixedPrecision, DenseChains, RowLayers, FuseDice, SmallProducts, SelectFeatures, ShortSoftmax, FastDropout, FuseMlp, FuseLookupDots, RecomputeModules,
 )  # fmt: skip
 OVER_RANKS: tuple[type[Pass], ...] = (ShardTables, OverlapCommunication)  # then, where a model runs over several ranks; no plan leaves them out
 IN_TIERS: tuple[type[Pass], ...] = (TierTables,)  # then, where tables are larger than memory
