@@ -132,7 +132,7 @@ def _replace(editor: Editor, node: Node, path: list[Node], spec: GroupSpec) -> N
     editor.set_argument(source, _SPEC, replace(spec, unmade=True).encode())
     made = editor.call(
         lookup_dots.OP, getitem, list(a["tables"]), list(a["indices"]), list(a["extras"]), list(b["extras"]), text, b["pairs"], b["place"],
-        b["multiple"], None if cast is None else cast.args[1], b["constants"], b["digest"], before=node, sources=[node, *path[:-1]], value=value_of(last),
+        b["multiple"], b["dtype"] if cast is None else cast.args[1], b["constants"], b["digest"], before=node, sources=[node, *path[:-1]], value=value_of(last),
     )  # fmt: skip
     editor.replace(last, made)
     if cast is not None:

@@ -6,7 +6,8 @@ graph; what follows (activations, dropout, concatenations) runs in the dtype of 
 Which ops run low is not a list of ours: each op is tried on fake tensors under ``torch.autocast`` for its device, so it follows that
 device's own lists. What autocast computes in low precision gets low inputs; what it computes in float32 gets float32 inputs; where
 low and float32 values meet, the op's own type promotion holds. In two things the graph is stricter: what follows the last product
-(a final sigmoid, a loss) is computed in float32, as the outputs are, and the ops of ``kernels/`` run low only where that pays (``_OURS``).
+(a final sigmoid, a loss) is computed in float32, as the outputs are, and the ops of ``kernels/`` run low only where that pays (``_OURS``);
+an interaction whose CPU kernel rounds float32 rows as it reads them is given those.
 
 Parameters stay float32 and get float32 gradients; tables, lookups, their gradients and updates stay float32. Products accumulate in
 float32, as in torch. With fp16, gradients may overflow: they arrive infinite, and ``torch.amp.GradScaler`` finds them.
@@ -26,9 +27,10 @@ from ..kernels.cross import matrix, vector
 from ..kernels.dense import casts, group
 from ..kernels.dense import op as dense
 from ..kernels.embedding.op import OP as LOOKUPS
+from ..kernels.interaction import cpu as interaction
 from ..kernels.interaction.op import DOT_INTERACTION
 from ..kernels.mlp import op as mlp
-from .graph import Editor, Writes, ancestors, aten, fetch, is_op, packet_name, stored_tensor, value_of
+from .graph import Editor, Writes, ancestors, arguments, aten, fetch, is_op, packet_name, stored_tensor, value_of
 from .records import APPLIED, DISABLED, SKIPPED, Record, record
 from .rule import Context, Pass
 
@@ -38,7 +40,7 @@ _LOW = (dense.OP, group.OP, mlp.OP)  # ops of ours that compute in the dtype of 
 _WEIGHTS = {matrix.OP: (2, 3)}  # ops that take low weights (at these places) and keep everything else in float32
 _OURS = {  # why the others take float32
     LOOKUPS: "tables, lookups and their updates stay in float32",
-    DOT_INTERACTION: "its CPU kernel computes in float32, and reads float32 rows without a copy",
+    DOT_INTERACTION: "its CPU kernel computes these pairs in float32, and reads float32 rows without a copy",
     vector.OP: "its time is that of reading memory, not of products, and its sums are exact to float32",
 }
 _KEPT = "its kernel computes in float32"
@@ -188,6 +190,8 @@ class _Lowering:
         return None
 
     def _ours(self, node: Node, floats: list[Node], lows: list[Node]) -> None:
+        if self._rounds(node):
+            return self._round(node, lows)
         wanted = self._takes_low(node)
         if wanted:
             reason = self._unfit(node, wanted)
@@ -200,6 +204,24 @@ class _Lowering:
         elif lows or node.target in _OURS:
             self._row(SKIPPED, node, _OURS.get(node.target, _KEPT))
         return self._raise(node, lows)
+
+    def _rounds(self, node: Node) -> bool:
+        """Is it an interaction whose kernel takes float32 rows and rounds them as it reads?"""
+        if node.target is not DOT_INTERACTION or self._on_gpu(node):
+            return False
+        given = arguments(node)
+        x = self._value(given["x"])
+        return x.dtype == torch.float32 and interaction.rounds(x, given["pairs"], self.dtype)
+
+    def _round(self, node: Node, lows: list[Node]) -> None:
+        if not self.context.allowed():
+            self._row(DISABLED, node, "beyond the number of rewrites that were asked for")
+            return self._raise(node, lows)
+        node.kwargs = {**node.kwargs, "dtype": self.dtype}
+        with self.mode:
+            node.meta["val"] = self._value(node).to(self.dtype)
+        self.low.add(node)
+        return self._row(APPLIED, node, detail=f"products in {self.item.precision}, rows read in fp32")
 
     def _changed_in_place(self, node: Node, write: Node, lows: list[Node]) -> None:
         """Memory that is written to stays float32 under all its names: a cast would be another memory."""

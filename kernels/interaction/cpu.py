@@ -1,7 +1,8 @@
 """Interactions on CPU in C++ (native/): same functions and meanings as reference.py, which does the work wherever the library is
 missing or the layout is outside of what it covers.
 
-Half precision is widened to float32 first and rounded once at the end.
+Half precision is widened to float32 first and rounded once at the end. Float32 rows whose dots are wanted in bfloat16 are rounded as they are
+read, where the processor multiplies bfloat16 and the pairs are a lower triangle.
 """
 from __future__ import annotations
 
@@ -29,20 +30,26 @@ class _Call(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("kind", "wide", "backward", "threads", "batch", "features", "dim")),
         *((name, ctypes.c_int64) for name in ("x", "x_batch", "x_feature", "y", "y_batch", "y_item", "dx")),
-        *((name, ctypes.c_int64) for name in ("pairs", "first", "second", "reduce")),
+        *((name, ctypes.c_int64) for name in ("pairs", "first", "second", "reduce", "low")),
         ("scale", ctypes.c_double),
     ]
 
 
-_lib, _why_not = load(Path(__file__).parent, "twi_abi", 1)
+_lib, _why_not = load(Path(__file__).parent, "twi_abi", 2)
 if _lib is not None:
     _lib.twi_level.restype, _lib.twi_level.argtypes = ctypes.c_int64, [ctypes.c_int64]
+    _lib.twi_low.restype = ctypes.c_int64
     _lib.twi_run.restype, _lib.twi_run.argtypes = ctypes.c_int64, [ctypes.POINTER(_Call)]
 
 
 def describe() -> str:
     """What does the work, in a few words: for reports and bug reports."""
     return f"pure PyTorch: {_why_not}" if _lib is None else f"native {_LEVELS[_lib.twi_level(-1)]}"
+
+
+def rounds(x: Tensor, pairs: str, dtype: torch.dtype) -> bool:
+    """Do :func:`dots` and :func:`dots_backward` take ``x`` as it is where results and their gradients are ``dtype``?"""
+    return x.dtype == torch.float32 and dtype == torch.bfloat16 and pairs == f"{x.shape[1]} lower" and _lib is not None and bool(_lib.twi_low())
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device = _CPU) -> Tensor:
@@ -67,7 +74,7 @@ def _run(kind: int, x: Tensor, y: Tensor, pairs: str = "", dx: Tensor | None = N
     call = _Call(
         kind, x.dtype == torch.float64, dx is not None, torch.get_num_threads(), *x.shape,
         x.data_ptr(), x.stride(0), x.stride(1), y.data_ptr(), y.stride(0), 0 if y.dim() < 2 else y.stride(1),
-        0 if dx is None else dx.data_ptr(), reduce=reduce, scale=scale,
+        0 if dx is None else dx.data_ptr(), reduce=reduce, low=x.dtype != y.dtype, scale=scale,
     )  # fmt: skip
     if kind != _FM:
         first, second = index_tensors(pairs, _CPU)
@@ -81,10 +88,15 @@ def _run(kind: int, x: Tensor, y: Tensor, pairs: str = "", dx: Tensor | None = N
 
 
 def dots(x: Tensor, pairs: str, out: Tensor | None = None, beside: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
-    """See :func:`reference.dots`. ``out``: where to write, ``[batch, pairs]`` of x's dtype with any strides. ``beside``: tensors to copy,
-    each with where to."""
+    """See :func:`reference.dots`. ``out``: where to write, ``[batch, pairs]`` of x's dtype, or one that :func:`rounds`, with any strides.
+    ``beside``: tensors to copy, each with where to."""
     for extra, columns in beside:
         columns.copy_(extra)
+    if out is not None and out.dtype != x.dtype:
+        if out.stride(1) != 1:
+            return out.copy_(dots(x, pairs, torch.empty_like(out, memory_format=torch.contiguous_format)))
+        _run(_DOTS, _rows(x), out, pairs)
+        return out
     if _half(x) or _plain(x):
         made = dots(x.float(), pairs).to(x.dtype) if _half(x) else reference.dots(x, pairs)
         return made if out is None else out.copy_(made)
@@ -100,7 +112,9 @@ def _grads_of(kind: int, grad: Tensor, x: Tensor, pairs: str = "", **options) ->
 
 
 def dots_backward(grad: Tensor, x: Tensor, pairs: str) -> Tensor:
-    """See :func:`reference.dots_backward`."""
+    """See :func:`reference.dots_backward`. ``grad``: of x's dtype, or of one that :func:`rounds`."""
+    if grad.dtype != x.dtype:
+        return _grads_of(_DOTS, grad if grad.stride(1) == 1 else grad.contiguous(), x, pairs)
     if _half(x):
         return dots_backward(grad.float(), x.float(), pairs).to(x.dtype)
     if _plain(x):

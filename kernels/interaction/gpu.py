@@ -33,6 +33,11 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
+def rounds(x: Tensor, pairs: str, dtype: torch.dtype) -> bool:
+    """Never: see :func:`cpu.rounds`."""
+    return False
+
+
 @functools.cache
 def where(pairs: str, features: int, device: torch.device) -> Tensor:
     """int32 ``[features, features]``: the number of the pair (i, j) at ``[max, min]``, -1 where there is none."""

@@ -2,13 +2,14 @@
 
 ::
 
-    dot_interaction(x, extras, pairs, place=0, constants=None, digest="", multiple=1) -> [batch, sum of widths]
+    dot_interaction(x, extras, pairs, place=0, constants=None, digest="", multiple=1, dtype=None) -> [batch, sum of widths]
     pair_products(x, pairs, constants=None, digest="") -> [batch, pairs, dim]
     fm(x, scale=1.0, reduce=False, constants=None, digest="") -> [batch, dim], or [batch] if reduce
 
 ``x`` is ``[batch, features, dim]`` (any strides). ``pairs`` is an encoded :class:`~.pairs.Pairs`. ``dot_interaction`` writes
 ``<x[i], x[j]>`` for each pair, ``place`` of the ``extras`` (``[batch, width]``) before them and the others after, then zeros until the
-width is a multiple of ``multiple``, in the dtype that ``torch.cat`` would give; under autocast it takes x in autocast's dtype, as bmm does. ``fm`` is ``scale`` times the sum over
+width is a multiple of ``multiple``, in the dtype that ``torch.cat`` would give; under autocast it takes x in autocast's dtype, as bmm does.
+``dtype``: x counts as rounded to it, sums are float32, and the result is of it, whatever the extras are; x's gradient is of x's dtype. ``fm`` is ``scale`` times the sum over
 i < j of ``x[i] * x[j]`` (Rendle 2010: ``((sum x)^2 - sum x^2) / 2``), by running sums, in which nothing cancels.
 ``constants`` and ``digest``: see ``constants.py``.
 
@@ -29,8 +30,8 @@ from .pairs import decode
 
 for _schema in (
     'dot_interaction(Tensor x, Tensor[] extras, str pairs, int place=0, Tensor[]? constants=None, str digest="",'
-    " int multiple=1) -> Tensor",
-    "dot_interaction_backward(Tensor grad, Tensor x, str pairs) -> Tensor",
+    " int multiple=1, ScalarType? dtype=None) -> Tensor",
+    "dot_interaction_backward(Tensor grad, Tensor x, str pairs, ScalarType? dtype=None) -> Tensor",
     'pair_products(Tensor x, str pairs, Tensor[]? constants=None, str digest="") -> Tensor',
     "pair_products_backward(Tensor grad, Tensor x, str pairs) -> Tensor",
     'fm(Tensor x, float scale=1.0, bool reduce=False, Tensor[]? constants=None, str digest="") -> Tensor',
@@ -78,13 +79,19 @@ def _padded(width: int, multiple: int) -> int:
     return -(-width // multiple) * multiple
 
 
-def _dots(x: Tensor, extras: list[Tensor], pairs: str, place: int = 0, constants=None, digest: str = "", multiple: int = 1) -> Tensor:
+def _dots(
+    x: Tensor, extras: list[Tensor], pairs: str, place: int = 0, constants=None, digest: str = "", multiple: int = 1, dtype: torch.dtype | None = None
+) -> Tensor:  # fmt: skip
     unchanged(constants, digest)
     run = implementation(x.device)
-    if not extras and multiple == 1:
+    wanted = dtype or _promoted(x, extras)
+    rounds = dtype is not None and run.rounds(x, pairs, dtype)
+    if dtype is not None and not rounds:
+        x = x.to(dtype)
+    if not extras and multiple == 1 and not rounds:
         return run.dots(x, pairs)
-    out, part, beside = joined(run, x, extras, len(decode(pairs)), place, multiple, _promoted(x, extras))
-    if out.dtype == x.dtype:
+    out, part, beside = joined(run, x, extras, len(decode(pairs)), place, multiple, wanted)
+    if out.dtype == x.dtype or rounds:
         run.dots(x, pairs, part, beside)
     else:
         part.copy_(run.dots(x, pairs))
@@ -94,13 +101,17 @@ def _dots(x: Tensor, extras: list[Tensor], pairs: str, place: int = 0, constants
 
 
 @torch.library.register_fake("tablewright::dot_interaction", lib=LIBRARY)
-def _fake_dots(x, extras, pairs, place=0, constants=None, digest="", multiple=1):
+def _fake_dots(x, extras, pairs, place=0, constants=None, digest="", multiple=1, dtype=None):
     width = _padded(_width(extras) + len(decode(pairs)), multiple)
-    return x.new_empty((x.shape[0], width), dtype=_promoted(x, extras))
+    return x.new_empty((x.shape[0], width), dtype=dtype or _promoted(x, extras))
 
 
-def _dots_backward(grad: Tensor, x: Tensor, pairs: str) -> Tensor:
-    return implementation(x.device).dots_backward(grad.to(x.dtype), x, pairs)
+def _dots_backward(grad: Tensor, x: Tensor, pairs: str, dtype: torch.dtype | None = None) -> Tensor:
+    run = implementation(x.device)
+    if dtype is None:
+        return run.dots_backward(grad.to(x.dtype), x, pairs)
+    low = x if run.rounds(x, pairs, dtype) else x.to(dtype)
+    return run.dots_backward(grad.to(dtype), low, pairs).to(x.dtype)
 
 
 def extra_grads(grad: Tensor, extras, count: int, place: int, wanted) -> list[Tensor | None]:
@@ -115,11 +126,11 @@ def extra_grads(grad: Tensor, extras, count: int, place: int, wanted) -> list[Te
 
 class _Dots(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, pairs, place, constants, digest, multiple, *extras):
+    def forward(ctx, x, pairs, place, constants, digest, multiple, dtype, *extras):
         ctx.save_for_backward(x)
-        ctx.pairs, ctx.place = pairs, place
+        ctx.pairs, ctx.place, ctx.dtype = pairs, place, dtype
         ctx.extras = [(e.shape[1], e.dtype) for e in extras]
-        return _below(_OPS.dot_interaction, _dots)(x, list(extras), pairs, place, constants, digest, multiple)
+        return _below(_OPS.dot_interaction, _dots)(x, list(extras), pairs, place, constants, digest, multiple, dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -127,15 +138,15 @@ class _Dots(torch.autograd.Function):
         count, first = len(decode(ctx.pairs)), sum(w for w, _ in ctx.extras[: ctx.place])
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _backward_of("dots")(grad.narrow(1, first, count), x, ctx.pairs)
-        return dx, None, None, None, None, None, *extra_grads(grad, ctx.extras, count, ctx.place, ctx.needs_input_grad[6:])
+            dx = _backward_of("dots")(grad.narrow(1, first, count), x, ctx.pairs, ctx.dtype)
+        return dx, *[None] * 6, *extra_grads(grad, ctx.extras, count, ctx.place, ctx.needs_input_grad[7:])
 
 
-def _dots_autograd(x, extras, pairs, place=0, constants=None, digest="", multiple=1):
+def _dots_autograd(x, extras, pairs, place=0, constants=None, digest="", multiple=1, dtype=None):
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
-    return _Dots.apply(x, pairs, place, constants, digest, multiple, *extras)
+    return _Dots.apply(x, pairs, place, constants, digest, multiple, dtype, *extras)
 
 
 # --- pair_products -----------------------------------------------------------------------------------------------------------

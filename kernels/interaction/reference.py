@@ -23,11 +23,12 @@ def dots(x: Tensor, pairs: str) -> Tensor:
     return products.index_select(1, first * x.shape[1] + second).to(x.dtype)
 
 
-def dots_backward(grad: Tensor, x: Tensor, pairs: str) -> Tensor:
-    """The gradient of :func:`dots` for x: ``S x``, where ``S[i, j]`` sums the gradients of the pairs (i, j) and (j, i)."""
+def dots_backward(grad: Tensor, x: Tensor, pairs: str, dtype: torch.dtype | None = None) -> Tensor:
+    """The gradient of :func:`dots` for x: ``S x``, where ``S[i, j]`` sums the gradients of the pairs (i, j) and (j, i). ``dtype``: what x was
+    rounded to."""
     batch, features, _ = x.shape
     first, second = (n.long() for n in index_tensors(pairs, x.device))
-    wide, grad = _wide(x), _wide(grad)
+    wide, grad = _wide(x if dtype is None else x.to(dtype)), _wide(grad)
     square = grad.new_zeros(batch, features * features).index_add_(1, first * features + second, grad).view(batch, features, features)
     return torch.bmm(square + square.transpose(1, 2), wide).to(x.dtype)
 

@@ -80,6 +80,53 @@ def test_gradients_of_any_layout():
         close(cpu.fm_backward(grad[:, 0], x, 1.0, True), reference.fm_backward(grad[:, 0], x, 1.0, True), x.dtype)
 
 
+LOW = torch.bfloat16
+
+
+def bfloat16_dots(native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(cpu, "rounds", lambda *given: False)
+    elif not (cpu._lib is not None and cpu._lib.twi_low()):
+        pytest.skip("NOT TESTED: this CPU does not multiply bfloat16, or the library is not built")
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("shape", [(0, 4, 8), (1, 2, 1), (3, 5, 16), (2, 6, 7), (3, 17, 33), (2, 27, 64), (2, 27, 128), (2, 70, 100)], ids=str)
+def test_float32_rows_as_bfloat16(native, shape, monkeypatch):
+    """Sums are float32 sums of products of rounded values, going back unrounded; extras of both dtypes, any layout, anything finite or not beside it."""
+    bfloat16_dots(native, monkeypatch)
+    pairs = f"{shape[1]} lower"
+    for name, x in layouts(shape, torch.float32).items():
+        if name == "part":
+            x._base.fill_(float("nan"))
+            x.copy_(layouts(shape, torch.float32)["plain"])
+        assert cpu.rounds(x, pairs, LOW) is native
+        x, extra = x.detach().requires_grad_(), torch.randn(shape[0], 3, requires_grad=True)
+        made = DOT_INTERACTION(x, [extra, extra.to(LOW)], pairs, 1, None, "", 8, LOW)
+        count = len(decode(pairs))
+        assert made.dtype == LOW and made.shape[1] % 8 == 0 and torch.equal(made[:, :3], extra.to(LOW)) and not made[:, count + 6 :].any()
+        exact = x.detach().to(LOW).double()
+        close(made[:, 3 : 3 + count].detach(), reference.dots(exact, pairs), LOW)
+        grad = torch.randn(made.shape, dtype=LOW)
+        dx, dextra = torch.autograd.grad(made, [x, extra], grad)
+        again = torch.autograd.grad(DOT_INTERACTION(x, [extra], pairs, 0, dtype=LOW)[:, :count], x, grad[:, 3 : 3 + count], create_graph=True)[0]
+        assert again.requires_grad
+        torch.testing.assert_close(again.detach(), dx, rtol=2e-2, atol=2e-2)
+        back = reference.dots_backward(grad[:, 3 : 3 + count].double(), exact, pairs)
+        close(*((dx, back, torch.float32) if native else (dx.to(LOW), back, LOW)))
+        assert dx.dtype == dextra.dtype == torch.float32
+        torch.testing.assert_close(dextra, grad[:, :3].float() + grad[:, 3 + count : 6 + count].float(), rtol=1e-2, atol=1e-2)
+
+
+def test_bfloat16_dots_of_a_row_that_is_not_a_number(monkeypatch):
+    bfloat16_dots(True, monkeypatch)
+    x = torch.randn(3, 27, 64)
+    x[1, 5, 63] = float("nan")
+    made = DOT_INTERACTION(x, [], "27 lower", dtype=LOW)
+    first, second = (torch.tensor(n) for n in (decode("27 lower").first, decode("27 lower").second))
+    assert torch.equal(made.isnan()[1], (first == 5) | (second == 5)) and not made[[0, 2]].isnan().any()
+
+
 def test_the_same_bits_for_any_number_of_threads():
     x = torch.randn(1024, 13, 40)
     grad = torch.randn(1024, 78)
@@ -88,7 +135,8 @@ def test_the_same_bits_for_any_number_of_threads():
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append([cpu.dots(x, "13 lower"), cpu.dots_backward(grad, x, "13 lower"), cpu.fm(x, 1.0, True)])
+            low = DOT_INTERACTION(x, [], "13 lower", dtype=LOW), DOT_INTERACTION_BACKWARD(grad, x, "13 lower", LOW)
+            results.append([cpu.dots(x, "13 lower"), cpu.dots_backward(grad, x, "13 lower"), cpu.fm(x, 1.0, True), *low])
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
@@ -101,6 +149,8 @@ def test_nothing_cancels_in_fm():
     want = (1e8 + 2.0) + 0.0
     assert abs(float(FM(x, 1.0, True)) - want) <= 8
 
+
+DOT_INTERACTION_BACKWARD = torch.ops.tablewright.dot_interaction_backward.default
 
 # --- the ops -------------------------------------------------------------------------------------------------------------------
 
@@ -119,6 +169,9 @@ CALLS = {
 def test_opcheck(name):
     op, args = CALLS[name]
     detached = tuple([e.detach().requires_grad_() for e in a] if isinstance(a, list) else a for a in args)
+    if name == "dots":
+        args = torch.randn(4, 5, 6, requires_grad=True), [], "5 lower", 0, None, "", 1, LOW
+        assert set(torch.library.opcheck(op, args).values()) == {"SUCCESS"}
     assert set(torch.library.opcheck(op, detached).values()) == {"SUCCESS"}
 
 

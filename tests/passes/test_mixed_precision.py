@@ -5,6 +5,7 @@ import pytest
 import torch
 from pass_harness import again, assert_sound, rewrite
 from tablewright.kernels.cross import matrix
+from tablewright.passes import mixed_precision
 from tablewright.passes.batch_experts import BatchExperts
 from tablewright.passes.fuse_cross import FuseCross
 from tablewright.passes.fuse_dot_interaction import FuseDotInteraction
@@ -225,7 +226,9 @@ class Dlrm(nn.Module):
         return self.top(torch.cat([x, torch.bmm(rows, rows.transpose(1, 2))[:, i, j]], 1))
 
 
-def test_lookups_and_interactions_stay_in_float32():
+@pytest.mark.parametrize("rounds", [False, True])
+def test_lookups_stay_in_float32_and_interactions_read_it(rounds, monkeypatch):
+    monkeypatch.setattr(mixed_precision.interaction, "rounds", lambda x, pairs, dtype: rounds and (pairs, dtype) == ("3 lower", torch.bfloat16))
     args = torch.randn(5, 6), torch.tensor([0, 8, 1, 1, 3])
     graph = rewrite(Dlrm(), args, FuseDotInteraction(measure=False))
     check_structure(graph.before, graph.after, graph.shell)
@@ -234,7 +237,9 @@ def test_lookups_and_interactions_stay_in_float32():
     done = again(graph.shell, grouped.after, graph.leaves, BF16)
     check_structure(graph.before, done.after, graph.shell)
     values = {n.name.split("_default")[0]: value_of(n) for n in done.nodes("dot_interaction")}
-    assert values["dot_interaction"].dtype == torch.float32
+    assert values["dot_interaction"].dtype == (torch.bfloat16 if rounds else torch.float32)
+    casts = [n for n in done.nodes("dot_interaction")[0].all_input_nodes if n.target is torch.ops.aten.to.dtype and n.args[1] == torch.float32]
+    assert len(casts) == (0 if rounds else 1)
     assert {"tables, lookups and their updates stay in float32"} <= {r.reason for r in done.of("SKIPPED")}
     assert len([r for r in done.of("APPLIED") if "linear" in r.detail]) == 2
     out, plain = (attach(graph.shell, g)(*graph.leaves)[0] for g in (done.after, graph.before))

@@ -18,7 +18,7 @@ namespace {
 
 constexpr int64_t MR = TILE_ROWS, NR = TILE_COLS;
 
-#include "vectors.inc"
+#include "../../native/vectors.inc"
 
 
 inline __mmask32 first32(int64_t n) { return n >= 32 ? 0xffffffffu : n <= 0 ? 0 : (__mmask32(1) << n) - 1; }

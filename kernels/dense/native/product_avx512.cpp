@@ -22,7 +22,7 @@ namespace {
 // Measured on Zen 5 with DLRM's layers: the larger part of the depth writes each result once, the smaller block of a stays near.
 constexpr int64_t MR = 12, NR = 32, MC = 48, KC = 1024;
 
-#include "vectors.inc"
+#include "../../native/vectors.inc"
 
 // Asks for what packing reads some steps later: with rows a page apart the processor does not see it coming.
 inline void soon(const float* values) { _mm_prefetch(reinterpret_cast<const char*>(values), _MM_HINT_T0); }

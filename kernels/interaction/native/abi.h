@@ -15,6 +15,7 @@ enum Result : int64_t { OK = 0, BAD_PAIR = 1, NO_MEMORY = 2 };
 //   x [batch, features, dim]; y is the output going forward and its gradient going back; dx [batch, features, dim] contiguous.
 //   DOTS:     y [batch, pairs]       y[p] = <x[first[p]], x[second[p]]>
 //   PRODUCTS: y [batch, pairs, dim]  y[p] = x[first[p]] * x[second[p]]
+//             `low`: x and dx are float, y is bfloat16, x counts as rounded to it, and the pairs are the lower triangle, row by row
 //   FM:       y [batch, dim], or [batch] with `reduce`: scale * the sum over i < j of x[i] * x[j]
 struct Call {
     int64_t kind, wide, backward, threads;
@@ -27,7 +28,7 @@ struct Call {
     int64_t pairs;
     const int32_t* first;
     const int32_t* second;
-    int64_t reduce;
+    int64_t reduce, low;
     double scale;
 };
 

@@ -7,6 +7,7 @@
 
 #include "../../native/cpu_level.h"
 #include "abi.h"
+#include "bf16.h"
 
 using namespace twi;
 
@@ -21,25 +22,35 @@ int64_t threads_for(const Call& c) {
     return c.threads < most ? c.threads : most;
 }
 
+#if defined(TWI_BF16)
+const LowKernels* low_kernels() { return supported_level() == 2 && __builtin_cpu_supports("avx512bf16") ? &twi_kernels_bf16 : nullptr; }
+#else
+const LowKernels* low_kernels() { return nullptr; }
+#endif
+
 }  // namespace
 
 #define TWI_API extern "C" __attribute__((visibility("default")))
 
 // The version of this interface; cpu.py refuses a library built from other sources.
-TWI_API int64_t twi_abi() { return 1; }
+TWI_API int64_t twi_abi() { return 2; }
 
 // 0 baseline, 1 AVX2, 2 AVX-512. A level below 0 or above what the CPU has only asks.
 TWI_API int64_t twi_level(int64_t level) { return builds.ask(level); }
+
+// May calls be `low`?
+TWI_API int64_t twi_low() { return low_kernels() != nullptr; }
 
 TWI_API int64_t twi_run(const Call* call) {
     const Call& c = *call;
     for (int64_t p = 0; p < c.pairs; ++p)
         if (uint32_t(c.first[p]) >= uint64_t(c.features) || uint32_t(c.second[p]) >= uint64_t(c.features)) return BAD_PAIR;
     const Kernels* kernels = builds.active();
-    void (*const run)(const Job*) = kernels->run[c.kind][c.wide][c.backward];
+    static const LowKernels* const low = low_kernels();
+    void (*const run)(const Job*) = c.low ? low->run[c.backward] : kernels->run[c.kind][c.wide][c.backward];
     int64_t threads = threads_for(c);
     if (threads < 1) threads = 1;
-    const int64_t each = (kernels->scratch(call) + 4095) & ~int64_t(4095);
+    const int64_t each = ((c.low ? low->scratch : kernels->scratch)(call) + 4095) & ~int64_t(4095);
     char* scratch = static_cast<char*>(aligned_alloc(4096, size_t(each * threads)));
     if (!scratch) return NO_MEMORY;
 #if defined(_OPENMP)
