@@ -28,6 +28,7 @@ from .joins import Join, Rows, find_joins
 from .lookups import LookupNode, read_lookup
 from .records import APPLIED, SKIPPED, Record, Skip, record
 from .rule import Context, GroupRule
+from .stacked_rows import join_stacked_rows
 from .written_rows import copy_written_rows
 
 
@@ -55,6 +56,7 @@ class GroupTables(GroupRule):
 
     def prepare(self, context: Context) -> _Facts:
         copy_written_rows(context, self.name)
+        join_stacked_rows(context, self.name)
         writes = Writes(context.graph, context.root)
         lookups: dict[Node, LookupNode | Skip] = {}
         levels: dict[Node, int] = {}
