@@ -6,7 +6,7 @@ one thread, 30 % of the gradients zero: AdaGrad 10.0 -> 1.5 ms, without zeros 2.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -35,10 +35,42 @@ def fused_step(optimizer: Optimizer) -> Iterator[None]:
             group["fused"] = None
 
 
-def _fits(optimizer: Optimizer, group: dict) -> bool:
+def adagrad_at_once(optimizer: Optimizer, group: dict, params: list[Tensor]) -> Callable[[], None] | None:
+    """The step of AdaGrad on ``params`` of ``group``, which have gradients, as two calls of torch: what its own step does under :func:`fused_step`, without looking at
+    every parameter three times (a step of 39 dense parameters and some tables: 1.75 -> 1.63 ms). ``None`` where that step must be asked: what it would make or refuse is its matter."""
+    if not _is_open(group) or torch.compiler.is_compiling() or any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf")):
+        return None
+    grads, sums, steps = [], [], []
+    for param in params:
+        state = optimizer.state.get(param)
+        if not state or "sum" not in state:
+            return None
+        grad, total, step = param.grad, state["sum"], state["step"]
+        if not (isinstance(step, Tensor) and step.is_cpu and step.dtype == torch.float32 and param.dtype == params[0].dtype):
+            return None
+        if not all(_is_plain(t) and t.dtype == param.dtype for t in (param, grad, total)):
+            return None
+        grads.append(grad)
+        sums.append(total)
+        steps.append(step)
+
+    def run() -> None:
+        torch._foreach_add_(steps, 1)
+        settings = {name: group[name] for name in ("lr", "lr_decay", "weight_decay", "eps", "maximize")}
+        torch._fused_adagrad_(params, grads, sums, steps, **settings, grad_scale=None, found_inf=None)
+
+    return run
+
+
+def _is_open(group: dict) -> bool:
+    """Does the group leave the choice of the kernel open, and hold numbers that the fused ones take?"""
     if group.get("fused", False) is not None or group.get("foreach", False) is not None or not isinstance(group["lr"], (int, float)):
         return False
-    if group.get("differentiable") or group.get("capturable") or torch.get_default_dtype() != torch.float32:
+    return not (group.get("differentiable") or group.get("capturable") or torch.get_default_dtype() != torch.float32)
+
+
+def _fits(optimizer: Optimizer, group: dict) -> bool:
+    if not _is_open(group):
         return False
     for param in group["params"]:
         if param.grad is not None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, SparseAdam
 
-from ..dense.fused_step import fused_step
+from ..dense.fused_step import adagrad_at_once, fused_step
 from ..memory import use_huge_pages
 from . import cpu, low_tables
 from .kept_rules import STATE, KeptRules
@@ -174,17 +174,17 @@ class _RowWise:
         ours = self._row_wise_tables
         taken: list[tuple[dict, list[Tensor], list[Tensor]]] = []  # by group: tables and their gradients
         whole: list[tuple[Tensor, Tensor]] = []
-        others = False  # whether the plain step has anything to do
+        others: list[tuple[dict, list[Tensor]]] = []  # by group: what the plain step does
         for group in self.param_groups:  # type: ignore[attr-defined]
             # A scheduler or a loaded state may have changed what the step means: then the plain step does it, on all rows.
             reason = why_not_row_wise(self, group, self._row_wise_lazy)  # type: ignore[arg-type]
-            tables, grads = [], []
+            tables, grads, plain = [], [], []
             for param in group["params"]:
                 grad = param.grad
                 if grad is None:
                     continue
                 if not grad.is_sparse or id(param) not in ours:
-                    others = True
+                    plain.append(param)
                 elif reason is None:
                     tables.append(param)
                     grads.append(grad)
@@ -192,7 +192,14 @@ class _RowWise:
                     whole.append((param, grad))
             if tables:
                 taken.append((group, tables, grads))
-        if others or whole:
+            if plain:
+                others.append((group, plain))
+        at_once = [adagrad_at_once(self, *each) for each in others] if self._base is Adagrad and not whole else [None]  # type: ignore[attr-defined, arg-type]
+        if others and None not in at_once:
+            with torch.no_grad():
+                for run in at_once:
+                    run()  # type: ignore[misc]
+        elif others or whole:
             hidden = [pair for _, tables, grads in taken for pair in zip(tables, grads)]
             try:
                 for param, _ in hidden:

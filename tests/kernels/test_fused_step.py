@@ -93,3 +93,37 @@ def test_an_error_leaves_the_choice_open():
         assert optimizer.param_groups[0]["fused"] is True
         raise ZeroDivisionError
     assert optimizer.param_groups[0]["fused"] is None
+
+
+@pytest.mark.parametrize("change", ["", "scheduled", "foreach in one group", "two dtypes", "strides", "scaled"])
+def test_adagrad_of_several_groups_at_once(change, monkeypatch):
+    """In two calls of torch for each group; where one group needs the plain step it does all of them. The same numbers either way."""
+
+    def make(params):
+        tail = [*params[1:], torch.nn.Parameter(torch.ones(2, dtype=torch.float64))] if change == "two dtypes" else params[1:]
+        return Adagrad([{"params": params[:1]}, {"params": tail, "lr": 0.3, **({"foreach": False} if change == "foreach in one group" else {})}], lr=0.1)
+
+    params, others, plain, ours = twins(make)
+    asked = []
+    own = Adagrad._init_group
+    monkeypatch.setattr(Adagrad, "_init_group", lambda *args: asked.append(1) or own(*args))
+    for step in range(3):
+        give_gradients(params, others, step)
+        for optimizer in (plain, ours):
+            if change == "two dtypes":
+                last = optimizer.param_groups[1]["params"][-1]
+                last.grad = torch.ones_like(last)
+            if change == "strides":
+                first = optimizer.param_groups[0]["params"][0]
+                first.grad = torch.arange(35.0).view(5, 7).t()
+            if change == "scheduled":
+                optimizer.param_groups[0]["lr"] = 0.2 / (step + 1)
+            if change == "scaled":
+                optimizer.grad_scale = None if optimizer is plain else torch.ones(())
+        plain.step()
+        asked.clear()
+        ours.step()
+        assert bool(asked) is (change not in ("", "scheduled"))
+        for p, q in zip(params, others):
+            torch.testing.assert_close(q, p, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(ours.state[q]["step"], plain.state[p]["step"])
