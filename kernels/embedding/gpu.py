@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import gpu_small, reference
 from .gpu_backward import Finish, group_by_launch, reduce_runs
-from .gpu_launch import TYPES, Lookups, alignment, on_device, one_type, send, triton_type
+from .gpu_launch import TYPES, Lookups, alignment, most_registers, on_device, one_type, send, triton_type
 from .gpu_sort import Sorted, sort_ahead, sort_reads
 from .gpu_sort import join_captured as join_captured
 from .id_status import IdStatus, check_ids
@@ -116,7 +116,7 @@ def forward(spec: GroupSpec, tables, indices, offsets, sample_weights, extras) -
         with on_device(device):
             forward_kernel[(program,)](
                 send(entries, device), status.found, len(entries), status.found.shape[1], tuple(kinds), triton_type(tables[0].dtype), TYPES[dtype],
-                **reads.types, WEIGHT_T=reads.weight_type,
+                **reads.types, WEIGHT_T=reads.weight_type, maxnreg=most_registers("forward", kinds, tables[0].dtype == torch.uint8),
             )  # fmt: skip
         status.send()
     return slots

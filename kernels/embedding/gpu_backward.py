@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .gpu_launch import TYPES, alignment, on_device, send
+from .gpu_launch import TYPES, alignment, most_registers, on_device, send
 from .gpu_sort import CHUNK_SIZE, Runs
 from .triton_backward import RowEntry, reduce_kernel, spanning_kernel
 from .triton_common import tile_rows
@@ -102,8 +102,9 @@ def reduce_runs(runs: Runs, finishes: Sequence[Finish]) -> None:
         with on_device(device):
             reduce_kernel[(program,)](
                 sent, found.keys, found.order, runs.sources, runs.scales, found.before, found.starts, found.ranks, partials, runs.chunks,
-                pitch, *facts, TYPES[runs.grad_type], *types, runs.scaled, ranked, rounded,
+                pitch, *facts, TYPES[runs.grad_type], *types, runs.scaled, ranked, rounded, maxnreg=most_registers("reduce", kinds),
             )  # fmt: skip
             spanning_kernel[(chunk_program,)](
-                sent, found.keys, found.before, found.ranks, partials, runs.chunks, pitch, *facts, *types, ranked, rounded
-            )
+                sent, found.keys, found.before, found.ranks, partials, runs.chunks, pitch, *facts, *types, ranked, rounded,
+                maxnreg=most_registers("spanning", kinds),
+            )  # fmt: skip

@@ -275,7 +275,7 @@ def spanning_kernel(
             for k in tl.static_range(len(KINDS)):
                 if kind == k:
                     _finish_run(
-                        entry, chunk, keys, before, ranks, partials, total_chunks, pitch, 4 * KINDS[k][0], KINDS[k][1],
+                        entry, chunk, keys, before, ranks, partials, total_chunks, pitch, (4 if KINDS[k][1] <= 1024 else 2) * KINDS[k][0], KINDS[k][1],
                         KINDS[k][3], RULE, TARGET_T, STATE_T, RANKED, ROUNDED,
                     )  # fmt: skip
 

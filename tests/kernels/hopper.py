@@ -26,9 +26,10 @@ OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)
 
 
 def compile_for_hopper(
-    kernel, arguments: dict[str, str], constants: dict[str, object], num_warps: int = 4, num_stages: int = 3, sm: int = 90
+    kernel, arguments: dict[str, str], constants: dict[str, object], num_warps: int = 4, num_stages: int = 3, sm: int = 90,
+    maxnreg: int | None = None,
 ) -> dict[str, int]:
-    """Facts about ``kernel`` compiled for sm_90, or another ``sm``.
+    """Facts about ``kernel`` compiled for sm_90, or another ``sm``, with at most ``maxnreg`` registers.
 
     ``arguments``: Triton type of each run-time argument ("*i64", "i32"); pointers are taken as 16-byte aligned, as torch
     allocates them, and a pitch as a multiple of 16; "i32:16" is a number that is one too, and "1" one that is 1. ``constants``: values of
@@ -47,7 +48,7 @@ def compile_for_hopper(
             if kind.startswith("*") or kind.endswith(":16") or name == "pitch"
         },
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": num_warps, "num_stages": num_stages})
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -85,6 +86,7 @@ LOOKUP_TYPES = {"ID_T": tl.int64, "OFFSET_T": tl.int64}
 def embedding_cases():
     """(name, kernel, arguments, constants) of the embedding kernels, with the constants that ``gpu.py`` would choose."""
     from tablewright.kernels.embedding import triton_backward, triton_forward, triton_keys
+    from tablewright.kernels.embedding.gpu_launch import most_registers
     from tablewright.kernels.embedding.triton_common import tile_rows
 
     index = {name: "*i32" for name in ("keys", "before", "starts", "ranks", "counts", "seen_at")} | {
@@ -95,7 +97,9 @@ def embedding_cases():
     index |= {name: "*i64" for name in ("entries", "order", "sources")} | {"found": "*i32", "scales": "*fp32", "partials": "*fp32"}
 
     def case(name, kernel, **constants):
-        return name, kernel, {n: index[n] for n in kernel.arg_names if n not in constants}, constants
+        form = {"forward_kernel": "forward", "reduce_kernel": "reduce", "spanning_kernel": "spanning"}.get(kernel.__name__)
+        most = most_registers(form, constants["KINDS"], constants.get("TABLE_T") == tl.uint8) if form else None
+        return name, kernel, {n: index[n] for n in kernel.arg_names if n not in constants}, constants, 4, 3, 90, most
 
     for (kind, dtype), dim in [*((each, 128) for each in DTYPES.items()), (("fp16", tl.float16), 64)]:
         vector = 128 // dtype.primitive_bitwidth
@@ -133,9 +137,16 @@ def embedding_cases():
     yield case("sources alone", triton_keys.keys_kernel, keys=None, **ahead | {"SCALED": True}, **LOOKUP_TYPES)
     yield case("count", triton_keys.count_kernel)
     yield case("pieces", triton_keys.pieces_kernel, RANKED=True)
-    mixed = tuple((tile_rows(d), d, 4, 4, 4) for d in (16, 64, 256))
-    constants = {"COUNT": 26, "N_LOOKUPS": 26, "KINDS": mixed, "TABLE_T": tl.float32, "OUT_T": tl.float32, "WEIGHT_T": None, **LOOKUP_TYPES}
-    yield case("forward bags fp32 D16+D64+D256", triton_forward.forward_kernel, **constants)
+    for kind, dtype in (("fp32", tl.float32), ("fp16", tl.float16), ("int8", tl.uint8)):
+        coded, vector = dtype == tl.uint8, 4 if dtype == tl.float32 else 8
+        out, of = tl.float32 if coded else dtype, f"{kind} D16+D64+D256"
+        mixed = lambda steps: tuple((tile_rows(d), d, vector, 4 if coded else vector, steps) for d in (16, 64, 256))  # noqa: B023, E731
+        read = {"COUNT": 26, "N_LOOKUPS": 26, "KINDS": mixed(4), "TABLE_T": dtype, "OUT_T": out, "WEIGHT_T": None, **LOOKUP_TYPES}
+        yield case(f"{'int8 rows' if coded else 'forward'} bags {of}", triton_forward.forward_kernel, **read)
+        if not coded:
+            made = {"COUNT": 26, "KINDS": mixed(2), "RULE": "rowwise_adagrad", "TARGET_T": dtype, "STATE_T": tl.float32, "RANKED": False, "ROUNDED": kind == "fp16"}
+            yield case(f"reduce rowwise_adagrad {of}", triton_backward.reduce_kernel, GRAD_T=dtype, SCALED=False, **made)
+            yield case(f"spanning rowwise_adagrad {of}", triton_backward.spanning_kernel, **made)
 
 
 def small_table_cases(case):
