@@ -55,9 +55,9 @@ def adagrad_at_once(optimizer: Optimizer, group: dict, params: list[Tensor]) -> 
         steps.append(step)
 
     def run() -> None:
-        torch._foreach_add_(steps, 1)
+        torch._foreach_add_(steps, 1)  # type: ignore
         settings = {name: group[name] for name in ("lr", "lr_decay", "weight_decay", "eps", "maximize")}
-        torch._fused_adagrad_(params, grads, sums, steps, **settings, grad_scale=None, found_inf=None)
+        torch._fused_adagrad_(params, grads, sums, steps, **settings, grad_scale=None, found_inf=None)  # type: ignore
 
     return run
 
