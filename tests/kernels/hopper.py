@@ -84,7 +84,7 @@ LOOKUP_TYPES = {"ID_T": tl.int64, "OFFSET_T": tl.int64}
 
 
 def embedding_cases():
-    """(name, kernel, arguments, constants) of the embedding kernels, with the constants that ``gpu.py`` would choose."""
+    """(name, kernel, arguments, constants, warps, stages, sm, registers) of the embedding kernels, with what ``gpu.py`` would choose."""
     from tablewright.kernels.embedding import triton_backward, triton_forward, triton_keys
     from tablewright.kernels.embedding.gpu_launch import most_registers
     from tablewright.kernels.embedding.triton_common import tile_rows
@@ -96,10 +96,10 @@ def embedding_cases():
     }
     index |= {name: "*i64" for name in ("entries", "order", "sources")} | {"found": "*i32", "scales": "*fp32", "partials": "*fp32"}
 
-    def case(name, kernel, **constants):
+    def case(name, kernel, sm=90, **constants):
         form = {"forward_kernel": "forward", "reduce_kernel": "reduce", "spanning_kernel": "spanning"}.get(kernel.__name__)
         most = most_registers(form, constants["KINDS"], constants.get("TABLE_T") == tl.uint8) if form else None
-        return name, kernel, {n: index[n] for n in kernel.arg_names if n not in constants}, constants, 4, 3, 90, most
+        return name, kernel, {n: index[n] for n in kernel.arg_names if n not in constants}, constants, 4, 3, sm, most
 
     for (kind, dtype), dim in [*((each, 128) for each in DTYPES.items()), (("fp16", tl.float16), 64)]:
         vector = 128 // dtype.primitive_bitwidth
@@ -109,6 +109,8 @@ def embedding_cases():
         for form, steps, weight in (("plain", 1, None), ("bags", 4, None), ("weighted bags", 2, dtype)):
             constants = {"N_LOOKUPS": 26, "KINDS": ((*shape, steps),), "WEIGHT_T": weight, "OUT_T": dtype, **common}
             yield case(f"forward {form} {of}", triton_forward.forward_kernel, **constants)
+            if kind == "fp32":
+                yield case(f"forward {form} {of} sm_80", triton_forward.forward_kernel, sm=80, **constants)
         kernel = triton_forward.weight_grads_kernel
         yield case(f"weight gradients {of}", kernel, KINDS=((*shape, 2),), GRAD_T=dtype, WEIGHT_T=dtype, **common)
         for rule, scaled in (("write", False), ("rowwise_adagrad", False), ("rowwise_adagrad", True), ("adam", False)):
@@ -116,6 +118,8 @@ def embedding_cases():
             kinds, ranked = ((*shape, 2),), rule == "write"
             name, kernel = f"reduce {'scaled ' if scaled else ''}{rule} {of}", triton_backward.reduce_kernel
             yield case(name, kernel, KINDS=kinds, GRAD_T=dtype, SCALED=scaled, RANKED=ranked, **constants)
+            if rule == "rowwise_adagrad" and dim == 128 and not scaled:
+                yield case(f"{name} sm_80", kernel, sm=80, KINDS=kinds, GRAD_T=dtype, SCALED=scaled, RANKED=ranked, **constants)
             if dim == 128 and not scaled:
                 yield case(f"spanning {rule} {of}", triton_backward.spanning_kernel, KINDS=kinds, RANKED=ranked, **constants)
             if dim == 128 and rule == "rowwise_adagrad" and not scaled and kind != "fp32":

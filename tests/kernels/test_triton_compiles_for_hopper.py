@@ -1,4 +1,4 @@
-"""Every embedding kernel is compiled for an H100/H200, with no GPU, and its machine code is held to what makes it fast."""
+"""Every embedding kernel is compiled for an H100/H200, and the chief ones for an A100, with no GPU, and its machine code is held to what makes it fast."""
 
 from __future__ import annotations
 
