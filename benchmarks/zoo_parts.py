@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from tablewright.kernels.embedding import optimizers
+from tablewright.kernels.embedding import row_wise
 from tablewright.rewriter import cli, coverage
 from torch.profiler import ProfilerActivity, profile, record_function
 from zoo import repositories
@@ -59,17 +59,17 @@ def least_times(step: Callable[[int], None]) -> Counter[str]:
 @contextmanager
 def named_update() -> Iterator[None]:
     """Inside, the profiler sees the update of tables under its name."""
-    update = optimizers._apply
+    update = row_wise.apply
 
     def named(work: list) -> None:
         with record_function(UPDATE):
             update(work)
 
-    optimizers._apply = named
+    row_wise.apply = named
     try:
         yield
     finally:
-        optimizers._apply = update
+        row_wise.apply = update
 
 
 def measure(zoo: str, name: str, top: int) -> tuple[float, float]:

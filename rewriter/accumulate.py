@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from ..kernels.embedding.optimizers import step_for_schedulers
+from ..kernels.embedding.row_wise import step_for_schedulers
 from .errors import InBackwardError, PlanError
 from .in_backward_guard import Scalers
 

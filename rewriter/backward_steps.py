@@ -40,7 +40,7 @@ from torch.optim import (
 )  # fmt: skip
 
 from ..kernels.dense.fused_step import fused_step
-from ..kernels.embedding.optimizers import step_for_schedulers
+from ..kernels.embedding.row_wise import step_for_schedulers
 from ..passes.records import APPLIED, SKIPPED, Record
 from .errors import InBackwardError, PlanError
 from .in_backward_guard import InBackwardGuard, Scalers, UpdatedInBackward, placeholder, refuse_fp16_autocast

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..kernels.embedding import in_backward
-from ..kernels.embedding.optimizers import RowUpdates, why_not_row_wise
+from ..kernels.embedding.optimizers import RowUpdates
+from ..kernels.embedding.row_wise import why_not_row_wise
 from ..passes.table_gradients import Choice
 from .errors import PlanError
 from .plan import EmbeddingOptimizer, Plan, TablePlan

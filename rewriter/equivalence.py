@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from ..kernels.embedding import reference
 from ..kernels.embedding.kept_rules import KeptRules
 from ..kernels.embedding.op import OP
-from ..kernels.embedding.optimizers import RowUpdates, _touched_rows, row_wise
+from ..kernels.embedding.optimizers import RowUpdates, _touched_rows
+from ..kernels.embedding.row_wise import row_wise
 from ..kernels.embedding.spec import decode
 from ..passes.graph import stored_tensor
 from ..passes.mixed_precision import lowered

@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from ..kernels.dense.fused_step import has_fused_step
 from ..kernels.embedding import cpu
 from ..kernels.embedding.op import OP
-from ..kernels.embedding.optimizers import RowUpdates, row_wise
+from ..kernels.embedding.optimizers import RowUpdates
+from ..kernels.embedding.row_wise import row_wise
 from ..kernels.embedding.spec import decode
 from ..kernels.memory import keep_freed_memory, use_huge_pages
 from ..passes import IN_TIERS, OVER_RANKS

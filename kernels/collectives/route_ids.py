@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..embedding import reference
+from ..embedding import checks
 from ..embedding.op import leading_shapes
 from ..embedding.reference import Reads, unroll
 from ..library import DIRECT, LIBRARY, size_from_data, tracing
@@ -143,16 +143,16 @@ def check(spec: ExchangeSpec, indices, offsets) -> None:
     """Raises what ``embedding_bags`` raises for ids, offsets and shapes that do not fit."""
     for number, lookup in enumerate(spec.group.lookups):
         ids, offs, table = indices[number], offsets[number], spec.group.tables[lookup.table]
-        reference.check_shapes(lookup, ids, offs, None)
+        checks.check_shapes(lookup, ids, offs, None)
         if offs is not None:
-            reference.check_offsets(lookup, table, ids, offs)
+            checks.check_offsets(lookup, table, ids, offs)
         if ids.numel():
             low, high = torch.aminmax(ids)
             if int(high) >= table.rows or int(low) < (-table.rows if lookup.wrap_negative else 0):
-                reference.check_ids(spec.group, lookup, ids, offs)
+                checks.check_ids(spec.group, lookup, ids, offs)
     leading: dict[int, tuple[tuple[int, ...], str]] = {}
     for lookup, ids, offs in zip(spec.group.lookups, indices, offsets):
-        reference.check_leading(lookup, ids, offs, leading)
+        checks.check_leading(lookup, ids, offs, leading)
 
 
 @torch.library.register_fake("tablewright::route_ids", lib=LIBRARY)

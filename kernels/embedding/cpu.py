@@ -2,7 +2,7 @@
 library is missing or a call is outside of what it covers (other devices, unusual dtypes or layouts).
 
 The library loads after torch, so both share one OpenMP runtime and ``torch.set_num_threads`` holds for both. It trusts no id or
-offset: where it refuses, ``reference.check_inputs`` finds the words, and nothing has been written.
+offset: where it refuses, ``checks.check_inputs`` finds the words, and nothing has been written.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..native_library import load
-from . import buffers, reference
+from ..native_library import declare, load
+from . import buffers, checks, reference
+from .checks import OptionalTensors
 from .cpu_words import DTYPES, describe_call, plan_of, rules_of, sparse_words, with_gradients
-from .reference import OptionalTensors
 from .spec import GroupSpec
 from .updates import TableUpdate
 
@@ -36,19 +36,18 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if lib is None:
         return None, why_not
     word, pointer, text = ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
-    for name, result, arguments in (
-        ("tw_level", word, [word]),
-        ("tw_forward", word, [pointer, text]),
-        ("tw_update", word, [pointer, text, text, text]),
-        ("tw_update_from_sparse", word, [word, word, word, text, text]),
-        ("tw_gradients_begin", word, [pointer, text, text, pointer, pointer]),
-        ("tw_gradients_fill", word, [pointer, text, pointer, text, text, word]),
-        ("tw_gradients_drop", None, [pointer]),
-        ("tw_sample_weight_gradients", word, [pointer, text, text]),
-        ("tw_probe", None, [word, pointer, pointer, word, word, word, pointer, word]),
-    ):
-        function = getattr(lib, name)
-        function.restype, function.argtypes = result, arguments
+    signatures = {
+        "level": (word, [word]),
+        "forward": (word, [pointer, text]),
+        "update": (word, [pointer, text, text, text]),
+        "update_from_sparse": (word, [word, word, word, text, text]),
+        "gradients_begin": (word, [pointer, text, text, pointer, pointer]),
+        "gradients_fill": (word, [pointer, text, pointer, text, text, word]),
+        "gradients_drop": (None, [pointer]),
+        "sample_weight_gradients": (word, [pointer, text, text]),
+        "probe": (None, [word, pointer, pointer, word, word, word, pointer, word]),
+    }
+    declare(lib, "tw_", signatures)
     return lib, ""
 
 
@@ -96,7 +95,7 @@ def _refused(
         return True
     if result == _NO_MEMORY:
         raise MemoryError("the embedding kernels could not allocate their workspace")
-    reference.check_inputs(spec, tables, indices, offsets, weights)
+    checks.check_inputs(spec, tables, indices, offsets, weights)
     raise RuntimeError("the C++ embedding kernels refused inputs that the reference accepts; were they changed by another thread?")
 
 
@@ -323,7 +322,7 @@ def update_from_sparse(
     if result == _NO_MEMORY:
         raise MemoryError("the embedding kernels could not allocate their workspace")
     if result:
-        reference.check_sparse(tables, rows, values, updates)
+        checks.check_sparse(tables, rows, values, updates)
         raise RuntimeError("the C++ embedding kernels refused gradients that the reference accepts")
 
 

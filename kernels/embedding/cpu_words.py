@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..codecs.op import row_bytes
-from .reference import OptionalTensors
+from .checks import OptionalTensors
 from .spec import GroupSpec
 from .updates import KINDS, TableUpdate
 

@@ -24,13 +24,13 @@ import torch
 import triton
 from torch import Tensor
 
-from . import gpu_small, reference
+from . import checks, gpu_small, reference
+from .checks import OptionalTensors, leading_shape
 from .gpu_backward import Finish, group_by_launch, reduce_runs
 from .gpu_launch import TYPES, Lookups, alignment, most_registers, on_device, one_type, send, triton_type
 from .gpu_sort import Sorted, sort_ahead, sort_reads
 from .gpu_sort import join_captured as join_captured
 from .id_status import IdStatus, check_ids
-from .reference import OptionalTensors, leading_shape
 from .spec import GroupSpec
 from .triton_backward import RowEntry, update_kernel
 from .triton_common import MAX_DIM, LookupEntry, tile_rows
@@ -57,11 +57,11 @@ def _or_reference(function):
 
 
 def _check_shapes(spec: GroupSpec, tables, indices, offsets, sample_weights) -> None:
-    """What can be checked without reading values. Raises ValueError and TypeError as ``reference.check_inputs`` does."""
+    """What can be checked without reading values. Raises ValueError and TypeError as ``checks.check_inputs`` does."""
     for table, tensor in zip(spec.tables, tables, strict=True):
-        reference.check_table(table, tensor)
+        checks.check_table(table, tensor)
     for lookup, ids, offs, weights in zip(spec.lookups, indices, offsets, sample_weights, strict=True):
-        reference.check_shapes(lookup, ids, offs, weights)
+        checks.check_shapes(lookup, ids, offs, weights)
 
 
 def _rows_contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:

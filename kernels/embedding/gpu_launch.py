@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .reference import OptionalTensors, leading_shape
+from .checks import OptionalTensors, leading_shape
 from .triton_common import LookupEntry
 
 TYPES = {

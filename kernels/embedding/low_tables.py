@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import rounding
-from .reference import OptionalTensors
+from .checks import OptionalTensors
 from .spec import GroupSpec
 from .updates import TableUpdate
 
@@ -23,7 +23,7 @@ def update(
     sample_weights: OptionalTensors, updates: Sequence[TableUpdate | None], seeds: Sequence[int],
 ) -> None:  # fmt: skip
     """As ``reference.update``, for float16 and bfloat16 ``tables``; ``run`` is the device's implementation, ``seeds`` has one number for
-    each table, another at each step. Raises what ``reference.check_inputs`` raises, before anything is written."""
+    each table, another at each step. Raises what ``checks.check_inputs`` raises, before anything is written."""
     if hasattr(run, "update_rounded") and run.takes(tables):  # on a GPU, in the launches that sum the gradients
         run.update_rounded(spec, slot_grads, tables, indices, offsets, sample_weights, updates, seeds)
         return

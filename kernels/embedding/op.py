@@ -27,6 +27,7 @@ from torch import Tensor
 from ..library import DIRECT, LIBRARY, tracing
 from . import cpu, in_backward
 from .reference import row_dtype
+from .sparse_grads import coalesced, keep_coalesced, refuse_to_record
 from .spec import GroupSpec, decode
 
 LIBRARY.define(
@@ -139,7 +140,7 @@ def _backward(slot_grads, tables, indices, offsets, sample_weights, text: str, w
             elif sparse[i] and made is not None:
                 out.append(made[i])
             elif sparse[i]:
-                out += [_coalesced(*pairs[i], table)] if whole else pairs[i]
+                out += [coalesced(*pairs[i], table)] if whole else pairs[i]
     if True in wanted_weights:
         out.extend(g for g in run.sample_weight_gradients(*args, wanted_weights) if g is not None)
     return out
@@ -232,7 +233,7 @@ class _Lookup(torch.autograd.Function):
         traced = tracing()
         if torch.is_grad_enabled():
             asked = [tables[ctx.alone.index(True)]] if ctx.alone else [tables[i] for i in range(n_tables) if wanted[i] or i in due]
-            _refuse_to_record([*asked, *(w for w, want in zip(weights, wanted_weights) if want)])
+            refuse_to_record([*asked, *(w for w, want in zip(weights, wanted_weights) if want)])
             wanted, wanted_weights, kinds, due = [False] * n_tables, [False] * n_lookups, (None,) * n_tables, ()
 
         made: list[Tensor] = []
@@ -248,11 +249,11 @@ class _Lookup(torch.autograd.Function):
         table_grads: list[Tensor | None] = [None] * n_tables
         for i, kind in enumerate(kinds):
             if kind == "sparse" and traced:
-                table_grads[i] = _coalesced(next(parts), next(parts), tables[i])
+                table_grads[i] = coalesced(next(parts), next(parts), tables[i])
             elif kind is not None:
                 table_grads[i] = next(parts)
         if "sparse" in kinds and not traced:
-            _keep_coalesced(tables, table_grads)
+            keep_coalesced(tables, table_grads)
         weight_grads = [next(parts) if wanted_weights[place] else None for place in weighted]
         extra_grads = [
             None if slot_grads[e.slot] is None else slot_grads[e.slot].narrow(-1, e.column, e.width).to(dtype)
@@ -297,48 +298,9 @@ def _due(
     return kinds, tuple(i for i, g in enumerate(grads) if g == "in_backward"), [kind is not None for kind in kinds]
 
 
-def _refuse_to_record(tensors: list[Tensor]) -> None:
-    """``RuntimeError`` if the running backward, whose own derivatives were asked for, makes a gradient of one of ``tensors``: it would
-    be one without a history. The others are not on the way to what ``torch.autograd.grad`` was asked for."""
-    for tensor in tensors:
-        try:
-            reached = _accumulates(tensor)
-        except RuntimeError:  # autograd says that it is one of those that were asked for
-            reached = True
-        if reached:
-            raise RuntimeError(
-                "second derivatives through a fused lookup are not provided, and this backward was asked for with create_graph=True: "
-                "turn group_tables and pool_sequences off in the plan to differentiate twice"
-            )
-
-
 def _spread(present: list[bool], tensors: list[Tensor]) -> list[Tensor | None]:
     left = iter(tensors)
     return [next(left) if here else None for here in present]
-
-
-def _accumulates(table: Tensor) -> bool:
-    """Would the running backward add to ``table.grad``? Not under ``torch.autograd.grad`` of something else."""
-    return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(table).node)
-
-
-def _coalesced(rows: Tensor, values: Tensor, table: Tensor) -> Tensor:
-    return torch.sparse_coo_tensor(rows.unsqueeze(0), values, table.shape, is_coalesced=True, check_invariants=False)
-
-
-def _keep_coalesced(tables: list[Tensor], grads: list[Tensor | None]) -> None:
-    """Autograd stores a first sparse gradient without its "coalesced" mark: restore it when this backward ends, where nothing
-    else was added to it. Without the mark every optimizer would sort the rows again."""
-    stored = [(t, g._values().data_ptr()) for t, g in zip(tables, grads) if g is not None and g.is_sparse and t.is_leaf]
-
-    def restore() -> None:
-        for table, values in stored:
-            grad = table.grad
-            if grad is not None and grad.is_sparse and grad._values().data_ptr() == values:
-                grad._coalesced_(True)
-
-    if stored:
-        torch.autograd.Variable._execution_engine.queue_callback(restore)
 
 
 def autograd(tables, indices, offsets, sample_weights, extras, spec, ticket=None, owner=-1, run=None):
@@ -395,13 +357,13 @@ class _OneLookup(torch.autograd.Function):
     def backward(ctx, grad):
         table, text = ctx.call
         if torch.is_grad_enabled():
-            _refuse_to_record([table])
+            refuse_to_record([table])
             return None, None, None, None
         ids = _saved(ctx)
         made = cpu.coalesced_gradients(decode(text), [grad], [table], ids, [None], [None], [True])
         if made is None:
             made = _backward([grad], [table], ids, [None], [None], text, [True], [False], whole=True)
-        _keep_coalesced([table], made)
+        keep_coalesced([table], made)
         return made[0], None, None, None
 
 

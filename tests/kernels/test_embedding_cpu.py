@@ -36,8 +36,6 @@ def native_only(monkeypatch):
         raise AssertionError("fell back to the reference")
 
     class NoReference:
-        check_inputs = staticmethod(reference.check_inputs)
-        check_sparse = staticmethod(reference.check_sparse)
         forward = sparse_gradients = dense_gradients = sample_weight_gradients = update = update_from_sparse = staticmethod(refuse)
 
     monkeypatch.setattr(cpu, "reference", NoReference)

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 from tablewright.kernels.dense.fused_step import fused_step, has_fused_step
-from tablewright.kernels.embedding.optimizers import row_wise
+from tablewright.kernels.embedding.row_wise import row_wise
 from torch.optim import SGD, Adagrad, Adam, AdamW
 
 MAKERS = {
