@@ -298,11 +298,6 @@ def _due(
     return kinds, tuple(i for i, g in enumerate(grads) if g == "in_backward"), [kind is not None for kind in kinds]
 
 
-def _spread(present: list[bool], tensors: list[Tensor]) -> list[Tensor | None]:
-    left = iter(tensors)
-    return [next(left) if here else None for here in present]
-
-
 def autograd(tables, indices, offsets, sample_weights, extras, spec, ticket=None, owner=-1, run=None):
     traced = tracing()
     if not traced and not torch.is_grad_enabled():
