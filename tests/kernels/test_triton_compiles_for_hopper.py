@@ -8,7 +8,7 @@ triton = pytest.importorskip("triton", reason="NOT TESTED: the Triton kernels, b
 
 from compiled import facts_of  # noqa: E402
 
-# Instructions that touch local memory. The ptxas of triton 3.6 keeps up to 3 cold numbers there in weighted bags of one width, to fit
+# Instructions that touch local memory. The ptxas of triton 3.6 keeps up to 3 cold numbers there in bags of one width, to fit
 # one more block on a processor.
 ALLOWED_SPILLS = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 4
 
@@ -19,7 +19,7 @@ def facts() -> dict[str, dict[str, int]]:
 
 
 def test_nothing_is_spilled(facts):
-    allowed = {name: ALLOWED_SPILLS if "weighted" in name else 0 for name in facts}
+    allowed = {name: ALLOWED_SPILLS if "bags" in name else 0 for name in facts}
     assert not {name: f["spills"] for name, f in facts.items() if f["spills"] > allowed[name]}
 
 
