@@ -9,7 +9,8 @@ is refused with :class:`InBackwardError`; the first two before any table of that
 * *clipping*, and optimizers that hold the tables too: after the backward the tables' ``.grad`` is a placeholder that takes no
   memory and raises as soon as anything computes with it.
 
-Not seen: accumulation where no dense parameter has a gradient, and a reentrant checkpoint, which runs backwards of its own.
+Not seen: accumulation where no dense parameter has a gradient; a reentrant checkpoint, which runs backwards of its own; and
+``backward(inputs=...)`` of some tables: all tables of a launch move, or none.
 """
 from __future__ import annotations
 
