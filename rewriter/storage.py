@@ -6,7 +6,8 @@ tables:
   "item*": {storage: {cache: 12GB, cache_on: cuda, backing: host}}   # no path: all rows are in the host's memory
 ```
 
-``cache``: bytes of memory for rows and their optimizer state (``4GB`` is 4e9, ``4GiB`` 2**32). ``cache_on``: ``host``; ``cuda``, where the model is on
+``cache``: bytes of memory for rows and their optimizer state (``4GB`` is 4e9, ``4GiB`` 2**32); over a file, half as much again (16 MiB at least) keeps
+what left it last. ``cache_on``: ``host``; ``cuda``, where the model is on
 a GPU; or ``cpu``, which is the code of ``cuda`` with its cache in the host's memory, to try such a plan without a GPU. ``backing``: ``ssd``, a
 file; or ``host``, memory, for a cache on a device. Caches on ``cuda`` have not been run on a GPU yet; those on ``cpu`` are tested. ``path``: a folder for the rows of a file. ``init``: how
 rows start that the model itself does not hold (its table is on the meta device): ``{normal: [mean, deviation]}``, ``{uniform: [low, high]}``

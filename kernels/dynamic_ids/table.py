@@ -39,7 +39,7 @@ class DynamicTable(SlotTable):
         for number, (rows, part) in enumerate(zip(self._rows, self.parts)):
             rows[self.home + 1] = part.a if number else self.default
 
-    def _fetch(self, ids: Tensor, train: bool) -> tuple[Tensor, int]:
+    def _fetch(self, ids: Tensor, train: bool, later: bool = False) -> tuple[Tensor, int]:
         """Raises :class:`IdMapError` where the ids to be admitted and the rows under way do not fit the capacity, and in a backward that
         computes the forward again: it would count the ids twice, and could read other rows."""
         if train and torch._C._current_graph_task_id() != -1:

@@ -17,5 +17,6 @@ def slots_ahead(ids: Tensor, table: int, batch: int) -> Tensor:
     with held._lock:
         for each in held._ahead:
             if each[0] == batch and torch.equal(each[1], wanted):
+                held._taken(each[3])
                 return each[2]
     raise TierError(f"table '{held.name}': the rows of batch {batch} were not prefetched")

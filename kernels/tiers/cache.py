@@ -9,6 +9,7 @@ folder opens as of the last snapshot (native/store.h says how).
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ WAYS = 16  # slots in a set
 STARTS = ("constant", "uniform", "normal")
 POLICIES = ("lru", "lfu")
 
-_lib, _why_not = load(Path(__file__).parent, "twt_abi", 2)
+_lib, _why_not = load(Path(__file__).parent, "twt_abi", 3)
 if _lib is not None:
     _word, _pointer, _real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
     _signatures = {
@@ -33,18 +34,19 @@ if _lib is not None:
         "open_memory": (_pointer, [_pointer, _pointer, _word, _word, *[_pointer] * 4, ctypes.c_uint64, _word, _word]),
         "close": (None, [_pointer]),
         "error": (ctypes.c_char_p, []),
-        "fetch": (_word, [_pointer, _pointer, _word, _pointer, _pointer, _word, _pointer]),
-        "release": (_word, [_pointer, _word]),
+        "fetch": (_word, [_pointer, _pointer, _word, _pointer, _pointer, _word, _pointer, _word]),
+        "complete": (_word, [_pointer, _word, _pointer]),
         "prepare": (_word, [_pointer, _pointer, _pointer]),
         "finish": (_word, [_pointer]),
         "places": (_word, [_pointer, _pointer, _word, _pointer, _word]),
         "forget": (_word, [_pointer]),
         "peek": (_word, [_pointer, _pointer, _word, _word, _pointer, _pointer]),
         "poke": (_word, [_pointer, _pointer, _word, _word, _pointer, _pointer]),
-        "counters": (None, [_pointer, _pointer]),
         "start": (None, [_word, _word, _real, _real, _word, ctypes.c_uint64, _pointer, _word, _pointer]),
     }
     declare(_lib, "twt_", _signatures)
+    _brief = ctypes.PyDLL(_lib._name, handle=_lib._handle)  # short calls, in which no other thread gets Python's lock: the training one would wait for it
+    declare(_brief, "twt_", {"release": (_word, [_pointer, _word]), "ready": (_word, [_pointer, _word]), "counters": (None, [_pointer, _pointer])})
 
 
 class TierError(RuntimeError):
@@ -149,26 +151,35 @@ class RowCache:
         if not self._handle:
             raise TierError(_lib.twt_error().decode())
         self.host_rows = folder if isinstance(folder, HostRows) else None
+        self._owner, self._folder = os.getpid(), "" if isinstance(folder, HostRows) else str(folder)
 
     @property
     def _arrays(self) -> ctypes.Array:
         """Where the parts are now: read at every call, since tensors may be moved."""
         return (ctypes.c_void_p * len(self.parts))(*(p.data_ptr() for p in self.parts))
 
-    def fetch(self, ids: Tensor, *, train: bool = True) -> tuple[Tensor, int]:
+    def fetch(self, ids: Tensor, *, train: bool = True, later: bool = False) -> tuple[Tensor, int]:
         """The slots of ``ids`` (int64, any shape), of that shape, and a ticket for :meth:`release`. ``train``: what is fetched will be changed.
+        ``later``: rows may be read or changed there only after :meth:`complete`, so that nobody waits for the disk before that.
 
         Raises :class:`TierError` for an id out of range, for a cache too small (the cache then is as it was before), and for a store that
         cannot be read.
         """
         ids = ids.to(torch.int64).contiguous()
         slots = torch.empty_like(ids)
-        ticket = self._call("fetch", ids.data_ptr(), ids.numel(), slots.data_ptr(), self._arrays, train, None)
+        ticket = self._call("fetch", ids.data_ptr(), ids.numel(), slots.data_ptr(), self._arrays, train, None, later)
         return slots, ticket
+
+    def complete(self, ticket: int) -> None:
+        """Have the rows of a fetch for ``later`` in their slots. Raises :class:`TierError` where they could not be read; the ticket is to be
+        released then, too."""
+        if not _brief.twt_ready(self._open_handle(), ticket):
+            self._call("complete", ticket, self._arrays)
 
     def release(self, ticket: int) -> None:
         """The batch of ``ticket`` is done: its rows may leave."""
-        self._call("release", ticket)
+        if _brief.twt_release(self._open_handle(), ticket) < 0:
+            raise TierError(_lib.twt_error().decode())
 
     def snapshot(self) -> int:
         """Everything as it is now becomes what opens after a crash, or nothing does; returns the snapshot's number."""
@@ -203,18 +214,23 @@ class RowCache:
     def counters(self) -> Counters:
         """What happened so far."""
         out = numpy.zeros(10, dtype=numpy.int64)
-        _lib.twt_counters(self._open_handle(), out.ctypes.data)
+        _brief.twt_counters(self._open_handle(), out.ctypes.data)
         return Counters(*map(int, out))
 
     def close(self) -> None:
         """Let go of the folder. What came after the last snapshot is dropped, as in a crash."""
-        if self._handle:
+        if self._handle and self._owner == os.getpid():  # a fork leaves it to the process that opened it
             _lib.twt_close(self._handle)
-            self._handle = None
+        self._handle = None
 
     def _open_handle(self) -> int:
         if not self._handle:
             raise TierError("this cache was closed")
+        if self._folder and self._owner != os.getpid():
+            raise TierError(
+                f"{self._folder} is written by process {self._owner}, and this is a fork of it ({os.getpid()}), which would overwrite its rows: use the "
+                "table in one process, and start others that need a model with the method 'spawn', each with a folder of its own"
+            )
         return self._handle
 
     def _call(self, name: str, *arguments: object) -> int:

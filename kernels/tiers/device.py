@@ -68,12 +68,12 @@ class DeviceCache(RowCache):
         """What makes its rows: how many, what each holds, and what they start from."""
         return f"{self.rows} rows of {list(self._parts)}, seed {self.seed}"
 
-    def fetch(self, ids: Tensor, *, train: bool = True) -> tuple[Tensor, int]:
+    def fetch(self, ids: Tensor, *, train: bool = True, later: bool = False) -> tuple[Tensor, int]:
         """As in :class:`RowCache`, ``ids`` and slots on the host; the slots may be read on the device after :meth:`join`."""
         ids = ids.to(torch.int64).contiguous()
         slots = torch.empty_like(ids)
         with self._order:
-            ticket = self._moving("fetch", ids.data_ptr(), ids.numel(), slots.data_ptr(), None, train, self._call_back)
+            ticket = self._moving("fetch", ids.data_ptr(), ids.numel(), slots.data_ptr(), None, train, self._call_back, False)
             if self._room is not None:
                 room, self._room = self._room, None
                 try:
@@ -217,8 +217,8 @@ class DeviceTable(TieredTable):
         self.compared += 1
         return torch.equal(ahead[1], ids.cpu())
 
-    def _fetch(self, ids: Tensor, train: bool) -> tuple[Tensor, int]:
-        slots, ticket = super()._fetch(ids.cpu(), train)
+    def _fetch(self, ids: Tensor, train: bool, later: bool = False) -> tuple[Tensor, int]:
+        slots, ticket = super()._fetch(ids.cpu(), train, later)
         return self.cache.on_device(slots, ticket), ticket
 
     def prefetch(self, ids: Tensor, batch: int) -> None:

@@ -65,7 +65,11 @@ class SlotTable:
                 _, _, slots, ticket, _ = self._ahead.popleft()
             else:
                 slots, ticket = self._fetch(ids, train)
-            self._taken(ticket)
+            try:
+                self._taken(ticket)
+            except BaseException:
+                self._slots.release(ticket)
+                raise
             if train:
                 self._due.append((ticket, slots))
             else:
@@ -78,13 +82,13 @@ class SlotTable:
         return torch.equal(ahead[1], ids)
 
     def _taken(self, ticket: int) -> None:
-        """A lookup is about to read the rows that ``ticket`` holds."""
+        """A lookup is about to read the rows that ``ticket`` holds. Raises what :meth:`_fetch` raises, where they did not come."""
 
     def prefetch(self, ids: Tensor, batch: int) -> None:
         """Bring the rows that the lookup of ``batch`` will want, in the order of the lookups; raises what :meth:`slots` raises."""
         train = self.trains and torch.is_grad_enabled()
         ids = ids.detach().to(torch.int64).clone()
-        slots, ticket = self._fetch(ids, train)  # without the lock: the present batch goes on meanwhile
+        slots, ticket = self._fetch(ids, train, later=True)  # without the lock: the present batch goes on meanwhile
         with self._lock:
             self._ahead.append((batch, ids, slots, ticket, train))
 
@@ -131,8 +135,8 @@ class SlotTable:
                 "Nothing was updated. Call zero_grad() after each step(), and no backward of a forward from before it"
             )
 
-    def _fetch(self, ids: Tensor, train: bool) -> tuple[Tensor, int]:
-        """The slots of ``ids`` (int64, any shape), with their rows in ``memory``, and the ticket that holds them. ``train``: gradients are on."""
+    def _fetch(self, ids: Tensor, train: bool, later: bool = False) -> tuple[Tensor, int]:
+        """The slots of ``ids`` (int64, any shape), with their rows in ``memory`` (``later``: after :meth:`_taken` at the latest), and the ticket that holds them. ``train``: gradients are on."""
         raise TypeError(f"{type(self).__name__} must define _fetch()")
 
     def updated(self) -> None:
@@ -161,7 +165,7 @@ class TieredTable(SlotTable):
             for part, tensor in enumerate(self.memory):
                 tensor.data[self.home] = self.cache.read(torch.tensor([self.padding]), part)[0]
 
-    def _fetch(self, ids: Tensor, train: bool) -> tuple[Tensor, int]:
+    def _fetch(self, ids: Tensor, train: bool, later: bool = False) -> tuple[Tensor, int]:
         """Raises ``IndexError`` for an id outside the table and :class:`TierError` where the rows under way do not fit the cache."""
         rows = self.cache.rows
         if ids.numel():
@@ -172,15 +176,19 @@ class TieredTable(SlotTable):
                 ids = torch.where(ids < 0, ids + rows, ids)
         wanted = None if self.padding is None else ids != self.padding
         try:
-            found, ticket = self.cache.fetch(ids if wanted is None else ids[wanted], train=train)
+            found, ticket = self.cache.fetch(ids if wanted is None else ids[wanted], train=train, later=later)
         except TierError as error:
-            raise TierError(
-                f"table '{self.name}': {error}. {len(self._due)} lookups wait for their update and {len(self._ahead)} were prefetched: call "
-                "the optimizer's step(), and look up what is not trained under torch.no_grad()"
-            ) from None
+            held = f". {len(self._due)} lookups wait for their update and {len(self._ahead)} were prefetched: call the optimizer's step(), and look up what is not trained under torch.no_grad()"
+            raise TierError(f"table '{self.name}': {error}{held if 'too small' in str(error) else ''}") from None
         if wanted is not None:
             found = torch.full_like(ids, self.home).masked_scatter_(wanted, found)
         return found, ticket
+
+    def _taken(self, ticket: int) -> None:
+        try:
+            self.cache.complete(ticket)
+        except TierError as error:
+            raise TierError(f"table '{self.name}': {error}") from None
 
     def read(self, first: int, last: int, part: int = 0) -> Tensor:
         """Rows ``first`` to ``last`` (exclusive) as they are now, ``[n, width]``."""

@@ -35,7 +35,7 @@ int64_t row_bytes(const std::vector<twt::Part>& parts) {
 
 }  // namespace
 
-API int64_t twt_abi() { return 2; }
+API int64_t twt_abi() { return 3; }
 API const char* twt_error() { return said.c_str(); }
 
 API void* twt_open(const char* folder, int64_t rows, int64_t count, const int64_t* bytes, const int64_t* start, const double* a, const double* b,
@@ -43,7 +43,7 @@ API void* twt_open(const char* folder, int64_t rows, int64_t count, const int64_
     void* made = nullptr;
     guarded([&] {
         std::vector<twt::Part> parts = parts_of(count, bytes, start, a, b);
-        std::unique_ptr<twt::Store> store(new twt::Store(folder, rows, parts, seed, create != 0, wanted, slots * row_bytes(parts)));
+        std::unique_ptr<twt::Store> store(new twt::Store(folder, rows, parts, seed, create != 0, wanted, slots * row_bytes(parts) / 2));
         made = new twt::Cache(std::move(store), parts, seed, slots, lfu != 0);
         return 0;
     });
@@ -61,8 +61,13 @@ API void* twt_open_memory(char* memory, unsigned char* bits, int64_t rows, int64
     return made;
 }
 API void twt_close(void* cache) { delete static_cast<twt::Cache*>(cache); }
-API int64_t twt_fetch(void* cache, const int64_t* ids, int64_t n, int64_t* slots, char* const* arrays, int64_t train, twt::Move move) {
-    return guarded([&] { return at(cache).fetch(ids, n, slots, arrays, train != 0, move); });
+API int64_t twt_fetch(void* cache, const int64_t* ids, int64_t n, int64_t* slots, char* const* arrays, int64_t train, twt::Move move,
+                         int64_t later) {
+    return guarded([&] { return at(cache).fetch(ids, n, slots, arrays, train != 0, move, later != 0); });
+}
+API int64_t twt_ready(void* cache, int64_t ticket) { return at(cache).ready(ticket); }
+API int64_t twt_complete(void* cache, int64_t ticket, char* const* arrays) {
+    return guarded([&] { return at(cache).complete(ticket, arrays), int64_t(0); });
 }
 API int64_t twt_release(void* cache, int64_t ticket) {
     return guarded([&] { return at(cache).release(ticket), int64_t(0); });

@@ -7,6 +7,8 @@
 #include <string.h>
 
 #include <algorithm>
+#include <chrono>
+#include <condition_variable>
 #include <memory>
 #include <mutex>
 #include <unordered_map>
@@ -19,7 +21,6 @@
 namespace twt {
 namespace {
 
-const size_t SAVED = 1024;  // rows that are written at once: they stay in the CPU's caches from their slots to the system
 const size_t MOVED = 1 << 15;  // rows that go through a buffer at once in a snapshot
 const int64_t AHEAD = 64;   // ids whose sets are asked for before they are looked at
 const int64_t LEAVING = 6;  // rows whose values are asked for before they are copied
@@ -28,6 +29,13 @@ const int64_t LEAVING = 6;  // rows whose values are asked for before they are c
 // those of the `coming` slots. What comes is copied to the slots when fetch has returned. Not 0: it could not.
 typedef int64_t (*Move)(int64_t leaving, const int64_t* leaving_slots, int64_t coming, const int64_t* coming_slots, char** from, char** to);
 const size_t MAX_PARTS = 16;
+
+struct Coming {  // a batch whose rows are not all in their slots yet; ticket 0: none
+    int64_t ticket = 0;
+    int asked = 0;  // Filler::ask
+    std::vector<Miss> misses;
+    std::vector<int64_t> held;  // its slots
+};
 
 struct Kept {  // a row and the slot that holds it
     int64_t row, slot;
@@ -41,16 +49,18 @@ class Cache {
         count();
     }
 
-    // The slots of `ids`; they stay until release(ticket). `move`: for slots that are not in `arrays`.
-    int64_t fetch(const int64_t* ids, int64_t n, int64_t* slots, char* const* arrays, bool train, Move move) {
+    // The slots of `ids`; they stay until release(ticket). `move`: for slots that are not in `arrays`. `later`: their rows may come until
+    // complete(ticket), so that the disk is not waited for here.
+    int64_t fetch(const int64_t* ids, int64_t n, int64_t* slots, char* const* arrays, bool train, Move move, bool later) {
         std::lock_guard<std::mutex> guard(lock_);
         for (int64_t i = 0; i < n; i++)
             if (ids[i] < 0 || ids[i] >= store_->rows())
                 throw Failure{"id " + std::to_string(ids[i]) + " is out of range: the table has " + std::to_string(store_->rows()) + " rows"};
-        if (unpin() >= PINS) throw Failure{std::to_string(PINS) + " batches are under way: release() those that are done"};
+        if (unpin(arrays) >= PINS) throw Failure{std::to_string(PINS) + " batches are under way: release() those that are done"};
         tick();
-        std::vector<int64_t> held;
-        std::vector<Miss> misses;
+        Coming now;
+        std::vector<Miss>& misses = now.misses;
+        std::vector<int64_t>& held = now.held;
         int64_t hits = 0;
         char *from[MAX_PARTS] = {}, *to[MAX_PARTS] = {};
         try {
@@ -59,14 +69,14 @@ class Cache {
                 if (i >= 0) slots[i] = take(ids[i], sought[i % AHEAD], train, held, misses, hits);
                 if (i + AHEAD < n) ask(ids[i + AHEAD], sought[(i + AHEAD) % AHEAD]);
             }
-            filler_.ask(misses);
+            now.asked = filler_.ask(misses);
             std::vector<Kept> leaving;
             for (const Miss& miss : misses)
                 if (miss.dirty) leaving.push_back({miss.before, miss.slot});
             if (move && !misses.empty()) {
-                std::vector<int64_t> coming;
-                for (Miss& miss : misses) miss.at = int64_t(coming.size()), coming.push_back(miss.slot);
-                stage(move, leaving.data(), leaving.size(), coming, from, to);
+                std::vector<int64_t> places;
+                for (Miss& miss : misses) miss.at = int64_t(places.size()), places.push_back(miss.slot);
+                stage(move, leaving.data(), leaving.size(), places, from, to);
             }
             save(leaving, move ? from : arrays);
             written_ += int64_t(leaving.size());
@@ -78,39 +88,63 @@ class Cache {
             }
             throw;
         }
-        try {
-            filler_.fill(misses, move ? to : arrays);
-        } catch (...) {
-            for (int64_t slot : held) at(slot).pins--;
-            for (const Miss& miss : misses) {  // what could not be read is not there
-                tag(miss.slot) = 0, at(miss.slot).dirty = 0;
-                present_ -= miss.before >= 0;
-            }
-            throw;
-        }
         hits_ += hits;
         misses_ += int64_t(misses.size());
         for (const Miss& miss : misses) present_ += miss.before < 0;
-        int64_t ticket = ++tickets_;
+        now.ticket = ++tickets_;
+        {
+            std::lock_guard<std::mutex> tickets(tickets_lock_);
+            held_[now.ticket] = held;
+        }
+        come(arrays);  // those of the batch before: its reads had the time of this one's
+        coming_ = std::move(now);
+        if (!later) come(move ? to : arrays);
         std::lock_guard<std::mutex> tickets(tickets_lock_);
-        held_[ticket] = std::move(held);
+        incomplete_ = coming_.ticket;
         count();
-        return ticket;
+        if (later || failed_.empty()) return tickets_;
+        auto failed = failed_.find(tickets_);
+        if (failed == failed_.end()) return tickets_;
+        Failure why = failed->second;
+        let_go(tickets_);
+        throw why;
+    }
+
+    // Whether the rows of `ticket` are in their slots, without waiting.
+    bool ready(int64_t ticket) {
+        std::lock_guard<std::mutex> tickets(tickets_lock_);
+        return incomplete_ != ticket && !failed_.count(ticket);
+    }
+
+    // The rows of `ticket` are in their slots, or Failure says why not: it is to be released all the same.
+    void complete(int64_t ticket, char* const* arrays) {
+        std::unique_lock<std::mutex> tickets(tickets_lock_);
+        while (incomplete_ == ticket) {  // else nobody waits for a fetch; and one that is under way brings them
+            tickets.unlock();
+            bool mine = lock_.try_lock();
+            if (mine) {
+                std::lock_guard<std::mutex> guard(lock_, std::adopt_lock);
+                if (coming_.ticket == ticket) come(arrays);
+            }
+            tickets.lock();
+            if (!mine && incomplete_ == ticket) came_.wait_for(tickets, std::chrono::milliseconds(1));
+        }
+        auto failed = failed_.find(ticket);
+        if (failed != failed_.end()) throw failed->second;
     }
 
     // Never waits for a fetch: the pins go when the next one begins.
     void release(int64_t ticket) {
         std::lock_guard<std::mutex> guard(tickets_lock_);
-        auto found = held_.find(ticket);
-        if (found == held_.end()) throw Failure{"ticket " + std::to_string(ticket) + " is not held"};
-        free_.insert(free_.end(), found->second.begin(), found->second.end());
-        held_.erase(found);
+        if (!held_.count(ticket)) throw Failure{"ticket " + std::to_string(ticket) + " is not held"};
+        let_go(ticket);
     }
 
     // Everything that training changed goes to the store and is ready to be the snapshot.
     void prepare(char* const* arrays, Move move) {
         std::lock_guard<std::mutex> guard(lock_);
-        unpin();
+        come(arrays);
+        unpin(arrays);
         std::vector<Kept> changed;
         for (int64_t slot = 0; slot < sets_ * WAYS; slot++)
             if (at(slot).dirty) changed.push_back({row_of(slot), slot});
@@ -147,7 +181,7 @@ class Cache {
     // Nothing is cached any more, and what was changed there is dropped: the records were replaced.
     void forget() {
         std::lock_guard<std::mutex> guard(lock_);
-        unpin();
+        unpin(nullptr);
         for (int64_t slot = 0; slot < sets_ * WAYS; slot++)
             if (at(slot).pins) throw Failure{"rows are replaced while batches are under way: step() first, and end the pipeline"};
         for (int64_t slot = 0; slot < sets_ * WAYS; slot++) tag(slot) = 0, at(slot) = Slot{};
@@ -160,6 +194,7 @@ class Cache {
     // Copies of rows as they are now, cached or not; the cache stays as it is.
     void peek(const int64_t* ids, int64_t n, int64_t part, char* out, char* const* arrays) {
         std::lock_guard<std::mutex> guard(lock_);
+        come(arrays);
         const int64_t bytes = parts_[size_t(part)].bytes;
         each_row(ids, n, part, [&](int64_t i, int64_t slot) { memcpy(out + i * bytes, arrays[part] + slot * bytes, size_t(bytes)); },
                  [&](int64_t i, std::vector<char>& record, int64_t before) { memcpy(out + i * bytes, record.data() + before, size_t(bytes)); });
@@ -168,6 +203,7 @@ class Cache {
     // Sets one part of rows, cached or not.
     void poke(const int64_t* ids, int64_t n, int64_t part, const char* from, char* const* arrays) {
         std::lock_guard<std::mutex> guard(lock_);
+        come(arrays);
         const int64_t bytes = parts_[size_t(part)].bytes;
         each_row(ids, n, part,
                  [&](int64_t i, int64_t slot) {
@@ -218,15 +254,56 @@ class Cache {
         clock_ = 1;
     }
 
-    size_t unpin() {  // how many batches are under way
-
-        std::lock_guard<std::mutex> guard(tickets_lock_);
-        for (size_t i = 0; i < free_.size(); i++) {
-            if (i + NEAR < free_.size()) __builtin_prefetch(&at(free_[i + NEAR]));
-            at(free_[i]).pins--;
+    size_t unpin(char* const* arrays) {  // how many batches are under way
+        std::vector<int64_t> freed;
+        size_t count;
+        bool unread;
+        {
+            std::lock_guard<std::mutex> guard(tickets_lock_);
+            freed.swap(free_);
+            count = held_.size();
+            unread = coming_.ticket && !held_.count(coming_.ticket);
         }
-        free_.clear();
-        return held_.size();
+        if (unread) come(arrays);  // its slots are about to be free
+        for (size_t i = 0; i < freed.size(); i++) {
+            if (i + NEAR < freed.size()) __builtin_prefetch(&at(freed[i + NEAR]));
+            at(freed[i]).pins--;
+        }
+        return count;
+    }
+
+    void let_go(int64_t ticket) {  // under tickets_lock_
+        std::vector<int64_t>& held = held_[ticket];
+        free_.insert(free_.end(), held.begin(), held.end());
+        held_.erase(ticket);
+        failed_.erase(ticket);
+    }
+
+    // Brings the rows that are still to come. Where they cannot be read, or are those of a batch before that could not be, their ticket says so.
+    void come(char* const* arrays) {
+        if (!coming_.ticket) return;
+        Coming now;
+        std::swap(now, coming_);
+        std::string why;
+        try {
+            filler_.fill(now.misses, now.asked, arrays);
+        } catch (const Failure& failure) {
+            why = failure.what;
+        } catch (const std::exception& error) {
+            why = error.what();
+        }
+        if (!why.empty()) {
+            for (const Miss& miss : now.misses) tag(miss.slot) = 0, at(miss.slot).dirty = 0;  // what could not be read is not there
+            present_ -= int64_t(now.misses.size());
+            lost_ = why;
+        } else if (!lost_.empty() && std::any_of(now.held.begin(), now.held.end(), [&](int64_t slot) { return !tag(slot); })) {
+            why = lost_;
+        }
+        std::lock_guard<std::mutex> tickets(tickets_lock_);
+        incomplete_ = 0;
+        came_.notify_all();
+        if (!why.empty() && held_.count(now.ticket)) failed_[now.ticket] = Failure{why};
+        count();
     }
 
     Slot& at(int64_t slot) { return sets_of_[size_t(slot / WAYS)].slots[slot % WAYS]; }
@@ -296,7 +373,7 @@ class Cache {
             if (best >= 0) return place.set * WAYS + best;  // the second set only where all of the first is held
         }
         throw Failure{"the cache is too small: the rows of the batches under way fill the sets of id " + std::to_string(id) + " (" +
-                      std::to_string(sets_ * WAYS) + " slots): give `cache` more memory, or prefetch fewer batches"};
+                      std::to_string(sets_ * WAYS) + " slots, in sets of " + std::to_string(WAYS) + " that fill unevenly): give `cache` more memory, twice the rows of those batches, or prefetch fewer"};
     }
 
     bool before(const Slot& one, const Slot& other) const {
@@ -322,8 +399,8 @@ class Cache {
     // Writes rows to the store.
     void save(const std::vector<Kept>& kept, char* const* arrays) {
         std::vector<int64_t> rows;
-        for (size_t first = 0; first < kept.size(); first += SAVED) {
-            size_t count = std::min(SAVED, kept.size() - first);
+        for (size_t first = 0; first < kept.size(); first += MOST_ROWS) {
+            size_t count = std::min(MOST_ROWS, kept.size() - first);
             rows.clear();
             for (size_t i = 0; i < count; i++) rows.push_back(kept[first + i].row);
             store_->write(rows, [&](size_t i, char* to) {
@@ -344,8 +421,13 @@ class Cache {
     Zeros<Set> sets_of_;
     std::unordered_map<int64_t, std::vector<int64_t>> held_;  // by ticket; with free_, under tickets_lock_
     std::vector<int64_t> free_;  // slots of tickets that were released, still pinned
+    std::unordered_map<int64_t, Failure> failed_;  // tickets whose rows could not be read; as held_
+    int64_t incomplete_ = 0;  // coming_.ticket; as held_
     std::mutex tickets_lock_;
+    std::condition_variable came_;  // incomplete_ changed
     std::mutex lock_;
+    Coming coming_;
+    std::string lost_;  // why rows could not be read, the last time
     uint32_t clock_ = 0;
     bool spilled_ = false;  // a row was ever put into its second set
     int64_t tickets_ = 0, hits_ = 0, misses_ = 0, written_ = 0, present_ = 0;

@@ -15,6 +15,7 @@ namespace {
 
 const int READERS = 8;  // threads that wait for the disk
 const size_t MANY = 2048;   // rows of memory that several threads copy faster than one
+const size_t SOON = 6;       // rows whose values are asked for before they are copied
 const int64_t NEAR = 32;    // slots, and rows of the store, that are asked for before they are looked at
 
 struct Miss {
@@ -32,8 +33,8 @@ class Filler {
 
     int64_t made = 0, read = 0;  // rows, so far
 
-    // Has the disk read what was left to it, while rows that leave are written and others come.
-    void ask(std::vector<Miss>& misses) {
+    // Has the disk read what was left to it, while rows that leave are written and others come. Its result is fill()'s `asked`.
+    int ask(std::vector<Miss>& misses) {
         std::vector<Where> wanted;
         for (size_t i = 0; i < misses.size() && store_.any_far(); i++) {
             if (i + NEAR < misses.size()) store_.soon(misses[i + NEAR].row);
@@ -42,12 +43,12 @@ class Filler {
             misses[i].asked = where.at, misses[i].answer = int64_t(wanted.size());
             wanted.push_back(where);
         }
-        if (!wanted.empty()) store_.ask(wanted);
+        return wanted.empty() ? 0 : store_.ask(wanted);
     }
 
-    // Fills the slots: what is made or in the system's memory first, then what the disk was asked for; what is still missing is read by several
+    // Fills the slots: what is made or in memory first, then what the disk was asked for; what is still missing is read by several
     // threads, in the order of the files.
-    void fill(const std::vector<Miss>& misses, char* const* arrays) {
+    void fill(const std::vector<Miss>& misses, int asked, char* const* arrays) {
         struct Wanted {
             Where where;
             int64_t slot, answer;
@@ -70,8 +71,9 @@ class Filler {
                 start_row(parts_[p], int64_t(p), seed_, misses[i].row, reinterpret_cast<float*>(arrays[p] + misses[i].at * parts_[p].bytes));
         std::vector<char> record(static_cast<size_t>(store_.record()));
         size_t slow = 0;
-        for (const Wanted& each : stored) {
-            if (shared) break;
+        for (size_t i = 0; i < stored.size() && !shared; i++) {
+            const Wanted each = stored[i];
+            if (i + SOON < stored.size()) store_.soon(stored[i + SOON].where);
             if (store_.read_now(each.where, record.data()))
                 scatter(record.data(), each.slot, arrays);
             else
@@ -79,7 +81,7 @@ class Filler {
         }
         if (!shared) stored.resize(slow);
         for (const Wanted& each : distant) {
-            if (const char* found = store_.answer(size_t(each.answer)))
+            if (const char* found = store_.answer(asked, size_t(each.answer)))
                 scatter(found, each.slot, arrays);
             else
                 stored.push_back(each);

@@ -25,6 +25,7 @@ class Memory : public Rows {
     int64_t generation() const override { return 0; }
     bool in_memory() const override { return true; }
     Where where(int64_t row) const override { return {false, (bits_[row >> 3] >> (row & 7)) & 1 ? row * record_ : -1}; }
+    using Rows::soon;
     void soon(int64_t row) const override {
         __builtin_prefetch(bits_ + (row >> 3));
         for (int64_t at = 0; at < record_; at += 64) __builtin_prefetch(memory_ + row * record_ + at);
@@ -33,7 +34,7 @@ class Memory : public Rows {
     bool read_now(Where where, char* record) const override { return read(where, record), true; }
     void write(const std::vector<int64_t>& rows, const std::function<void(size_t, char*)>& record) override {
         for (size_t i = 0; i < rows.size(); i++) {
-            if (i + SOON < rows.size()) soon(rows[i + SOON]);
+            if (i + EARLY < rows.size()) soon(rows[i + EARLY]);
             record(i, memory_ + rows[i] * record_);
             unsigned char bit = (unsigned char)(1 << (rows[i] & 7));
             written_ += !(bits_[rows[i] >> 3] & bit);
@@ -46,7 +47,7 @@ class Memory : public Rows {
     int64_t written_rows() const override { return written_; }
 
   private:
-    static const size_t SOON = 6;  // rows whose memory is asked for before it is written
+    static const size_t EARLY = 6;  // rows whose memory is asked for before it is written
     char* memory_;
     unsigned char* bits_;
     int64_t rows_, record_ = 0, written_ = 0;

@@ -9,6 +9,9 @@
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #include <algorithm>
 
@@ -16,7 +19,6 @@ namespace twt {
 
 namespace {
 
-const int64_t PAGE = 4096;
 const size_t AHEAD = 32;  // rows whose memory is asked for before it is read
 const char MAGIC[8] = {'T', 'W', 'R', 'O', 'W', 'S', '0', '2'};
 
@@ -33,50 +35,30 @@ struct Entry {  // before each record in the journal
     uint32_t sum, here;  // here: 1; 0 in the holes that were given back
 };
 
-const int64_t SEGMENT = 1024;        // records of the journal that are given back together: whole pages, whatever a record's size
-const int64_t SENT = 2 << 20;         // bytes of the journal that are sent to the disk together
-const int64_t LEAST_NEAR = 16 << 20;
-const int64_t SELDOM = 64;            // rows written for one read that the disk does meanwhile
+const int64_t SEGMENT = MOST_ROWS;        // records of the journal that are given back together: whole pages, whatever a record's size
 const int64_t SPARE = 64 * SEGMENT;  // records that nobody needs any more, which the journal may hold anyway
 
-[[noreturn]] void fail(const std::string& what) { throw Failure{what}; }
-[[noreturn]] void fail_io(const std::string& doing, const std::string& path) { fail(doing + " " + path + ": " + strerror(errno)); }
-
-void write_all(int file, const void* data, int64_t bytes, int64_t at, const std::string& path) {
-    const char* from = static_cast<const char*>(data);
-    while (bytes > 0) {
-        ssize_t done = pwrite(file, from, size_t(bytes), at);
-        if (done < 0 && errno == EINTR) continue;
-        if (done <= 0) fail_io("cannot write", path);
-        from += done, at += done, bytes -= done;
+// A copy to memory that nobody reads soon: the CPU's caches, which another thread trains with, keep what they have. end_copies() before others read it.
+void copy_past(char* to, const char* from, int64_t bytes) {
+#if defined(__SSE2__)
+    if (uintptr_t(to) % 16 == 0 && bytes % 16 == 0) {
+        for (int64_t i = 0; i < bytes; i += 16) _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+        return;
     }
+#endif
+    memcpy(to, from, size_t(bytes));
 }
 
-void read_all(int file, void* data, int64_t bytes, int64_t at, const std::string& path) {
-    char* to = static_cast<char*>(data);
-    while (bytes > 0) {
-        ssize_t done = pread(file, to, size_t(bytes), at);
-        if (done < 0 && errno == EINTR) continue;
-        if (done < 0) fail_io("cannot read", path);
-        if (done == 0) fail(path + " is shorter than its header says: it was truncated; restore it from a copy");
-        to += done, at += done, bytes -= done;
-    }
-}
-
-void sync(int file, const std::string& path) {
-    if (fdatasync(file) != 0) fail_io("cannot flush", path);
-}
-
-void sync_folder(const std::string& folder) {
-    File file;
-    file = open(folder.c_str(), O_RDONLY | O_DIRECTORY);
-    if (file < 0 || fsync(file) != 0) fail_io("cannot flush", folder);
+void end_copies() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
 }
 
 }  // namespace
 
 Store::Store(const std::string& folder, int64_t rows, const std::vector<Part>& parts, uint64_t seed, bool create, int64_t wanted, int64_t near)
-    : folder_(folder), rows_(rows), seed_(seed), parts_(parts), near_(std::max(near, LEAST_NEAR)) {
+    : folder_(folder), rows_(rows), seed_(seed), parts_(parts) {
     if (parts.empty() || parts.size() > 16) fail("a row has between 1 and 16 parts");
     for (const Part& part : parts) record_ += part.bytes;
     entry_ = int64_t(sizeof(Entry)) + record_;
@@ -113,25 +95,11 @@ Store::Store(const std::string& folder, int64_t rows, const std::vector<Part>& p
         sync_folder(folder_);
         committed = false;
     }
-    log_ = open(log.c_str(), O_RDWR | O_CREAT | (committed ? 0 : O_TRUNC), 0644);
-    if (log_ < 0) fail_io("cannot open", log);
-#ifdef O_DIRECT
-    far_ = open(log.c_str(), O_RDONLY | O_DIRECT);  // not every file system has it
-#endif
+    log_.open(log, SEGMENT * entry_, near, !committed);
     if (committed) {
         look_through(said[1], said[2]);
         apply();
     }
-}
-
-File::~File() {
-    if (number_ >= 0) close(number_);
-}
-
-File& File::operator=(int number) {
-    if (number_ >= 0) close(number_);
-    number_ = number;
-    return *this;
 }
 
 void Store::read_header(bool only_look) {
@@ -180,116 +148,111 @@ bool Store::whole(const char* entry) const {
 
 void Store::read(Where where, char* record) const {
     if (!where.logged) return read_all(file_, record, record_, where.at, folder_ + "/rows.dat");
-    std::string log = folder_ + "/journal.dat";
-    std::vector<char> bytes(static_cast<size_t>(entry_));
     int64_t at = where.at - int64_t(sizeof(Entry));
-    read_all(log_, bytes.data(), entry_, at, log);
-    if (!whole(bytes.data())) fail(log + " is damaged at byte " + std::to_string(at) + ": go back to the last snapshot");
+    if (log_.near(at)) {
+        memcpy(record, log_.at(where.at), size_t(record_));
+        return;
+    }
+    std::vector<char> bytes(static_cast<size_t>(entry_));
+    log_.read(at, bytes.data(), entry_);
+    if (!whole(bytes.data())) fail(folder_ + "/journal.dat is damaged at byte " + std::to_string(at) + ": go back to the last snapshot");
     memcpy(record, bytes.data() + sizeof(Entry), size_t(record_));
 }
 
+void Store::soon(Where where) const {
+    if (!where.logged || !log_.near(where.at)) return;
+    for (int64_t i = 0; i < record_; i += 64) __builtin_prefetch(log_.at(where.at) + i, 0, 0);
+}
+
 bool Store::read_now(Where where, char* record) const {
+    if (where.logged && log_.near(where.at - int64_t(sizeof(Entry)))) {
+        memcpy(record, log_.at(where.at), size_t(record_));
+        return true;
+    }
 #ifdef RWF_NOWAIT
-    Entry e;
-    struct iovec all[] = {{&e, sizeof e}, {record, size_t(record_)}};
-    if (!where.logged) return preadv2(file_, all + 1, 1, where.at, RWF_NOWAIT) == record_;
-    return preadv2(log_, all, 2, where.at - int64_t(sizeof e), RWF_NOWAIT) == entry_ && e.here == 1 && e.sum == checksum(record, size_t(record_), uint32_t(e.row));
+    struct iovec all[] = {{record, size_t(record_)}};
+    return !where.logged && preadv2(file_, all, 1, where.at, RWF_NOWAIT) == record_;
 #else
     return false;
 #endif
 }
 
 void Store::write(const std::vector<int64_t>& rows, const std::function<void(size_t, char*)>& record) {
-    bytes_.resize(std::max(bytes_.size(), rows.size() * size_t(entry_)));
+    if (rows.size() > MOST_ROWS) fail(std::to_string(rows.size()) + " rows are written at once; " + std::to_string(MOST_ROWS) + " are the most");
+    log_.reserve(int64_t(rows.size()) * entry_);
+    one_.resize(size_t(entry_));
     for (size_t i = 0; i < rows.size(); i++) {
-        char* at = bytes_.data() + i * size_t(entry_);
-        record(i, at + sizeof(Entry));
-        Entry e{rows[i], checksum(at + sizeof(Entry), size_t(record_), uint32_t(rows[i])), 1};
-        memcpy(at, &e, sizeof e);
+        record(i, one_.data() + sizeof(Entry));
+        Entry e{rows[i], checksum(one_.data() + sizeof(Entry), size_t(record_), uint32_t(rows[i])), 1};
+        memcpy(one_.data(), &e, sizeof e);
+        copy_past(log_.next(int64_t(i) * entry_), one_.data(), entry_);
     }
-    append(rows, bytes_.data());
+    end_copies();
+    append(rows);
     tidy();
-    let_go();
 }
 
-// The journal only grows at its end: one write for all, and the order of its records is that of time.
-void Store::append(const std::vector<int64_t>& rows, const char* bytes) {
-    write_all(log_, bytes, int64_t(rows.size()) * entry_, journal_end_, folder_ + "/journal.dat");
-    int64_t place = journal_end_, segment = SEGMENT * entry_;
-    journal_end_ += int64_t(rows.size()) * entry_;
-    live_.resize(size_t(journal_end_ / segment + 1));
-    for (int64_t at = place; at < journal_end_; at += entry_) live_[size_t(at / segment)]++;
+// Notes where the records of `rows` are, which were put at the end of the journal: the order of its records is that of time.
+void Store::append(const std::vector<int64_t>& rows) {
+    int64_t place = log_.end(), segment = SEGMENT * entry_;
+    log_.grow(int64_t(rows.size()) * entry_);
+    live_.resize(size_t(log_.end() / segment + 1));
+    for (int64_t at = place; at < log_.end(); at += entry_) live_[size_t(at / segment)]++;
     for (size_t i = 0; i < rows.size(); i++, place += entry_) {
         if (i + AHEAD < rows.size()) journal_.soon(rows[i + AHEAD]);
         int64_t before = journal_.put(rows[i], place);
         if (before < 0) continue;
         size_t old = size_t(before / segment);
-        if (--live_[old] == 0 && int64_t(old + 1) * segment <= journal_end_ && !prepared_) give_back(old);
+        if (--live_[old] == 0 && int64_t(old + 1) * segment <= log_.end() && !prepared_) give_back(old);
     }
 }
 
-// Gives the room of a segment that holds nothing any more back to the file system, where that can be.
+// Gives the room of a segment that holds nothing any more back to the file system, and that of others that waited for the disk.
 void Store::give_back(size_t segment) {
     given_back_++;
-#ifdef FALLOC_FL_PUNCH_HOLE
-    if (fallocate(log_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, int64_t(segment) * SEGMENT * entry_, SEGMENT * entry_) != 0) return;
-#endif
+    empty_.push_back(segment);
+    const int64_t bytes = SEGMENT * entry_;
+    empty_.erase(std::remove_if(empty_.begin(), empty_.end(), [&](size_t each) { return log_.give_back(int64_t(each) * bytes, bytes); }), empty_.end());
 }
 
-// What was written goes to the disk soon, and from where the journal is larger than `near` on, its oldest part is left to the disk as long as that is
-// asked for few of its records: what is written next takes the memory of those (fresh memory costs a virtual machine 8 us a page and more,
-// 2.5 ms for 2,500 rows of 512 bytes).
-void Store::let_go() {
-#if defined(__linux__)
-    for (; journal_end_ - sent_ >= SENT; sent_ += SENT) {
-        sync_file_range(log_, sent_, SENT, SYNC_FILE_RANGE_WRITE);
-        bool few = asked_ * SELDOM <= SENT / entry_;
-        asked_ = 0;
-        if (!few || far_ < 0 || kept_from_ + near_ > sent_) continue;
-        int64_t from = std::max(int64_t(0), kept_from_ - SENT);  // again what lay across two of them
-        kept_from_ += SENT;
-        posix_fadvise(log_, from, kept_from_ - from, POSIX_FADV_DONTNEED);
-    }
-#endif
-}
-
-void Store::ask(const std::vector<Where>& wanted) {
+int Store::ask(const std::vector<Where>& wanted) {
     std::vector<int64_t> places;
     for (Where each : wanted) places.push_back(each.at - int64_t(sizeof(Entry)));
-    reads_.begin(far_, places, entry_);
-    asked_ += int64_t(places.size());
+    asked_ = 1 - asked_;
+    reads_[asked_].begin(log_.direct(), places, entry_);
+    return asked_;
 }
 
-const char* Store::answer(size_t i) {
-    reads_.end();
-    const char* entry = reads_.found(i);
+const char* Store::answer(int asked, size_t i) {
+    reads_[asked].end();
+    const char* entry = reads_[asked].found(i);
     return entry && whole(entry) ? entry + sizeof(Entry) : nullptr;
 }
 
 // Where more than half of the journal is needed no more, what is needed of the emptiest segments moves to the end.
 void Store::tidy() {
-    while (!prepared_ && journal_end_ / entry_ - given_back_ * SEGMENT > 2 * journal_.size() + SPARE) {
-        size_t full = size_t(journal_end_ / (SEGMENT * entry_)), least = full;
+    while (!prepared_ && log_.end() / entry_ - given_back_ * SEGMENT > 2 * journal_.size() + SPARE) {
+        size_t full = size_t(log_.end() / (SEGMENT * entry_)), least = full;
         for (size_t i = 0; i < full; i++)
             if (live_[i] > 0 && live_[i] < (least == full ? SEGMENT : live_[least])) least = i;
         if (least == full) return;
         int64_t first = int64_t(least) * SEGMENT * entry_;
-        std::vector<char> bytes(static_cast<size_t>(SEGMENT * entry_));
-        read_all(log_, bytes.data(), int64_t(bytes.size()), first, folder_ + "/journal.dat");
+        const char* bytes = log_.piece(first, SEGMENT * entry_);
+        log_.reserve(SEGMENT * entry_);
         std::vector<int64_t> rows;
         for (int64_t i = -int64_t(AHEAD); i < SEGMENT; i++) {
             Entry e;
             if (i + int64_t(AHEAD) < SEGMENT) {
-                memcpy(&e, bytes.data() + (i + int64_t(AHEAD)) * entry_, sizeof e);
+                memcpy(&e, bytes + (i + int64_t(AHEAD)) * entry_, sizeof e);
                 journal_.soon(e.row);
             }
             if (i < 0) continue;
-            memcpy(&e, bytes.data() + i * entry_, sizeof e);
+            memcpy(&e, bytes + i * entry_, sizeof e);
             if (journal_.find(e.row) != first + i * entry_) continue;
-            memmove(bytes.data() + int64_t(rows.size()) * entry_, bytes.data() + i * entry_, size_t(entry_));
+            memcpy(log_.next(int64_t(rows.size()) * entry_), bytes + i * entry_, size_t(entry_));
             rows.push_back(e.row);
         }
-        append(rows, bytes.data());
+        append(rows);
     }
 }
 
@@ -304,10 +267,9 @@ bool Store::read_commit(int64_t* said) const {
 }
 
 void Store::prepare() {
-    std::string log = folder_ + "/journal.dat", made = folder_ + "/COMMIT.new", name = folder_ + "/COMMIT";
-    if (ftruncate(log_, journal_end_) != 0) fail_io("cannot trim", log);
-    sync(log_, log);
-    int64_t said[3] = {generation_ + 1, journal_end_, journal_.size()};
+    std::string made = folder_ + "/COMMIT.new", name = folder_ + "/COMMIT";
+    log_.flush();
+    int64_t said[3] = {generation_ + 1, log_.end(), journal_.size()};
     File file;
     file = open(made.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0644);
     if (file < 0) fail_io("cannot open", made);
@@ -319,36 +281,35 @@ void Store::prepare() {
 }
 
 // Every record of the journal up to `end`, in order.
-void Store::each_entry(int64_t end, const std::function<void(int64_t at, int64_t row, const char* record)>& use) const {
+void Store::each_entry(int64_t end, const std::function<void(int64_t at, int64_t row, const char* record)>& use) {
     std::string log = folder_ + "/journal.dat";
-    std::vector<char> bytes(static_cast<size_t>(SEGMENT * entry_));
     for (int64_t first = 0; first < end; first += SEGMENT * entry_) {
         int64_t count = std::min(SEGMENT * entry_, end - first);
-        read_all(log_, bytes.data(), count, first, log);
+        const char* bytes = log_.piece(first, count);
         for (int64_t i = 0; i < count; i += entry_) {
             Entry e;
-            memcpy(&e, bytes.data() + i, sizeof e);
+            memcpy(&e, bytes + i, sizeof e);
             if (e.row == 0 && e.sum == 0 && e.here == 0) continue;
-            if (!whole(bytes.data() + i)) fail(log + " is damaged at byte " + std::to_string(first + i) + ": restore the folder from a copy");
-            use(first + i, e.row, bytes.data() + i + sizeof e);
+            if (!whole(bytes + i)) fail(log + " is damaged at byte " + std::to_string(first + i) + ": restore the folder from a copy");
+            use(first + i, e.row, bytes + i + sizeof e);
         }
     }
 }
 
 // Checks a complete journal, all of it, and notes where its rows are.
 void Store::look_through(int64_t end, int64_t rows) {
+    log_.start(end);
     each_entry(end, [&](int64_t at, int64_t row, const char*) { journal_.put(row, at); });
     if (journal_.size() != rows)
         fail(folder_ + "/journal.dat is damaged: it holds " + std::to_string(journal_.size()) + " rows, and COMMIT says " + std::to_string(rows) + ": restore the folder from a copy");
-    journal_end_ = end;
 }
 
 // Copies a complete journal into the file. May be repeated: it only sets.
 void Store::apply() {
-    std::string log = folder_ + "/journal.dat", name = folder_ + "/COMMIT", path = folder_ + "/rows.dat";
+    std::string name = folder_ + "/COMMIT", path = folder_ + "/rows.dat";
     int64_t said[3];
     if (!read_commit(said)) fail(folder_ + " has no snapshot that was prepared");
-    if (said[1] != journal_end_) fail(folder_ + ": rows were written between the two halves of a snapshot: prepare it anew");
+    if (said[1] != log_.end()) fail(folder_ + ": rows were written between the two halves of a snapshot: prepare it anew");
     if (generation_ < said[0]) {
         std::vector<bool> changed(bits_.size() / size_t(PAGE) + 1);  // pages of bits
         each_entry(said[1], [&](int64_t at, int64_t row, const char* record) {
@@ -370,10 +331,11 @@ void Store::apply() {
     }
     if (unlink(name.c_str()) != 0) fail_io("cannot remove", name);
     sync_folder(folder_);
-    if (ftruncate(log_, 0) != 0) fail_io("cannot empty", log);
+    log_.clear();
     journal_.clear();
     live_.clear();
-    journal_end_ = given_back_ = sent_ = kept_from_ = asked_ = 0;
+    empty_.clear();
+    given_back_ = 0;
     prepared_ = false;
 }
 

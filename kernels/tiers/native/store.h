@@ -3,7 +3,7 @@
 //   rows.dat     header (4 KiB), one bit for each row that was ever written, the records; holes where nothing was written
 //   journal.dat  records written since the last snapshot, each with its row and a checksum, the newest of a row last; read through an
 //                index in memory. At most half of it is out of date: what is needed of other parts moves to the end, and they become holes.
-//                On Linux, where it is long, its oldest part is on the disk alone, and is read from there past the system's memory
+//                Its newest part is in memory too (log.h); on Linux the rest is read past the system's memory
 //   COMMIT       its generation, the journal's bytes and rows; there from the moment a snapshot is complete until the journal has been copied into rows.dat
 //
 // A process that dies leaves either no COMMIT (the journal is dropped: the last snapshot) or one (the journal is copied again).
@@ -18,6 +18,8 @@
 #include <vector>
 
 #include "disk_reads.h"
+#include "files.h"
+#include "log.h"
 
 namespace twt {
 
@@ -30,9 +32,6 @@ struct Part {
     double a, b;      // CONSTANT: a; UNIFORM: from a to b; NORMAL: mean a, deviation b
 };
 
-struct Failure {
-    std::string what;
-};
 
 inline uint64_t mix(uint64_t x) {  // the finalizer of SplitMix64 (Steele, Lea, Flood 2014)
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
@@ -97,25 +96,13 @@ class Index {
     int64_t used_ = 0;
 };
 
-// A file that is closed when nobody holds it any more, also where opening the store fails halfway.
-class File {
-  public:
-    File() {}
-    ~File();
-    File(const File&) = delete;
-    File& operator=(const File&) = delete;
-    File& operator=(int number);
-    operator int() const { return number_; }
-
-  private:
-    int number_ = -1;
-};
-
 // Where the newest record of a row is: in the journal or among the rows; at < 0: it was never written, and starts from its seed.
 struct Where {
     bool logged;
     int64_t at;
 };
+
+const size_t MOST_ROWS = 1024;  // that are written at once
 
 // What keeps the records of a table: a Store, or memory (memory.h).
 class Rows {
@@ -128,12 +115,14 @@ class Rows {
     virtual Where where(int64_t row) const = 0;
     virtual void soon(int64_t row) const = 0;  // `row` will be asked for
     virtual void read(Where where, char* record) const = 0;  // throws Failure
-    virtual bool read_now(Where where, char* record) const = 0;  // false: it is not in the system's memory, or cannot be read
+    virtual void soon(Where) const {}  // read_now() will be called
+    virtual bool read_now(Where where, char* record) const = 0;  // false: it is not in memory, or cannot be read
     virtual bool any_far() const { return false; }  // some records were left to the disk
     virtual bool far(Where) const { return false; }  // this one was
-    virtual void ask(const std::vector<Where>&) {}   // has the disk read such records, while the caller does other things
-    virtual const char* answer(size_t) { return nullptr; }  // waits for the i-th of them, which is there until the next ask(); nullptr: read() it
-    // The records of distinct `rows`; record(i, to) gives the i-th. Throws Failure: then all rows have what they had, or all are written.
+    // Has the disk read such records, while the caller does other things; says by what number to ask for them.
+    virtual int ask(const std::vector<Where>&) { return 0; }
+    virtual const char* answer(int, size_t) { return nullptr; }  // waits for the i-th of them, which is there until the ask() after the next; nullptr: read() it
+    // The records of distinct `rows`, at most MOST_ROWS; record(i, to) gives the i-th. Throws Failure: then all rows have what they had, or all are written.
     virtual void write(const std::vector<int64_t>& rows, const std::function<void(size_t, char*)>& record) = 0;
     // Makes everything written so far the new snapshot, in two steps: after prepare() it is complete, finish() puts it in place.
     virtual void prepare() = 0;
@@ -145,7 +134,7 @@ class Rows {
 class Store : public Rows {
   public:
     // Opens or creates the files in `folder`. Throws Failure.
-    // `near`: bytes of the journal, its newest, that stay in the system's memory; 16 MiB at least. Older records are read from the disk.
+    // `near`: bytes of the journal, its newest, that stay in memory; 16 MiB at least. Older records are read from the disk.
     // A journal with a COMMIT is complete; where `wanted` >= 0 it is used only up to that generation, and else dropped.
     Store(const std::string& folder, int64_t rows, const std::vector<Part>& parts, uint64_t seed, bool create, int64_t wanted, int64_t near);
 
@@ -156,10 +145,11 @@ class Store : public Rows {
     void soon(int64_t row) const override;
     void read(Where where, char* record) const override;
     bool read_now(Where where, char* record) const override;
-    bool any_far() const override { return kept_from_ > 0; }
-    bool far(Where where) const override { return where.logged && where.at < kept_from_; }
-    void ask(const std::vector<Where>& wanted) override;
-    const char* answer(size_t i) override;
+    void soon(Where where) const override;
+    bool any_far() const override { return log_.any_far(); }
+    bool far(Where where) const override { return where.logged && log_.far(where.at); }
+    int ask(const std::vector<Where>& wanted) override;
+    const char* answer(int asked, size_t i) override;
     void write(const std::vector<int64_t>& rows, const std::function<void(size_t, char*)>& record) override;
     void prepare() override;
     void finish() override { apply(); }
@@ -170,12 +160,11 @@ class Store : public Rows {
     void apply();
     void read_header(bool fresh);
     void write_header();
-    void append(const std::vector<int64_t>& rows, const char* bytes);
+    void append(const std::vector<int64_t>& rows);
     void tidy();
     void give_back(size_t segment);
-    void let_go();
     bool whole(const char* entry) const;
-    void each_entry(int64_t end, const std::function<void(int64_t at, int64_t row, const char* record)>& use) const;
+    void each_entry(int64_t end, const std::function<void(int64_t at, int64_t row, const char* record)>& use);
     void look_through(int64_t end, int64_t rows);
     bool read_commit(int64_t* said) const;  // {generation, bytes of the journal, its rows}
     std::string folder_;
@@ -184,13 +173,15 @@ class Store : public Rows {
     std::vector<Part> parts_;
     std::vector<unsigned char> bits_;
     Index journal_;
-    int64_t near_, journal_end_ = 0, given_back_ = 0, stored_ = 0;
-    int64_t sent_ = 0, kept_from_ = 0, asked_ = 0;  // bytes of the journal: on their way to the disk; left to it; reads of those since the last were
+    int64_t given_back_ = 0, stored_ = 0;
+    std::vector<size_t> empty_;  // segments that go back to the file system when they are on the disk
     std::vector<int64_t> live_;  // by segment of the journal: records that no later one replaces
     bool prepared_ = false;      // a COMMIT names the journal as it is: nothing of it is given back
-    std::vector<char> bytes_;    // what is about to be written
-    File file_, log_, far_, lock_;  // far_: the journal, read past the system's memory
-    DiskReads reads_;
+    std::vector<char> one_;      // an entry that is about to be written
+    File file_, lock_;
+    Log log_;  // the journal
+    DiskReads reads_[2];
+    int asked_ = 0;  // the last of them that was used
 };
 
 }  // namespace twt
