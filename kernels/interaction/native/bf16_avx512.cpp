@@ -25,8 +25,8 @@ inline __m512bh pairs_at(const uint32_t* from) { return (__m512bh)_mm512_load_si
 inline __m512bh all(uint32_t pair) { return (__m512bh)_mm512_set1_epi32(int(pair)); }
 
 // What a sample needs is read in one go and then worked on for long: that of the next one is asked for meanwhile.
-template <class T> inline void soon(const T* row, int64_t count) {
-    for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) _mm_prefetch(reinterpret_cast<const char*>(row + i), _MM_HINT_T0);
+template <int WRITTEN, class T> inline void soon(const T* row, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i, WRITTEN);
 }
 
 // What a sample works in. All sizes are whole vectors.
@@ -76,7 +76,7 @@ void forward(const Job* job) {
     for (int64_t b = job->begin; b < job->end; b++) {
         const float* x = reinterpret_cast<const float*>(c.x) + b * c.x_batch;
         for (int64_t f = 0; f < c.features; f++, x += c.x_feature) {
-            soon(x + c.x_batch, c.dim);
+            soon<0>(x + c.x_batch, c.dim);
             for (int64_t k = 0; k < s.depth; k += 16) {
                 const __m512 low = _mm512_maskz_loadu_ps(first(c.dim - 2 * k), x + 2 * k), high = _mm512_maskz_loadu_ps(first(c.dim - 2 * k - 16), x + 2 * k + 16);
                 _mm512_store_si512(s.rows + f * s.depth + k, (__m512i)_mm512_cvtne2ps_pbh(high, low));
@@ -141,7 +141,7 @@ void backward(const Job* job) {
     for (int64_t i = 0; i < (s.features + BACK_ROWS) * half; i++) s.lower[i] = 0;
     for (int64_t b = job->begin; b < job->end; b++) {
         const uint16_t* y = reinterpret_cast<const uint16_t*>(c.y) + b * c.y_batch;
-        soon(y + c.y_batch, c.pairs);
+        soon<0>(y + c.y_batch, c.pairs);
         for (int64_t i = 1; i < features; y += i, i++)
             for (int64_t j = 0; j < i; j += 32) _mm512_store_si512(s.lower + i * half + j / 2, _mm512_maskz_loadu_epi16(first32(i - j), y + j));
         for (int64_t k = 0; 2 * k < features; k++)
@@ -154,8 +154,8 @@ void backward(const Job* job) {
         const float* x = reinterpret_cast<const float*>(c.x) + b * c.x_batch;
         for (int64_t f = 0; f < features; f += 2, x += 2 * apart) {
             const bool two = f + 1 < features;
-            soon(x + c.x_batch, dim);
-            soon(x + c.x_batch + apart, dim);
+            soon<0>(x + c.x_batch, dim);
+            soon<0>(x + c.x_batch + apart, dim);
             for (int64_t d = 0; d < s.dim; d += 16) {
                 const __mmask16 there = first(dim - d);
                 const __m512 even = _mm512_maskz_loadu_ps(there, x + d), odd = _mm512_maskz_loadu_ps(two ? there : 0, x + (two ? apart : 0) + d);
@@ -164,6 +164,7 @@ void backward(const Job* job) {
         }
         float* const dx = reinterpret_cast<float*>(c.dx) + b * features * dim;
         for (int64_t top = 0; top < features; top += BACK_ROWS) {
+            soon<1>(dx + (features + top) * dim, least(BACK_ROWS, features - top) * dim);
             int64_t left = 0;
             for (; left + 48 < dim; left += 64) gradient_rows<4>(dx, s, top, features, dim, left);
             for (; left < dim; left += 16) gradient_rows<1>(dx, s, top, features, dim, left);
