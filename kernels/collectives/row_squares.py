@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..embedding.cpu import TwoPasses
 from ..embedding.reference import accumulation_dtype
 from ..embedding.updates import TableUpdate
 from .errors import lost_peer
@@ -99,6 +100,13 @@ class RowSquares:
             chosen = ([each[i] for i in of] for each in (blocks, touched, steps, rules))
             implementation(kind[0]).update_from_sparse(*chosen)
 
+    def update_in_two(self, names: Sequence[str], passes: TwoPasses) -> None:
+        """The same in two passes over gradients that are not summed yet; ``names``: of the tables that these know, cut or not."""
+        due = [i for i, squares in enumerate(passes.squares) if squares is not None]
+        means: list[Tensor | None] = [None] * len(names)
+        for i, total in zip(due, self.totals([names[i] for i in due], [passes.squares[i] for i in due])):
+            means[i] = total / self.layouts[names[i]].dim
+        passes.step(means)
 
     def _update_natively(self, work: Sequence[Cut]) -> None:
         assert _lib is not None

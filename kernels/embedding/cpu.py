@@ -20,11 +20,11 @@ from torch import Tensor
 from ..native_library import declare, load
 from . import buffers, checks, reference
 from .checks import OptionalTensors
-from .cpu_words import DTYPES, describe_call, plan_of, rules_of, sparse_words, with_gradients
+from .cpu_words import DTYPES, Call, Plan, describe_call, plan_of, rules_of, sparse_words, with_gradients
 from .spec import GroupSpec
 from .updates import TableUpdate
 
-_ABI = 5  # tw_abi() of native/driver.cpp
+_ABI = 6  # tw_abi() of native/driver.cpp
 _LEVELS = ("baseline", "AVX2", "AVX-512")  # of tw_level()
 _PAIRS, _COALESCED, _DENSE = range(3)  # layouts of gradients() in native/python.cpp
 _OK, _BAD_INPUT, _UNSUPPORTED, _NO_MEMORY = range(4)  # enum Result of native/call.h
@@ -43,6 +43,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         "update_from_sparse": (word, [word, word, word, text, text]),
         "gradients_begin": (word, [pointer, text, text, pointer, pointer]),
         "gradients_fill": (word, [pointer, text, pointer, text, text, word]),
+        "gradients_squares": (None, [pointer, text, pointer, text]),
+        "gradients_step": (None, [pointer, text, pointer, text, text]),
         "gradients_drop": (None, [pointer]),
         "sample_weight_gradients": (word, [pointer, text, text]),
         "probe": (None, [word, pointer, pointer, word, word, word, pointer, word]),
@@ -207,7 +209,18 @@ def count_up(steps: list[Tensor]) -> bool:
     return _direct is not None and _direct.count_up(steps) is True
 
 
-def _gradients(
+class _Sorted:
+    """What a call's words point to, and the distinct rows of each table in the order of their numbers: gone with this object."""
+
+    def __init__(self, plan: Plan, call: Call, words: bytes, handle: ctypes.c_void_p, counts: list[int], kept: object) -> None:
+        self.plan, self.call, self.words, self.handle, self.counts, self.kept = plan, call, words, handle, counts, kept
+
+    def __del__(self) -> None:
+        if _lib is not None:
+            _lib.tw_gradients_drop(self.handle)
+
+
+def _sort(
     spec: GroupSpec,
     slot_grads: OptionalTensors,
     tables: Sequence[Tensor],
@@ -215,9 +228,8 @@ def _gradients(
     offsets: OptionalTensors,
     sample_weights: OptionalTensors,
     wanted: Sequence[bool],
-    dense: bool,
-) -> list | None:
-    """(rows, values) per wanted table, where ``dense`` values are full-size and rows empty; None: ask the reference."""
+) -> _Sorted | None:
+    """The ids of the wanted tables, sorted; None: ask the reference."""
     plan = plan_of(spec)
     call = describe_call(plan, tables, indices, offsets, sample_weights)
     if call is None or _lib is None:
@@ -229,27 +241,80 @@ def _gradients(
     result = _lib.tw_gradients_begin(plan.pointer, words, flags, ctypes.addressof(counts), ctypes.addressof(handle))
     if result and _refused(result, spec, tables, indices, offsets, sample_weights):
         return None
-    try:
-        gradients: list[tuple[Tensor, Tensor] | None] = []
-        row_pointers, value_pointers = [0] * len(tables), [0] * len(tables)
-        for t, (want, table, count) in enumerate(zip(wanted, spec.tables, counts)):
-            if not want:
-                gradients.append(None)
-                continue
-            rows = torch.empty(0 if dense else count, dtype=torch.int64, device="cpu")
-            if dense:
-                values = torch.zeros((table.rows, table.dim), dtype=call.dtype, device="cpu")
-            else:
-                values = buffers.empty((count, table.dim), call.dtype)
-            gradients.append((rows, values))
-            row_pointers[t] = 0 if dense else rows.data_ptr()
-            value_pointers[t] = values.data_ptr()
-    except BaseException:
-        _lib.tw_gradients_drop(handle)
-        raise
+    return _Sorted(plan, call, words, handle, list(counts), (slot_grads, tables, indices, offsets, sample_weights))
+
+
+def _gradients(
+    spec: GroupSpec,
+    slot_grads: OptionalTensors,
+    tables: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    offsets: OptionalTensors,
+    sample_weights: OptionalTensors,
+    wanted: Sequence[bool],
+    dense: bool,
+) -> list | None:
+    """(rows, values) per wanted table, where ``dense`` values are full-size and rows empty; None: ask the reference."""
+    begun = _sort(spec, slot_grads, tables, indices, offsets, sample_weights, wanted)
+    if begun is None or _lib is None:
+        return None
+    plan, call = begun.plan, begun.call
+    gradients: list[tuple[Tensor, Tensor] | None] = []
+    row_pointers, value_pointers = [0] * len(tables), [0] * len(tables)
+    for t, (want, table, count) in enumerate(zip(wanted, spec.tables, begun.counts)):
+        if not want:
+            gradients.append(None)
+            continue
+        rows = torch.empty(0 if dense else count, dtype=torch.int64, device="cpu")
+        if dense:
+            values = torch.zeros((table.rows, table.dim), dtype=call.dtype, device="cpu")
+        else:
+            values = buffers.empty((count, table.dim), call.dtype)
+        gradients.append((rows, values))
+        row_pointers[t] = 0 if dense else rows.data_ptr()
+        value_pointers[t] = values.data_ptr()
     pointers = plan.pack_tables(*row_pointers), plan.pack_tables(*value_pointers)
-    _lib.tw_gradients_fill(plan.pointer, words, handle, *pointers, int(dense))
+    _lib.tw_gradients_fill(plan.pointer, begun.words, begun.handle, *pointers, int(dense))
     return gradients
+
+
+class TwoPasses:
+    """Rowwise AdaGrad where other ranks hold other columns of the rows, in two passes over the gradients, which are summed in each: sums
+    that were stored would have to come from memory again. ``squares``: for each table with an update the squared sum of each distinct row
+    ``[rows touched]``, ascending by row, float32 (float64 for float64 tables); :meth:`step` takes the means over all columns."""
+
+    def __init__(self, begun: _Sorted, updates: Sequence[TableUpdate | None], rules: bytes) -> None:
+        self._begun, self._rules, self._kept = begun, rules, updates
+        dtype = torch.float64 if begun.call.dtype is torch.float64 else torch.float32
+        counts = [0 if u is None else count for u, count in zip(updates, begun.counts)]
+        parts = torch.empty(sum(counts), dtype=dtype, device="cpu").split(counts)
+        self.squares: list[Tensor | None] = [None if u is None else part for u, part in zip(updates, parts)]
+        self._run("tw_gradients_squares", self.squares)
+
+    def _run(self, name: str, each: Sequence[Tensor | None], *more: bytes) -> None:
+        begun = self._begun
+        pointers = begun.plan.pack_tables(*(0 if one is None else one.data_ptr() for one in each))
+        getattr(_lib, name)(begun.plan.pointer, begun.words, begun.handle, *more, pointers)
+
+    def step(self, means: Sequence[Tensor | None]) -> None:
+        """Update the tables, once; ``means``: contiguous, of the shapes and dtype of ``squares``."""
+        self._run("tw_gradients_step", means, self._rules)
+
+
+def two_passes(
+    spec: GroupSpec,
+    slot_grads: OptionalTensors,
+    tables: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    offsets: OptionalTensors,
+    sample_weights: OptionalTensors,
+    updates: Sequence[TableUpdate | None],
+) -> TwoPasses | None:
+    """The first pass for all tables with an update, which is rowwise AdaGrad; None: nothing was done, ask :func:`sparse_gradients`."""
+    rules = rules_of(tables, updates)
+    wanted = [u is not None for u in updates]
+    begun = None if rules is None else _sort(spec, slot_grads, tables, indices, offsets, sample_weights, wanted)
+    return None if begun is None or rules is None else TwoPasses(begun, updates, rules)
 
 
 def sample_weight_gradients(

@@ -178,9 +178,13 @@ class RowUpdates(Optimizer):
         if self.row_squares is not None:
             cut = [u is not None and self._is_cut(t.name, group) for t, group, u in zip(spec.tables, groups, updates)]
         if any(cut):
-            pairs = run.sparse_gradients(spec, slot_grads, tables, indices, offsets, sample_weights, cut)
-            names = [t.name for t in spec.tables]
-            self._step_cut([(n, t, *pair, u) for n, t, pair, u in zip(names, tables, pairs, updates) if pair is not None], spent=True)
+            given, names = (spec, slot_grads, tables, indices, offsets, sample_weights), [t.name for t in spec.tables]
+            passes = cpu.two_passes(*given, [u if is_cut else None for u, is_cut in zip(updates, cut)]) if run is cpu else None
+            if passes is not None:
+                self.row_squares.update_in_two(names, passes)
+            else:
+                pairs = run.sparse_gradients(*given, cut)
+                self._step_cut([(n, t, *pair, u) for n, t, pair, u in zip(names, tables, pairs, updates) if pair is not None], spent=True)
             updates = [None if is_cut else u for u, is_cut in zip(updates, cut)]
         if not all(cut):
             run.update(spec, slot_grads, tables, indices, offsets, sample_weights, updates)

@@ -88,6 +88,8 @@ struct RowsJob {
     const UpdateArg* update;   // null for fill
     int64_t by_row;            // fill: write gradient of row r at r (dense) instead of at its run number
     int64_t stream;            // fill: as in ForwardJob
+    char* squares;             // null, or for rowwise AdaGrad in two passes a number of sums' type for each run: without update the sum of
+                               // its squares goes there, with one the mean of them (over all columns, wherever they are) is read there
     char* scratch;
 };
 

@@ -52,7 +52,7 @@ void copy_extra(const Call& c, int64_t e, int64_t first, int64_t last) {
 #define TW_API extern "C" __attribute__((visibility("default")))
 
 // The version of this interface; cpu.py refuses a library built from other sources.
-TW_API int64_t tw_abi() { return 5; }
+TW_API int64_t tw_abi() { return 6; }
 
 // 0 baseline, 1 AVX2, 2 AVX-512. A level below 0 or above what the CPU has only asks.
 TW_API int64_t tw_level(int64_t level) { return builds.ask(level); }
@@ -101,7 +101,7 @@ TW_API int64_t tw_forward(const int64_t* spec, const int64_t* call) {
     return result;
 }
 
-// Sorts the ids of the wanted tables and counts distinct rows. *handle goes to tw_gradients_fill or tw_gradients_drop.
+// Sorts the ids of the wanted tables and counts distinct rows. *handle goes to tw_gradients_drop at last.
 TW_API int64_t tw_gradients_begin(const int64_t* spec, const int64_t* call, const int64_t* wanted, int64_t* counts, void** handle) {
     const Call c(spec, call);
     Sorted* s = static_cast<Sorted*>(malloc(sizeof(Sorted)));
@@ -123,7 +123,7 @@ TW_API void tw_gradients_drop(void* handle) {
 }
 
 // Writes row numbers (where rows[t] is not null) and summed gradients: run u at values[t] + u * dim, or with by_row, row r at
-// r * dim. Frees the handle.
+// r * dim. Keeps the handle, for tw_gradients_drop only.
 TW_API int64_t tw_gradients_fill(const int64_t* spec, const int64_t* call, void* handle, int64_t* const* rows, char* const* values,
                                  int64_t by_row) {
     const Call c(spec, call);
@@ -140,8 +140,22 @@ TW_API int64_t tw_gradients_fill(const int64_t* spec, const int64_t* call, void*
         job.stream = out_bytes >= STREAM_FROM;
     };
     if (!fill_by_table(c, builds.active(), s, write)) apply_all(c, s, write);
-    tw_gradients_drop(handle);
     return OK;
+}
+
+// The first of two passes of rowwise AdaGrad: the squared sum of every run at squares[t] + run, in sums' type. Keeps the handle.
+TW_API void tw_gradients_squares(const int64_t* spec, const int64_t* call, void* handle, char* const* squares) {
+    apply_all(Call(spec, call), *static_cast<Sorted*>(handle), [&](RowsJob& job, int64_t t) { job.squares = squares[t]; });
+}
+
+// The second: the update by rowwise AdaGrad, the mean of each run's squares given at means[t] + run. Keeps the handle.
+TW_API void tw_gradients_step(const int64_t* spec, const int64_t* call, void* handle, const UpdateArg* updates, char* const* means) {
+    const Call c(spec, call);
+    apply_all(c, *static_cast<Sorted*>(handle), [&](RowsJob& job, int64_t t) {
+        job.weights = c.table_args[t];
+        job.update = &updates[t];
+        job.squares = means[t];
+    });
 }
 
 TW_API int64_t tw_update(const int64_t* spec, const int64_t* call, const int64_t* wanted, const UpdateArg* updates) {

@@ -157,6 +157,7 @@ PyObject* gradients(PyObject*, PyObject* const* a, Py_ssize_t n) {
     }
     Py_BEGIN_ALLOW_THREADS
     tw_gradients_fill(spec.words(), w.words(), handle, rows, values, layout == DENSE);
+    tw_gradients_drop(handle);
     Py_END_ALLOW_THREADS
     return out;
 }
