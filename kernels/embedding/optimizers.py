@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..memory import use_huge_pages
-from . import low_tables
+from . import cpu, low_tables
 from .kept_rules import STATE, KeptRules
 from .op import implementation
 from .rounding import seed_of
