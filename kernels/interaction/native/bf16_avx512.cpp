@@ -25,9 +25,7 @@ inline __m512bh pairs_at(const uint32_t* from) { return (__m512bh)_mm512_load_si
 inline __m512bh all(uint32_t pair) { return (__m512bh)_mm512_set1_epi32(int(pair)); }
 
 // What a sample needs is read in one go and then worked on for long: that of the next one is asked for meanwhile.
-template <int WRITTEN, class T> inline void soon(const T* row, int64_t count) {
-    for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i, WRITTEN);
-}
+#include "../../native/soon.inc"
 
 // What a sample works in. All sizes are whole vectors.
 struct Scratch {
