@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
 def load(folder: Path, version_function: str, version: int) -> tuple[ctypes.CDLL | None, str]:
-    """The library ``_native`` in ``folder``, or None and why not; ``version_function`` must return ``version``."""
+    """The library ``_native`` in ``folder``, or None and why not; ``version_function`` must return ``version``. One that is there and of no use is
+    warned of too: nobody built it to run on slower PyTorch instead."""
     found = [p for s in importlib.machinery.EXTENSION_SUFFIXES if (p := folder / f"_native{s}").exists()]
     if not found:
         return None, f"the C++ kernels were not built (no _native library in {folder}): install the package where a C++ compiler is"
@@ -19,10 +21,13 @@ def load(folder: Path, version_function: str, version: int) -> tuple[ctypes.CDLL
         library = ctypes.CDLL(str(found[0]))
         built = getattr(library, version_function)()
     except (OSError, AttributeError) as error:
-        return None, f"the C++ kernels did not load: {error}"
-    if built != version:
-        return None, f"{found[0]} was built from other sources (interface {built}, wanted {version}); install the package again"
-    return library, ""
+        why_not = f"the C++ kernels did not load: {error}"
+    else:
+        if built == version:
+            return library, ""
+        why_not = f"{found[0]} was built from other sources (interface {built}, wanted {version}); install the package again"
+    warnings.warn(f"{why_not}. Until then PyTorch does its work, slower; tiers and dynamic ids cannot do without theirs", RuntimeWarning, stacklevel=2)
+    return None, why_not
 
 
 def declare(library: ctypes.CDLL, prefix: str, signatures: Mapping[str, tuple[type | None, Sequence[type]]]) -> None:
