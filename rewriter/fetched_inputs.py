@@ -59,19 +59,23 @@ class FetchedInputs:
         by_table: dict[int, list[Tensor]] = {}
         for number, each in zip(numbers, ids):
             by_table.setdefault(number, []).append(each)
-        grad = torch.is_grad_enabled()
 
         def one(number: int) -> None:
-            with torch.set_grad_enabled(grad):
-                table = table_of(number)
-                for each in by_table[number]:
-                    table.prefetch(each, self._number(table, batch))
+            table = table_of(number)
+            for each in by_table[number]:
+                table.prefetch(each, self._number(table, batch))
 
         if self._workers is None:
             for number in by_table:
                 one(number)
             return
-        started = [self._workers.submit(one, number) for number in by_table]
+        grad = torch.is_grad_enabled()
+
+        def in_worker(number: int) -> None:
+            with torch.set_grad_enabled(grad):
+                one(number)
+
+        started = [self._workers.submit(in_worker, number) for number in by_table]
         errors = [e for each in started if (e := each.exception()) is not None]
         if errors:
             raise errors[0]

@@ -83,21 +83,37 @@ class Pipeline:
 
     def __init__(self, loader: Iterable[Any], model: OptimizedModel, inputs: Callable[[Any], Any] | None, prefetch: int) -> None:
         self.loader, self.model, self.inputs, self.prefetch = loader, model, inputs, prefetch
-        self.report = PipelineReport()
+        self._report, self._started = PipelineReport(), None
         self._copies = InputCopies(model)
         self._ahead: dict[int, tuple[Callable, list[int], str, bool]] = {}  # by the variant's id
 
+    @property
+    def report(self) -> PipelineReport:
+        """Of the last iteration, as far as it is."""
+        self._count()
+        return self._report
+
+    def _count(self) -> None:
+        """Report what the tables counted since the iteration began: not at every batch, where it costs the loop time."""
+        if self._started is not None:
+            report, now = self._report, _counts(self._tables)
+            report.hits, report.misses, looked = (b - a for a, b in zip(self._started, now))
+            report.waiting, self._started = report.waiting + looked, (*self._started[:2], now[2])
+
     def __iter__(self) -> Iterator[Any]:
-        report = self.report = PipelineReport(staleness=self.model.plan.pipeline.staleness)
-        given: queue.Queue = queue.Queue(self.prefetch)
+        report = self._report = PipelineReport(staleness=self.model.plan.pipeline.staleness)
+        # both ways in C, without a lock that the other thread may hold: batches, and for each that may be made a token
+        given, room = queue.SimpleQueue(), queue.SimpleQueue()
+        for _ in range(self.prefetch):
+            room.put(None)
         stop = threading.Event()
         grad = torch.is_grad_enabled()
-        loading = threading.Event()
-        tables = self._tables()
-        lookups, counted = sum(t.waited for t in tables), _counts(tables)
+        loading = [False]
+        tables = self._tables = [] if self.model._tiered is None else list(self.model._tiered.files.values())
+        self._started = _counts(tables)
         fetched_inputs = self._fetched_inputs = FetchedInputs(tables)
         stale = StaleLookups(self.model, report.staleness, report) if report.staleness else None
-        thread = threading.Thread(target=self._work, args=(given, stop, grad, loading), name="tablewright prefetch", daemon=True)
+        thread = threading.Thread(target=self._work, args=(given, room, stop, grad, loading), name="tablewright prefetch", daemon=True)
         thread.start()
         window: deque[tuple[Any, int, Any, Lookups | None]] = deque()  # the batch to come, and those that are looked up ahead of it
         asked, ended = 0, False
@@ -107,6 +123,7 @@ class Pipeline:
                     started = time.perf_counter()
                     while not ended and len(window) <= report.staleness:
                         kind, number, value, fetched = given.get()
+                        room.put(None)
                         ended = kind is not None
                         if not ended:
                             value, arriving = value
@@ -116,9 +133,7 @@ class Pipeline:
                     kind, number, value, looked = window.popleft()
                     if stale is not None and looked is not None:
                         stale.hand_out(looked)
-                    seen, lookups = lookups, sum(t.waited for t in tables)
-                    report.waiting += time.perf_counter() - started + lookups - seen
-                    report.hits, report.misses = (now - then for now, then in zip(_counts(tables), counted))
+                    report.waiting += time.perf_counter() - started
                     if kind is not None:
                         if stale is not None:
                             stale.settle()
@@ -131,42 +146,41 @@ class Pipeline:
                     asked = number + 1
         finally:
             stop.set()
+            room.put(None)  # it may wait for one
             late = time.monotonic() + _PATIENCE
-            while thread.is_alive():  # it may wait for room in the queue
-                if loading.is_set() and time.monotonic() > late:
-                    break  # the loader blocks: when it returns, the thread ends and fetches nothing
-                try:
-                    given.get_nowait()
-                except queue.Empty:
-                    thread.join(0.01)
+            while thread.is_alive() and not (loading[0] and time.monotonic() > late):  # else the loader blocks: when it returns, the thread ends and fetches nothing
+                thread.join(0.01)
             for table in tables:
                 table.drop_before(None)
+            if report is self._report:
+                self._count()
+                self._started = None
 
-    def _tables(self) -> list[TieredTable]:
-        tiered = self.model._tiered
-        return [] if tiered is None else list(tiered.files.values())
-
-    def _work(self, given: queue.Queue, stop: threading.Event, grad: bool, loading: threading.Event) -> None:
+    def _work(self, given: queue.SimpleQueue, room: queue.SimpleQueue, stop: threading.Event, grad: bool, loading: list[bool]) -> None:
+        report = self._report
         try:
             batches = iter(self.loader)
             number = 0
             while not stop.is_set():
                 started = time.perf_counter()
-                loading.set()
+                loading[0] = True
                 batch = next(batches, _END)
-                loading.clear()
+                loading[0] = False
                 if stop.is_set():
                     return
                 loaded = time.perf_counter()
-                self.report.loading += loaded - started
+                report.loading += loaded - started
                 if batch is _END:
                     given.put((_END, number, None, None))
                     return
-                host, (batch, arriving) = batch, self._copies.start(batch)
+                host, arriving = batch, None
+                if self._copies.device is not None:
+                    batch, arriving = self._copies.start(batch)
                 with torch.set_grad_enabled(grad):
                     fetched = self._fetch(batch, number, host, arriving)
-                self.report.copied += 0 if arriving is None else arriving.bytes
-                self.report.fetching += time.perf_counter() - loaded
+                report.copied += 0 if arriving is None else arriving.bytes
+                report.fetching += time.perf_counter() - loaded
+                room.get()
                 given.put((None, number, (batch, arriving), fetched))
                 number += 1
         except BaseException as error:  # noqa: B036 - it is raised where the loop takes its next batch
@@ -174,8 +188,9 @@ class Pipeline:
 
     def _fetch(self, batch: Any, number: int, host: Any, arriving: Arriving | None) -> tuple[Variant | None, list, str]:
         """Bring the rows of a batch, which was ``host`` before it was copied to a device. Returns the form of the model that it fits, its inputs, and why there is none."""
-        if not self._tables() and not self.report.staleness:
-            self.report.not_ahead = "no table is in tiers"
+        report = self._report
+        if not self._tables and not report.staleness:
+            report.not_ahead = "no table is in tiers"
             return None, [], ""
         args, kwargs = self._arguments(batch)
         forms = [v for v in self.model._variants if v.captured.entry == "forward"]
@@ -184,12 +199,12 @@ class Pipeline:
             why = "some batches fit no captured form of the model (inputs= says which part of a batch the model takes)"
             if any(v.captured.program is not None for v in forms):
                 why = "the model, or a form of it, runs in pieces or plainly"
-            self.report.not_ahead = why
+            report.not_ahead = why
             return None, [], why
         inputs = list(variant.captured.guards.flatten(args, kwargs))
         run, numbers, why, anywhere = self._of(variant)
         if why:
-            self.report.not_ahead = why
+            report.not_ahead = why
             return None, [], why
         if numbers:
             self._fetched_inputs.expect(number, variant, inputs)
@@ -203,7 +218,7 @@ class Pipeline:
             with torch.no_grad():
                 ids = run(*made_of)
             self._fetched_inputs.prefetch(numbers, ids, number)
-            self.report.ahead += 1
+            report.ahead += 1
         return variant, inputs, ""
 
     def _arguments(self, batch: Any) -> tuple[tuple, dict]:
@@ -224,9 +239,10 @@ class Pipeline:
         return found
 
 
-def _counts(tables: list[TieredTable]) -> tuple[int, int]:
+def _counts(tables: list[TieredTable]) -> tuple[int, int, float]:
+    """Rows found in the caches and not, and seconds that lookups waited for them."""
     counted = [t.cache.counters() for t in tables]
-    return sum(c.hits for c in counted), sum(c.misses for c in counted)
+    return sum(c.hits for c in counted), sum(c.misses for c in counted), sum(t.waited for t in tables)
 
 
 def pipeline(loader: Iterable[Any], model: OptimizedModel, *, inputs: Callable[[Any], Any] | None = None, prefetch: int | None = None) -> Pipeline:

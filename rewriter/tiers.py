@@ -33,6 +33,7 @@ from . import device_tables, dynamic_tables
 from .capture import Captured
 from .dynamic_ids import DynamicIds
 from .errors import PlanError
+from .in_backward_guard import UpdatedInBackward
 from .plan import Plan, TablePlan
 from .sharding import stand_in, whole_tables
 from .snapshots import from_manifest, generation_of
@@ -86,6 +87,7 @@ class TieredTables:
         self.wanted: dict[str, Storage | DynamicIds] = {n: w for n, t in resolved.items() if (w := t.storage or t.ids) is not None}
         self.open: dict[str, SlotTable] = {}
         self.whole: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}  # what the caches stand for
+        self._homes: dict[str, tuple[dict, str]] = {}  # where the caches stand: read at every step
         self._names: dict[str, list[str]] = {}  # all names of each, where it is tied
         self._keep_rows_out = False  # of the optimizer's state dicts: a snapshot has them
         self._loaded_ids: dict[str, Tensor] = {}  # of the optimizer state that is being loaded
@@ -219,13 +221,15 @@ class TieredTables:
             tiered.trains = whole.requires_grad
             if tiered.trains:
                 cache.register_hook(partial(self._before_adding, name))
-            tiered.weight = partial(self.shell.get_parameter, name)
+            tiered.weight = partial(self._parameter, name)
             self._names[name] = [n for n, p in self.shell.named_parameters(remove_duplicate=False) if p is whole]
             self.whole[name] = (whole.shape, whole.dtype, whole.device)
             for module in self.shell.modules():
                 for key, param in module._parameters.items():
                     if param is whole:
                         module._parameters[key] = cache
+            owner, _, key = name.rpartition(".")
+            self._homes[name] = self.shell.get_submodule(owner)._parameters, key
             self._cut_state(name, whole, cache, tiered)
         for optimizer in {id(o): o for o in (self.user, self.planned) if o is not None}.values():
             optimizer.register_step_pre_hook(self._before_step)
@@ -236,14 +240,20 @@ class TieredTables:
         if self.planned is not None:
             self.planned.before_update, self.planned.after_update = self._check_update, self._updated_inside
 
+    def _parameter(self, name: str) -> Tensor:
+        """What the graph reads now under the name of a table."""
+        home, key = self._homes[name]
+        found = home.get(key)
+        return self.shell.get_parameter(name) if found is None else found  # a parametrization, say, has taken it away
+
     def _before_step(self, optimizer: Optimizer, given: tuple, named: dict) -> None:
         if not any(callable(each) for each in (*given[1:], *named.values())):  # a closure makes its gradients inside the step
             self._check_step(optimizer)
 
     def _before_adding(self, name: str, _made: Tensor) -> None:
         """A gradient is about to be added to a table's. Raises :class:`TierError` where that one was stepped already."""
-        spent, grad = self._spent.pop(name, None), self.shell.get_parameter(name).grad
-        if spent is not None and grad is not None and _content(grad) == spent:
+        spent = self._spent.pop(name, None)
+        if spent is not None and (grad := self._parameter(name).grad) is not None and _content(grad) == spent:
             raise TierError(
                 f"table '{name}': its gradient is still the one of the last step(), whose slots may hold the rows of other ids now, and this backward "
                 "would be added to it. Nothing was added. Call zero_grad() after each step(), or before the backward"
@@ -278,16 +288,16 @@ class TieredTables:
     def _owned(self, optimizer: Optimizer) -> list[str]:
         """The tables that ``optimizer`` updates."""
         mine = {id(p) for g in optimizer.param_groups for p in g["params"]}
-        return [n for n in self.open if id(self.shell.get_parameter(n)) in mine]
+        return [n for n in self.open if id(self._parameter(n)) in mine]
 
     def _stepped(self, optimizer: Optimizer) -> list[str]:
         """Those that its ``step()`` updates."""
         inside = {id(p) for g in optimizer.param_groups if g.get("in_backward") for p in g["params"]}
-        return [n for n in self._owned(optimizer) if id(self.shell.get_parameter(n)) not in inside]
+        return [n for n in self._owned(optimizer) if id(self._parameter(n)) not in inside]
 
     def _check_step(self, optimizer: Optimizer) -> None:
         for name in self._stepped(optimizer):
-            grad = self.shell.get_parameter(name).grad
+            grad = self._parameter(name).grad
             if grad is not None and grad.is_sparse:
                 self.open[name].check_held(grad._indices()[0])
 
@@ -298,13 +308,13 @@ class TieredTables:
 
     def _updated_inside(self, tables: Iterable[Tensor]) -> None:
         done = {id(t) for t in tables}
-        self.updated([n for n in self.open if id(self.shell.get_parameter(n)) in done])
+        self.updated([n for n in self.open if id(self._parameter(n)) in done])
 
     def updated(self, names: Iterable[str]) -> None:
         """An update of tables is done: what was looked up for it may leave their caches."""
         for name in names:
-            grad = self.shell.get_parameter(name).grad
-            self._spent[name] = None if grad is None or not grad.is_sparse else _content(grad)
+            grad = self._parameter(name).grad
+            self._spent[name] = None if grad is None or isinstance(grad, UpdatedInBackward) or not grad.is_sparse else _content(grad)
             self.open[name].updated()
 
     def aliases(self) -> list[list[str]]:

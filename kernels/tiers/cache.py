@@ -213,9 +213,9 @@ class RowCache:
 
     def counters(self) -> Counters:
         """What happened so far."""
-        out = numpy.zeros(10, dtype=numpy.int64)
-        _brief.twt_counters(self._open_handle(), out.ctypes.data)
-        return Counters(*map(int, out))
+        out = (ctypes.c_int64 * 10)()
+        _brief.twt_counters(self._open_handle(), out)
+        return Counters(*out)
 
     def close(self) -> None:
         """Let go of the folder. What came after the last snapshot is dropped, as in a crash."""

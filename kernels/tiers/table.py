@@ -56,7 +56,7 @@ class SlotTable:
         """
         self._check_weight()
         train = self.trains and torch.is_grad_enabled()
-        ids = ids.detach().to(torch.int64)
+        ids = ids if ids.dtype is torch.int64 else ids.detach().to(torch.int64)
         started = time.perf_counter()
         with self._lock:
             if first:
@@ -87,7 +87,7 @@ class SlotTable:
     def prefetch(self, ids: Tensor, batch: int) -> None:
         """Bring the rows that the lookup of ``batch`` will want, in the order of the lookups; raises what :meth:`slots` raises."""
         train = self.trains and torch.is_grad_enabled()
-        ids = ids.detach().to(torch.int64).clone()
+        ids = ids.detach().to(torch.int64, copy=True)
         slots, ticket = self._fetch(ids, train, later=True)  # without the lock: the present batch goes on meanwhile
         with self._lock:
             self._ahead.append((batch, ids, slots, ticket, train))
@@ -99,6 +99,8 @@ class SlotTable:
                 self._slots.release(self._ahead.popleft()[3])
 
     def _release_looked(self) -> None:
+        if not self._looked:
+            return
         mine = threading.current_thread().ident or 0
         gone = set(self._looked) - {mine}
         if gone:
@@ -167,22 +169,26 @@ class TieredTable(SlotTable):
 
     def _fetch(self, ids: Tensor, train: bool, later: bool = False) -> tuple[Tensor, int]:
         """Raises ``IndexError`` for an id outside the table and :class:`TierError` where the rows under way do not fit the cache."""
-        rows = self.cache.rows
-        if ids.numel():
-            low, high = (int(v) for v in torch.aminmax(ids))
-            if low < -rows or high >= rows:
-                raise IndexError(f"id {high if high >= rows else low} is out of range for table '{self.name}' of {rows} rows")
-            if low < 0:
-                ids = torch.where(ids < 0, ids + rows, ids)
         wanted = None if self.padding is None else ids != self.padding
         try:
             found, ticket = self.cache.fetch(ids if wanted is None else ids[wanted], train=train, later=later)
         except TierError as error:
+            counted = self._from_the_start(ids)
+            if counted is not ids:
+                return self._fetch(counted, train, later)
             held = f". {len(self._due)} lookups wait for their update and {len(self._ahead)} were prefetched: call the optimizer's step(), and look up what is not trained under torch.no_grad()"
             raise TierError(f"table '{self.name}': {error}{held if 'too small' in str(error) else ''}") from None
         if wanted is not None:
             found = torch.full_like(ids, self.home).masked_scatter_(wanted, found)
         return found, ticket
+
+    def _from_the_start(self, ids: Tensor) -> Tensor:
+        """``ids`` without negative ones; ``ids`` itself where there are none. Raises ``IndexError`` for one outside the table."""
+        rows = self.cache.rows
+        low, high = (int(v) for v in torch.aminmax(ids)) if ids.numel() else (0, 0)
+        if low < -rows or high >= rows:
+            raise IndexError(f"id {high if high >= rows else low} is out of range for table '{self.name}' of {rows} rows")
+        return torch.where(ids < 0, ids + rows, ids) if low < 0 else ids
 
     def _taken(self, ticket: int) -> None:
         try:
