@@ -117,13 +117,25 @@ class Pipeline:
         thread.start()
         window: deque[tuple[Any, int, Any, Lookups | None]] = deque()  # the batch to come, and those that are looked up ahead of it
         asked, ended = 0, False
+        waits = bool(tables) and stale is None
+        owed: deque[None] = deque()  # tokens for the thread: it begins when the loop has looked up, and not where both want Python's lock
+
+        def give() -> None:
+            try:
+                room.put(owed.pop())
+            except IndexError:
+                return
+
+        for table in tables:
+            table.looked = give
         try:
             with fetched_inputs.running(), nullcontext() if stale is None else stale.running():
                 while True:
+                    give()
                     started = time.perf_counter()
                     while not ended and len(window) <= report.staleness:
                         kind, number, value, fetched = given.get()
-                        room.put(None)
+                        (owed.append if waits else room.put)(None)
                         ended = kind is not None
                         if not ended:
                             value, arriving = value
@@ -151,6 +163,8 @@ class Pipeline:
             while thread.is_alive() and not (loading[0] and time.monotonic() > late):  # else the loader blocks: when it returns, the thread ends and fetches nothing
                 thread.join(0.01)
             for table in tables:
+                if table.looked is give:
+                    table.looked = None
                 table.drop_before(None)
             if report is self._report:
                 self._count()

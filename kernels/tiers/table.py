@@ -45,6 +45,7 @@ class SlotTable:
         self._due: list[tuple[int, Tensor]] = []  # (ticket, slots) of rows that an update is still to come for
         self._marks = torch.zeros(len(memory[0]), dtype=torch.bool, device=memory[0].device)  # to compare slots with; all False
         self._looked: dict[int, list[int]] = {}  # by thread: tickets of lookups without gradients
+        self.looked: Callable[[], None] | None = None  # called after each lookup: the rows are read next, for which nobody needs Python's lock
         self.waited = 0.0  # seconds that lookups took to have their rows
         self._ahead: deque[tuple[int, Tensor, Tensor, int, bool]] = deque()  # (batch, ids, slots, ticket, train) of what was prefetched
         self.number = next(_numbers)
@@ -75,6 +76,8 @@ class SlotTable:
             else:
                 self._looked.setdefault(threading.current_thread().ident or 0, []).append(ticket)
         self.waited += time.perf_counter() - started
+        if (looked := self.looked) is not None:  # another thread may end the pipeline
+            looked()
         return slots
 
     def _fetched_for(self, ids: Tensor, ahead: tuple[int, Tensor, Tensor, int, bool]) -> bool:

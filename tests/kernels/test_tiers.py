@@ -21,6 +21,7 @@ import tablewright
 import torch
 from tablewright.kernels import tiers
 from tablewright.kernels.tiers import Part, RowCache, TierError
+from tablewright.kernels.tiers.table import TieredTable
 from tier_writer import ROWS, ids_of, opened
 
 pytestmark = pytest.mark.skipif(bool(tiers.available()), reason=f"NOT TESTED: {tiers.available()}")
@@ -248,6 +249,22 @@ def test_after_kill_the_last_snapshot_is_there(tmp_path, kills):
         assert torch.equal(cache.read(fresh), Part(4, "normal", 0.0, 1.0).rows(0, 7, fresh))
         cache.close()
         first = steps
+
+
+@pytest.mark.parametrize("padding", [None, 7])
+def test_ids_count_from_the_end(tmp_path, padding):
+    memory = [torch.zeros(65, p.width) for p in PARTS]
+    table = TieredTable("item", RowCache(tmp_path, 3000, PARTS, 64, seed=1, memory=[m[:64] for m in memory]), memory, padding)
+    given, meant = torch.tensor([[-1, 5], [7, -3000], [7 - 3000, 2999]]), torch.tensor([[2999, 5], [7, 0], [7, 2999]])
+    with torch.no_grad():
+        table.prefetch(given, 0)
+        slots, whole = table.slots(given), _model(1)[0]
+        assert torch.equal(memory[0][slots], whole[meant])
+        assert torch.equal(slots == table.home, meant == padding if padding else torch.zeros_like(meant, dtype=torch.bool))
+        for ids in ([3000], [-3001], [-1, 3000]):
+            with pytest.raises(IndexError, match=rf"id {ids[-1]} is out of range for table 'item' of 3000 rows"):
+                table.slots(torch.tensor(ids))
+        table.updated()
 
 
 def test_errors_say_what_and_where(tmp_path):

@@ -46,6 +46,19 @@ def test_fifty_steps_are_the_same(tmp_path, prefetch):
     _same(opt, plain)
     assert line.report.batches == line.report.ahead == 50 and not line.report.not_ahead and "50 batches" in str(line.report)
     assert opt.tiers["item.weight"].batches == 0 and opt.tiers["item.weight"].written
+    assert all(table.looked is None for table in opt._tiered.files.values())
+
+
+def test_a_report_counts_while_the_loop_runs_and_stops_with_it(tmp_path):
+    opt, _ = model_in(tmp_path)
+    line = tw.pipeline([batch(k) for k in range(4)], opt, inputs=lambda b: b[:2])
+    with torch.no_grad():
+        for k, (items, users, _) in enumerate(line):
+            opt(items, users)
+            assert line.report.batches == k + 1 and line.report.hits + line.report.misses > 0
+        before = line.report.hits, line.report.misses, line.report.waiting
+        opt(*batch(9)[:2])
+    assert (line.report.hits, line.report.misses, line.report.waiting) == before
 
 
 def test_batches_that_are_not_used_evaluations_between_and_a_loop_that_ends_early(tmp_path):
