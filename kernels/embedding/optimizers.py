@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..memory import use_huge_pages
-from . import cpu, low_tables
+from . import cpu, low_tables, op
 from .kept_rules import STATE, KeptRules
-from .op import implementation
 from .rounding import seed_of
 from .sparse_steps import apply, coalesced, raise_bad_ids
 from .spec import GroupSpec
@@ -168,7 +167,7 @@ class RowUpdates(Optimizer):
             due = [i for i in due if i in reached]
         updates = kept[1].next(due, self.state, self._start)
         raise_bad_ids(tables[0])
-        run = implementation(tables[0].device)
+        run = op.implementation(tables[0].device)
         if groups[0].get("stochastic"):
             seeds = [0 if u is None else seed_of(t.name, u.step) for t, u in zip(spec.tables, updates)]
             low_tables.update(run, spec, slot_grads, tables, indices, offsets, sample_weights, updates, seeds)

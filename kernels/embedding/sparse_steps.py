@@ -4,8 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import cpu
-from .op import implementation
+from . import cpu, op
 from .updates import TableUpdate
 
 
@@ -22,7 +21,7 @@ def apply(work: list[tuple[Tensor, Tensor, TableUpdate]]) -> None:
             rows = [g._indices().squeeze(0) for g in grads]
             values = [g._values() for g in grads]
             raise_bad_ids(held[0])
-            implementation(held[0].device).update_from_sparse(held, rows, values, updates)
+            op.implementation(held[0].device).update_from_sparse(held, rows, values, updates)
         torch.autograd.graph.increment_version(tables)  # the kernels write behind autograd's back
 
 
