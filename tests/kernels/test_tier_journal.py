@@ -1,6 +1,7 @@
 """The journal of a file of rows: its newest part in memory, the rest on the disk; what cannot be read or written is named and loses nothing."""
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -177,3 +178,18 @@ cache.snapshot()
 assert torch.equal(cache.read(torch.arange(9000)), whole)
 print(failed)
 """
+
+
+def test_a_fetch_that_fails_leaves_the_reads_of_the_batch_before_alone(tmp_path):
+    """The rows of a batch that are still to come are its own, whatever fails or is asked for meanwhile."""
+    cache, whole = _with_far_rows(tmp_path, 512)
+    move = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64, ctypes.c_void_p] * 2, ctypes.c_void_p, ctypes.c_void_p)(lambda *_: 1)
+    first, second, third = (torch.arange(start, start + 40) for start in (100, 300, 500))
+    slots, ticket = cache.fetch(first, later=True)
+    into = torch.empty_like(second)
+    with pytest.raises(TierError, match="could not be moved"):
+        cache._call("fetch", second.data_ptr(), 40, into.data_ptr(), cache._arrays, True, move, True)
+    other, last = cache.fetch(third, later=True)
+    cache.complete(ticket), cache.complete(last)
+    assert torch.equal(cache.parts[0][slots][:, 0], whole[first]) and torch.equal(cache.parts[0][other][:, 0], whole[third])
+    cache.close()

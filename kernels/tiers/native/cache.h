@@ -86,6 +86,7 @@ class Cache {
                 tag(miss.slot) = miss.tag;
                 at(miss.slot).dirty = miss.dirty;
             }
+            come(arrays);  // before another ask() takes the place of its reads
             throw;
         }
         hits_ += hits;
