@@ -128,7 +128,11 @@ def make(name: str, rows: int) -> nn.Module:
     package.__path__ = [str(Path(fuxictr.__file__).parents[1] / "model_zoo" / folder)]
     sys.modules.setdefault(package.__name__, package)
     module = importlib.import_module(f"{package.__name__}.{stem}")
-    return getattr(module, cls)(feature_map(name, rows), model_id=name, **{**COMMON, **extra})
+    model = getattr(module, cls)(feature_map(name, rows), model_id=name, **{**COMMON, **extra})
+    for part in model.modules():  # DMR keeps a generator: it is empty after its first `in`, and no copy can be made of it
+        if isinstance(getattr(part, "not_required_feature_columns", None), types.GeneratorType):
+            part.not_required_feature_columns = list(part.not_required_feature_columns)
+    return model
 
 
 def inputs(name: str, rows: int, size: int, seed: int):
