@@ -179,6 +179,17 @@ def check_asserted(graph: fx.Graph) -> None:
                 "which Python asked for", fix="take the decision outside forward(), or write it with torch.where or a mask"))
 
 
+def forget_values(graph: fx.Graph) -> None:
+    """Let go of the real values: with them whoever runs ``graph`` on its fake tensors would run its kernels too, and copy every table."""
+    for node in graph.nodes:
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(value, FakeTensor):
+                value.real_tensor = None
+                value.fake_mode.propagate_real_tensors = False
+                converter = value.fake_mode.fake_tensor_converter.meta_converter
+                converter.copy_data = converter.describer.copy_data = False
+
+
 def name_sizes(node: fx.Node, sizes: dict) -> None:
     """For passes to read, a size in ``node``'s value that data decides becomes one like an input's, the same for equal expressions
     (``sizes``, by expression). Without a value where there is nothing to say."""

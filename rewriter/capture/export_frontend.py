@@ -18,7 +18,7 @@ from torch.export import _trace
 from ...passes.origin import KEY, Origin
 from ..errors import CaptureError, explain
 from .cleanup import make_functional, remove_dead, simplify
-from .data_followed import AS_ATEN, FollowsData, check_asserted, name_sizes, values_known
+from .data_followed import AS_ATEN, FollowsData, check_asserted, forget_values, name_sizes, values_known
 from .data_guard import mark
 from .fx_frontend import register_outputs, sample_inputs
 from .fx_tracer import CONSTANT
@@ -141,6 +141,7 @@ def _run_once(shell, entry, inputs, constants, tensors, flip: bool, calls: Trace
         raise log.error
     if isinstance(calls, FollowsData):
         check_asserted(program.graph)
+        forget_values(program.graph)
     return program, wrapper, log
 
 

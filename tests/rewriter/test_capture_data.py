@@ -247,3 +247,23 @@ def test_no_noise(capfd):
         tw.optimize(NonEmptyRows(), sample_inputs=(sequences(5, 2, 0),))
     out, err = capfd.readouterr()
     assert not out and not err and not said, (out, err, said)
+
+
+class KernelOverKept(Base):
+    """A layer without bias over the rows that are kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel, self.top = nn.Parameter(torch.randn(DIM, 256)), nn.Linear(256, 1)
+
+    def forward(self, ids):
+        keep = (ids > 0).any(1)
+        if not keep.any():
+            return self.kind(ids[:, 0])
+        rows = self.item(ids[keep]).sum(1)
+        return self.top(torch.relu(rows @ self.kernel))
+
+
+def test_passes_meet_no_value_of_the_sample():
+    opt, _ = agree(KernelOverKept(), [sequences(5, 0, 2), sequences(0, 0, 1, 4)], plan=tw.Plan(passes={"dense_chains": {"measure": False}}))
+    assert opt.report.coverage["mlps"] == (1, 1), opt.report
