@@ -108,6 +108,22 @@ def test_a_damaged_row_of_the_journal_is_named(tmp_path):
     assert cache.read(torch.tensor([4]))[0, 0] == 4 and cache.counters().batches == 0
 
 
+def test_another_row_where_one_was_looked_for_is_named(tmp_path):
+    """Whole, but not the one: it is never handed over, whether the disk was asked ahead or not."""
+    cache, _ = _with_far_rows(tmp_path, 512)
+    entry = 16 + 4096
+    with open(tmp_path / "journal.dat", "r+b") as journal:
+        journal.seek(7 * entry)
+        other = journal.read(entry)
+        journal.seek(3 * entry)
+        journal.write(other)
+    for read in (cache.fetch, cache.read):
+        with pytest.raises(TierError, match=f"journal.dat has row 7 at byte {3 * entry}, where row 3 was looked for: go back to the last snapshot"):
+            read(torch.tensor([4, 3]))
+    slots, ticket = cache.fetch(torch.tensor([4, 7]))
+    assert cache.parts[0][slots, 0].tolist() == [4.0, 7.0] and cache.counters().batches == 1
+
+
 def test_rows_that_come_later_are_those_that_were_asked_for(tmp_path):
     """Two batches ahead of the one that trains, rows from the disk among them; some batches are given up before their rows came."""
     cache, whole = _with_far_rows(tmp_path, 2048)

@@ -81,7 +81,7 @@ class Filler {
         }
         if (!shared) stored.resize(slow);
         for (const Wanted& each : distant) {
-            if (const char* found = store_.answer(asked, size_t(each.answer)))
+            if (const char* found = store_.answer(asked, size_t(each.answer), each.where))
                 scatter(found, each.slot, arrays);
             else
                 stored.push_back(each);

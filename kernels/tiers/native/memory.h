@@ -24,7 +24,7 @@ class Memory : public Rows {
     int64_t record() const override { return record_; }
     int64_t generation() const override { return 0; }
     bool in_memory() const override { return true; }
-    Where where(int64_t row) const override { return {false, (bits_[row >> 3] >> (row & 7)) & 1 ? row * record_ : -1}; }
+    Where where(int64_t row) const override { return {false, (bits_[row >> 3] >> (row & 7)) & 1 ? row * record_ : -1, row}; }
     using Rows::soon;
     void soon(int64_t row) const override {
         __builtin_prefetch(bits_ + (row >> 3));

@@ -129,9 +129,9 @@ void Store::write_header() {
 
 Where Store::where(int64_t row) const {
     int64_t place = journal_.find(row);
-    if (place >= 0) return {true, place + int64_t(sizeof(Entry))};
+    if (place >= 0) return {true, place + int64_t(sizeof(Entry)), row};
     bool stored = (bits_[size_t(row >> 3)] >> (row & 7)) & 1;
-    return {false, stored ? records_at_ + row * record_ : -1};
+    return {false, stored ? records_at_ + row * record_ : -1, row};
 }
 
 void Store::soon(int64_t row) const {
@@ -146,27 +146,38 @@ bool Store::whole(const char* entry) const {
     return e.here == 1 && e.row >= 0 && e.row < rows_ && e.sum == checksum(entry + sizeof e, size_t(record_), uint32_t(e.row));
 }
 
+const char* Store::checked(const char* entry, Where where) const {
+    int64_t row;
+    memcpy(&row, entry + offsetof(Entry, row), sizeof row);
+    if (row != where.row)
+        fail(folder_ + "/journal.dat has row " + std::to_string(row) + " at byte " + std::to_string(where.at - int64_t(sizeof(Entry))) + ", where row " + std::to_string(where.row) +
+             " was looked for: go back to the last snapshot");
+    return entry + sizeof(Entry);
+}
+
 void Store::read(Where where, char* record) const {
     if (!where.logged) return read_all(file_, record, record_, where.at, folder_ + "/rows.dat");
     int64_t at = where.at - int64_t(sizeof(Entry));
     if (log_.near(at)) {
-        memcpy(record, log_.at(where.at), size_t(record_));
+        memcpy(record, checked(log_.at(at), where), size_t(record_));
         return;
     }
     std::vector<char> bytes(static_cast<size_t>(entry_));
     log_.read(at, bytes.data(), entry_);
     if (!whole(bytes.data())) fail(folder_ + "/journal.dat is damaged at byte " + std::to_string(at) + ": go back to the last snapshot");
-    memcpy(record, bytes.data() + sizeof(Entry), size_t(record_));
+    memcpy(record, checked(bytes.data(), where), size_t(record_));
 }
 
 void Store::soon(Where where) const {
-    if (!where.logged || !log_.near(where.at)) return;
-    for (int64_t i = 0; i < record_; i += 64) __builtin_prefetch(log_.at(where.at) + i, 0, 0);
+    if (!where.logged || !log_.near(where.at - int64_t(sizeof(Entry)))) return;
+    const char* entry = log_.at(where.at - int64_t(sizeof(Entry)));
+    for (int64_t i = 0; i < entry_; i += 64) __builtin_prefetch(entry + i, 0, 0);
 }
 
 bool Store::read_now(Where where, char* record) const {
-    if (where.logged && log_.near(where.at - int64_t(sizeof(Entry)))) {
-        memcpy(record, log_.at(where.at), size_t(record_));
+    const int64_t at = where.at - int64_t(sizeof(Entry));
+    if (where.logged && log_.near(at)) {
+        memcpy(record, checked(log_.at(at), where), size_t(record_));
         return true;
     }
 #ifdef RWF_NOWAIT
@@ -223,10 +234,10 @@ int Store::ask(const std::vector<Where>& wanted) {
     return asked_;
 }
 
-const char* Store::answer(int asked, size_t i) {
+const char* Store::answer(int asked, size_t i, Where where) {
     reads_[asked].end();
     const char* entry = reads_[asked].found(i);
-    return entry && whole(entry) ? entry + sizeof(Entry) : nullptr;
+    return entry && whole(entry) ? checked(entry, where) : nullptr;
 }
 
 // Where more than half of the journal is needed no more, what is needed of the emptiest segments moves to the end.

@@ -99,7 +99,7 @@ class Index {
 // Where the newest record of a row is: in the journal or among the rows; at < 0: it was never written, and starts from its seed.
 struct Where {
     bool logged;
-    int64_t at;
+    int64_t at, row;
 };
 
 const size_t MOST_ROWS = 1024;  // that are written at once
@@ -121,7 +121,8 @@ class Rows {
     virtual bool far(Where) const { return false; }  // this one was
     // Has the disk read such records, while the caller does other things; says by what number to ask for them.
     virtual int ask(const std::vector<Where>&) { return 0; }
-    virtual const char* answer(int, size_t) { return nullptr; }  // waits for the i-th of them, which is there until the ask() after the next; nullptr: read() it
+    // Waits for the i-th of them, which is there until the ask() after the next; nullptr: read() it. Throws Failure where that is not the row of `where`.
+    virtual const char* answer(int, size_t, Where) { return nullptr; }
     // The records of distinct `rows`, at most MOST_ROWS; record(i, to) gives the i-th. Throws Failure: then all rows have what they had, or all are written.
     virtual void write(const std::vector<int64_t>& rows, const std::function<void(size_t, char*)>& record) = 0;
     // Makes everything written so far the new snapshot, in two steps: after prepare() it is complete, finish() puts it in place.
@@ -149,7 +150,7 @@ class Store : public Rows {
     bool any_far() const override { return log_.any_far(); }
     bool far(Where where) const override { return where.logged && log_.far(where.at); }
     int ask(const std::vector<Where>& wanted) override;
-    const char* answer(int asked, size_t i) override;
+    const char* answer(int asked, size_t i, Where where) override;
     void write(const std::vector<int64_t>& rows, const std::function<void(size_t, char*)>& record) override;
     void prepare() override;
     void finish() override { apply(); }
@@ -164,6 +165,7 @@ class Store : public Rows {
     void tidy();
     void give_back(size_t segment);
     bool whole(const char* entry) const;
+    const char* checked(const char* entry, Where where) const;  // the record of an entry; throws Failure where it is another row's
     void each_entry(int64_t end, const std::function<void(int64_t at, int64_t row, const char* record)>& use);
     void look_through(int64_t end, int64_t rows);
     bool read_commit(int64_t* said) const;  // {generation, bytes of the journal, its rows}
