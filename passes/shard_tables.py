@@ -301,20 +301,30 @@ class _Exchange:
         kept = tuple(replace(t, grad="dense") for t in spec.tables)  # the whole tables; who trains them is said in the streams
         lookups = tuple(spec.lookups[i] for i in self.far)
         dtype = str(self.dtype).removeprefix("torch.")
-        return ExchangeSpec(sharding.world, GroupSpec(kept, lookups, spec.slots, tuple(extras)), tuple(streams), dtype)
+        found = ExchangeSpec(sharding.world, GroupSpec(kept, lookups, spec.slots, tuple(extras)), tuple(streams), dtype)
+        return replace(found, beside=self.beside(found))
+
+    def beside(self, exchange: ExchangeSpec) -> bool:
+        """Can one lookup write all that a rank answers, and one read the gradients? Its streams must have the same bags, and travel as they are."""
+        return (
+            exchange.alike and len({k.slot for k in exchange.group.lookups}) == 1 and len({self.offsets[i] for i in self.far}) == 1
+            and all(s.shard.rows == exchange.group.tables[s.table].rows for s in exchange.streams)
+            and {(s.forward, s.backward) for s in exchange.streams} == {(AS_IS, AS_IS)} and len({s.trained for s in exchange.streams}) == 1
+        )  # fmt: skip
 
     # --- the nodes -----------------------------------------------------------------------------------------------------------------
 
     def local_lookup(self, exchange: ExchangeSpec, bags: Node) -> list[Node]:
-        """Look up what all ranks ask of this one: a slot for each stream."""
+        """Look up what all ranks ask of this one: a slot for each stream, or one for all."""
         mine = exchange.of_rank[self.sharding.rank]
         if not mine:
             return []
         tables: dict[int, Table] = {}
         places: dict[int, int] = {}
         lookups, slots, rows, offsets, counts = [], [], [], [], []
-        for slot, k in enumerate(mine):
+        for place, k in enumerate(mine):
             stream = exchange.streams[k]
+            slot, column = (0, sum(slots)) if exchange.beside else (place, 0)
             shard, whole = stream.shard, self.spec.tables[stream.table]
             if stream.table not in tables:
                 places[stream.table] = len(tables)
@@ -325,11 +335,14 @@ class _Exchange:
             if padding is not None and not 0 <= padding < shard.rows:
                 padding = None
             pooling = "none" if single else "sum"
-            lookups.append(Lookup(places[stream.table], asked.name, pooling, slot, 0, padding, padding_read=padding is not None and not single))
+            reads = padding is not None and not single
+            lookups.append(Lookup(places[stream.table], asked.name, pooling, slot, column, padding, padding_read=reads))
             slots.append(shard.columns)
             counts.append(tuple(n * exchange.world for n in self.part(stream, self.far[stream.lookups[0]])))
-            rows.append(self.call(operator.getitem, bags, 2 * slot))
-            offsets.append(None if single else self.call(operator.getitem, bags, 2 * slot + 1))
+            rows.append(self.call(operator.getitem, bags, 2 * place))
+            offsets.append(None if single else self.call(operator.getitem, bags, 2 * place + 1))
+        if exchange.beside:
+            slots = [sum(slots)]
         spec = GroupSpec(tuple(tables.values()), tuple(lookups), tuple(slots))
         stored = [self.tables[t] for t in tables]
         updated = any(t.grad == "in_backward" for t in tables.values())

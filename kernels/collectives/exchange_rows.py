@@ -7,8 +7,9 @@ in reverse.
     send_rows(sent, header_in, header, spec, rank, group) -> wire    starts the collective
     wait_rows(sent, wire, header_in, header, spec, rank, group) -> received
 
-``slots``: one tensor ``[bags of all ranks, columns]`` for each stream of this rank. ``sent`` and ``received`` are flat, in the tables'
-dtype: for each rank and stream ``bags x columns`` numbers. ``anchor``: any tensor that requires a gradient, so that the backward runs
+``slots``: one tensor ``[bags of all ranks, columns]`` for each stream of this rank, or, with ``spec.beside``, one that has them side by side:
+``sent`` is that, and its gradient comes as one. ``sent`` and ``received`` are flat, in the tables' dtype: for each rank and stream
+``bags x columns`` numbers, bag by bag with ``beside``. ``anchor``: any tensor that requires a gradient, so that the backward runs
 on a rank without shards too. The backward of ``wait_rows`` starts the collective of the gradients and that of ``pack_rows`` waits for
 it: what the graph has between the two runs meanwhile, in the backward as in the forward. Gradients are summed by the owner's lookup.
 """
@@ -60,6 +61,8 @@ def _exchange(flat: Tensor, spec: ExchangeSpec, out: list, into: list, direction
 
 def _pack(slots, anchor: Tensor, header_in: Tensor, text: str, rank: int) -> Tensor:
     spec = decode(text)
+    if spec.beside and slots:
+        return slots[0].detach().view(-1)
     announced = header_in.tolist()
     parts = [slot.split([source[place][0] for source in announced]) for place, slot in enumerate(slots)]
     pieces = [part[source] for source in range(len(announced)) for part in parts]
@@ -84,6 +87,8 @@ class _Pack(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         text, rank, header_in, shapes = ctx.call
         spec, grad = decode(text), _arrived(grad)
+        if spec.beside:
+            return None, None, None, None, *(grad.view(shape) for shape in shapes)
         parts = outgoing(spec, rank, header_in)
         pieces = grad.split([bags * spec.streams[k].shard.columns for source in parts for k, bags in source])
         made = []
@@ -166,7 +171,7 @@ def _wait_autograd(sent, wire, header_in, header, spec, rank, group):
 
 
 for _device in ("CPU", "CUDA"):
-    LIBRARY.impl("pack_rows", _pack, _device)
+    LIBRARY.impl("pack_rows", lambda *args: _pack(*args).clone(), _device)  # for torch.compile, to which no result may be an argument
     LIBRARY.impl("send_rows", _send, _device)
     LIBRARY.impl("wait_rows", _wait, _device)
 LIBRARY.impl("pack_rows", _pack_autograd, "Autograd")

@@ -34,12 +34,13 @@ LIBRARY.define("unique_rows(Tensor received, Tensor header, str spec) -> Tensor[
 
 def _chunks(spec: ExchangeSpec, flat: Tensor, header: Tensor) -> list[Tensor]:
     """The part ``[bags, columns]`` of a received tensor that belongs to each stream."""
-    found: list[Tensor] = [flat] * len(spec.streams)
-    at = 0
-    for k, bags in (part for rank in incoming(spec, header) for part in rank):
-        columns = spec.streams[k].shard.columns
-        found[k] = flat[at : at + bags * columns].view(bags, columns)
-        at += bags * columns
+    found: list[Tensor] = []
+    at, bags = 0, header[:, 0].tolist()
+    for block in spec.blocks:
+        columns = [spec.streams[k].shard.columns for k in block]
+        size = bags[block[0]] * sum(columns)
+        found += flat[at : at + size].view(-1, sum(columns)).split(columns, 1)
+        at += size
     return found
 
 
@@ -80,16 +81,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Even:
-    """All rows that travel are equally wide, and go to places of that width in one slot: one index says where each goes.
-    ``units``: such places in a row of the slot; ``columns``: of each stream, which of them is its, ``begins``: in numbers; ``once``: no two
-    streams go to the same places."""
+    """All rows that travel go to one slot as they are. ``columns``: where in it each stream's begin; ``once``: no two streams go to the same
+    places. ``width``: of every row, where all are equally wide and go to places of that width, so that one index says where each goes; else 0."""
 
     slot: int
-    width: int
-    units: int
     columns: Tensor
-    begins: Tensor
     once: bool
+    width: int
+    blocks: native.Blocks
 
     @staticmethod
     def of(spec: ExchangeSpec) -> _Even | None:
@@ -101,39 +100,43 @@ class _Even:
 
     @staticmethod
     def _find(spec: ExchangeSpec) -> _Even | None:
-        lookups = spec.group.lookups
-        slots, widths = {k.slot for k in lookups}, {s.shard.columns for s in spec.streams}
-        if not spec.alike or len(slots) != 1 or len(widths) != 1 or _wide(spec.torch_dtype) != spec.torch_dtype:
+        lookups, widths = spec.group.lookups, [s.shard.columns for s in spec.streams]
+        slots = {k.slot for k in lookups}
+        if not spec.alike or len(slots) != 1 or not all(widths) or _wide(spec.torch_dtype) != spec.torch_dtype:
             return None
-        (slot,), (width,) = slots, widths
+        (slot,) = slots
         starts = [lookups[s.lookups[0]].column + s.shard.column for s in spec.streams]
-        if not width or any(start % width for start in (spec.group.slots[slot], *starts)):
-            return None
-        columns = torch.tensor([start // width for start in starts])
-        return _Even(slot, width, spec.group.slots[slot] // width, columns, columns * width, len(set(starts)) == len(starts))
+        even = len(set(widths)) == 1 and not spec.beside and not any(start % widths[0] for start in (spec.group.slots[slot], *starts))
+        columns, wide, ends = (torch.tensor(n, dtype=torch.int64) for n in (starts, widths, [block[-1] + 1 for block in spec.blocks]))
+        blocks = native.Blocks(columns, wide, ends)
+        return _Even(slot, columns, len(set(starts)) == len(starts), widths[0] if even else 0, blocks)
 
-    def index(self, header: Tensor, places: Tensor) -> Tensor:
-        """The place of each row."""
-        columns = self.columns.to(places.device).repeat_interleave(header[:, 0].to(places.device), output_size=places.numel())
-        return columns.add_(places, alpha=self.units)
+    def serves(self, *tensors: Tensor) -> bool:
+        """Can this be done for such rows, slots and indices?"""
+        return native.merges(*tensors) or self.width > 0
 
-    def merge(self, received: Tensor, header: Tensor, places: Tensor, slot: Tensor) -> None:
-        """Write the rows to ``slot``."""
-        count = received.numel() // self.width
-        fresh = self.once and count == slot.numel() // self.width  # every place gets one row
+    def index(self, header: Tensor, places: Tensor, width: int) -> Tensor:
+        """The place of each row, in units of the rows' width, of a slot of that width."""
+        columns = (self.columns // self.width).to(places.device)
+        return columns.repeat_interleave(header[:, 0].to(places.device), output_size=places.numel()).add_(places, alpha=width // self.width)
+
+    def merge(self, received: Tensor, header: Tensor, places: Tensor, slot: Tensor, extras: int) -> None:
+        """Write the rows to ``slot``, of whose numbers ``extras`` come from elsewhere."""
+        fresh = self.once and received.numel() == slot.numel() - extras  # every place gets one row
         if native.merges(received, slot, places, header):
-            native.merge(received, slot if fresh else slot.zero_(), self.width, places, header, self.begins, not fresh)
+            native.merge(received, slot if fresh else slot.zero_(), places, header, self.blocks, not fresh)
             return
-        sums, rows, index = slot.view(-1, self.width), received.view(-1, self.width), self.index(header, places)
+        sums, rows = slot.view(-1, self.width), received.view(-1, self.width)
+        index = self.index(header, places, slot.shape[-1])
         sums.index_copy_(0, index, rows) if fresh else sums.zero_().index_add_(0, index, rows)
 
-    def part(self, grad: Tensor, header: Tensor, places: Tensor, scale: float) -> Tensor:
-        """The gradients of the rows, flat: ``scale`` times those of their places in the slot."""
+    def part(self, grad: Tensor, header: Tensor, places: Tensor, count: int, scale: float) -> Tensor:
+        """The gradients of the rows, ``count`` numbers: ``scale`` times those of their places in the slot."""
         if native.merges(grad, places, header):
-            made = grad.new_empty(places.numel() * self.width)
-            native.part(made, grad, self.width, places, header, self.begins, scale)
+            made = grad.new_empty(count)
+            native.part(made, grad, places, header, self.blocks, scale)
             return made
-        return grad.view(-1, self.width).index_select(0, self.index(header, places)).mul_(scale).view(-1)
+        return grad.view(-1, self.width).index_select(0, self.index(header, places, grad.shape[-1])).mul_(scale).view(-1)
 
 
 def _merge(received: Tensor, header: Tensor, places: Tensor, counts: Tensor, indices, offsets, extras, text: str) -> list[Tensor]:
@@ -142,8 +145,10 @@ def _merge(received: Tensor, header: Tensor, places: Tensor, counts: Tensor, ind
     if even is not None:
         shapes, dtypes = _slot_shapes(spec, indices, offsets, extras), _slot_dtypes(spec, extras)
         slots = [received.new_empty((*shape, width), dtype=d) for shape, width, d in zip(shapes, spec.group.slots, dtypes)]
-        if slots[even.slot].dtype == received.dtype:
-            even.merge(received, header, places, slots[even.slot])
+        slot = slots[even.slot]
+        if slot.dtype == received.dtype and even.serves(received, slot, places, header):
+            beside = sum(e.width for e in spec.group.extras if e.slot == even.slot)
+            even.merge(received, header, places, slot, slot[..., :1].numel() * beside)
             for place, extra in zip(spec.group.extras, extras):
                 slots[place.slot].narrow(-1, place.column, place.width).copy_(extra)
             return slots
@@ -210,8 +215,9 @@ class _Merge(torch.autograd.Function):
             held = [g if g is None else g.contiguous() for g in slot_grads]
             like = next(g for g in held if g is not None)
             even = _Even.of(spec)
-            if even is not None and held[even.slot] is not None and like.dtype == spec.torch_dtype:
-                grad = even.part(held[even.slot], header, places, 1.0 / spec.world)
+            mine = None if even is None else held[even.slot]
+            if even is not None and mine is not None and mine.dtype == spec.torch_dtype and even.serves(mine, places, header):
+                grad = even.part(mine, header, places, numbers_in(spec, incoming(spec, header)), 1.0 / spec.world)
         if ctx.needs_input_grad[1] and grad is None:
             layout = _Layout(spec, header, places, counts, indices, offsets)
             # Rows that other ops of this exchange read (deduplicated ones) have their gradients from there.

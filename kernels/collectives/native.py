@@ -5,13 +5,14 @@ import ctypes
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..native_library import load
 
-library, _ = load(Path(__file__).parent, "twc_abi", 2)
+library, _ = load(Path(__file__).parent, "twc_abi", 3)
 if library is not None:
     _word, _text, _pointer = ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p
     for _function in (library.twc_squares, library.twc_step):
@@ -52,21 +53,29 @@ def merges(*tensors: Tensor) -> bool:
     return len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}
 
 
-def _words_of(received: Tensor, slot: Tensor, width: int, places: Tensor, header: Tensor, columns: Tensor, scale: float = 1.0) -> bytes:
+class Blocks(NamedTuple):
+    """How rows travel, in int64 tensors. For each stream where in the slot its ``columns`` begin, and their ``widths``; ``ends``: after how many
+    streams each block of rows that travel side by side ends."""
+
+    columns: Tensor
+    widths: Tensor
+    ends: Tensor
+
+
+def _words_of(received: Tensor, slot: Tensor, places: Tensor, header: Tensor, blocks: Blocks, scale: float = 1.0) -> bytes:
     return struct.pack(
-        "=8qd", received.data_ptr(), slot.data_ptr(), width, slot.shape[-1], places.data_ptr(), header.data_ptr(), columns.data_ptr(),
-        columns.numel(), scale,
+        "=9qd", received.data_ptr(), slot.data_ptr(), slot.shape[-1], places.data_ptr(), header.data_ptr(), *(t.data_ptr() for t in blocks),
+        blocks.ends.numel(), scale,
     )  # fmt: skip
 
 
-def merge(received: Tensor, slot: Tensor, width: int, places: Tensor, header: Tensor, columns: Tensor, add: bool) -> None:
-    """Write rows of ``width`` numbers, ``header[s, 0]`` of each stream one after another, to the rows ``places`` of ``slot`` at the stream's
-    ``columns`` (or ``add`` them)."""
+def merge(received: Tensor, slot: Tensor, places: Tensor, header: Tensor, blocks: Blocks, add: bool) -> None:
+    """Write the rows that came, ``header[s, 0]`` of each stream, to the rows ``places`` of ``slot`` at the stream's columns (or ``add`` them)."""
     assert library is not None
-    library.twc_merge(_words_of(received, slot, width, places, header, columns), add, slot.dtype == torch.float64)
+    library.twc_merge(_words_of(received, slot, places, header, blocks), add, slot.dtype == torch.float64)
 
 
-def part(received: Tensor, slot: Tensor, width: int, places: Tensor, header: Tensor, columns: Tensor, scale: float) -> None:
+def part(received: Tensor, slot: Tensor, places: Tensor, header: Tensor, blocks: Blocks, scale: float) -> None:
     """The other way: fill ``received`` with ``scale`` times what the slot has in its places."""
     assert library is not None
-    library.twc_part(_words_of(received, slot, width, places, header, columns, scale), slot.dtype == torch.float64)
+    library.twc_part(_words_of(received, slot, places, header, blocks, scale), slot.dtype == torch.float64)

@@ -15,6 +15,8 @@ they stop together: the rank that has it raises what it is, the others that anot
 """
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -67,10 +69,12 @@ def _routed(spec: ExchangeSpec, indices, offsets) -> list[Tensor]:
         reads = unroll(spec.group, lookup, indices[number], offsets[number], None, torch.float32)
         if lookup.pooling == "mean":
             counts.append(torch.bincount(reads.bag, minlength=reads.leading[0]))
-        by_range: dict[int, tuple] = {}
+        bags, by_range = math.prod(reads.leading), {}
         for k in streams:
             shard = spec.streams[k].shard
-            if shard.row not in by_range:
+            if shard.row not in by_range and spec.beside:  # all bags, as other lookups may have other empty ones
+                by_range[shard.row] = reads.rows, torch.bincount(reads.bag, minlength=bags), torch.arange(bags, device=device)
+            elif shard.row not in by_range:
                 by_range[shard.row] = _bags_in(reads, shard.row, shard.rows, shard.rows == spec.group.tables[lookup.table].rows)
             rows, lengths, bags = by_range[shard.row]
             sent[k], places[k] = (rows, lengths), bags

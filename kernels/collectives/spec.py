@@ -107,12 +107,15 @@ class Stream:
 @dataclass(frozen=True)
 class ExchangeSpec:
     """``group``: the lookups (whole tables), and where each pooled lookup's result goes: slots, and ``extras`` that are copied in
-    beside them. ``streams``: ordered by rank, the same on all ranks. ``dtype``: of the tables."""
+    beside them. ``streams``: ordered by rank, the same on all ranks. ``dtype``: of the tables. ``beside``: what a rank answers another
+    travels bag by bag, the rows of all its streams side by side, as one lookup writes them and one reads their gradients; each of these
+    streams has the same bags then. Else stream after stream."""
 
     world: int
     group: GroupSpec
     streams: tuple[Stream, ...]
     dtype: str
+    beside: bool = False
 
     def encode(self) -> str:
         """The canonical text."""
@@ -126,6 +129,11 @@ class ExchangeSpec:
     def of_rank(self) -> tuple[tuple[int, ...], ...]:
         """The streams that go to each rank."""
         return tuple(tuple(i for i, s in enumerate(self.streams) if s.shard.rank == r) for r in range(self.world))
+
+    @cached_property
+    def blocks(self) -> tuple[tuple[int, ...], ...]:
+        """The streams whose rows travel side by side, in the order in which they travel."""
+        return tuple(mine for mine in self.of_rank if mine) if self.beside else tuple((k,) for k in range(len(self.streams)))
 
     @cached_property
     def id_dtype(self) -> torch.dtype:
@@ -194,7 +202,7 @@ def decode(text: str) -> ExchangeSpec:
             tuple(Extra(**e) for e in group["extras"]),
         ),
         tuple(Stream(**{**s, "shard": Shard(**s["shard"]), "lookups": tuple(s["lookups"])}) for s in raw["streams"]),
-        raw["dtype"],
+        raw["dtype"], raw["beside"],
     )  # fmt: skip
 
 

@@ -2,18 +2,20 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from tablewright.kernels.collectives import exchange_ids, exchange_rows, merge_rows, native, route_ids
 from tablewright.kernels.collectives.route_alike import route_alike
-from tablewright.kernels.collectives.spec import ExchangeSpec, Shard, Stream
+from tablewright.kernels.collectives.spec import ExchangeSpec, Shard, Stream, decode
 from tablewright.kernels.embedding.spec import Extra, GroupSpec, Lookup, Table
+from torch.nn import functional as F
 
 
-def cuts(rng: random.Random, rows: int, dim: int, world: int) -> list[Shard]:
+def cuts(rng: random.Random, rows: int, dim: int, world: int, kinds=("whole", "rows", "columns")) -> list[Shard]:
     """A table in blocks, at most one on each rank."""
-    kind, ranks = rng.choice(["whole", "rows", "columns"]), rng.sample(range(world), world)
+    kind, ranks = rng.choice(kinds), rng.sample(range(world), world)
     if kind == "whole":
         return [Shard(ranks[0], 0, rows, 0, dim)]
     if kind == "columns":
@@ -85,6 +87,58 @@ def test_rows_merged_by_one_index_as_stream_by_stream(seed, ways, monkeypatch):
         found.append((out, *torch.autograd.grad(out, [received, extra], torch.randn_like(out))))
     for mine, wanted in zip(*found):
         assert torch.equal(mine, wanted)
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("apart", [False, True])
+def test_answers_side_by_side_are_the_plain_lookups(seed, apart, ways):
+    """All ranks' parts of an exchange in one process. ``apart``: each lookup has offsets of its own, which are not seen to be equal."""
+    spec, *_ = draw(seed)
+    rng, (pooling,) = random.Random(seed), {k.pooling for k in spec.group.lookups}
+    streams = [Stream(s, i, (i,), False) for i, t in enumerate(spec.group.tables) for s in cuts(rng, t.rows, t.dim, spec.world, ("whole", "columns"))]
+    spec = replace(spec, streams=tuple(sorted(streams, key=lambda s: s.shard.rank)), beside=True)
+    assert decode(spec.encode()) == spec
+    tables = [torch.randn(t.rows, t.dim, dtype=torch.float64, requires_grad=True) for t in spec.group.tables]
+    asked, wanted = [], []
+    for rank in range(spec.world):
+        lengths = torch.randint(0, 3, (4 * rank,), generator=torch.Generator().manual_seed(10 * seed + rank))
+        ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        ids = [torch.randint(0, t.rows, (int(ends[-1]),)) for t in spec.group.tables]
+        offsets = [ends if spec.group.lookups[0].include_last_offset else ends[:-1]] * len(ids)
+        offsets = [None] * len(ids) if pooling == "none" else [o.clone() for o in offsets] if apart else offsets
+        asked.append((route_ids._routed(spec, ids, offsets), ids, offsets))
+        rows = [F.embedding(i, t) if pooling == "none" else F.embedding_bag(i, t, ends, mode="sum", include_last_offset=True) for i, t in zip(ids, tables)]
+        wanted.append(torch.cat([torch.zeros(len(rows[0]), 4, dtype=torch.float64), *rows], 1))
+    arriving: list[list[torch.Tensor]] = [[] for _ in asked]
+    for owner, mine in enumerate(spec.of_rank):
+        if not mine:
+            continue
+        header_in = torch.stack([routed[0][list(mine)] for routed, *_ in asked])
+        payload = []
+        for (header, sent, *_), *_ in asked:
+            pieces = sent.split([exchange_ids.id_counts(spec, [row]) for row in header.tolist()])
+            payload += [pieces[k] for k in mine]
+        parts = exchange_ids._received(header_in, torch.cat(payload), spec.encode(), owner)
+        blocks = []
+        for place, k in enumerate(mine):
+            shard, rows = spec.streams[k].shard, parts[2 * place].long()
+            block = tables[spec.streams[k].table].narrow(1, shard.column, shard.columns)
+            blocks.append(F.embedding(rows, block) if pooling == "none" else F.embedding_bag(rows, block, parts[2 * place + 1], mode="sum"))
+        slot = torch.cat(blocks, 1)
+        flat = exchange_rows._pack([slot], slot, header_in, spec.encode(), owner)
+        assert flat.data_ptr() == slot.data_ptr() or not slot.numel()
+        sizes = [sum(bags * spec.streams[k].shard.columns for k, bags in source) for source in exchange_rows.outgoing(spec, owner, header_in)]
+        for source, part in enumerate(slot.view(-1).split(sizes)):
+            arriving[source].append(part)
+    for ((header, _, places, counts), ids, offsets), parts, plain in zip(asked, arriving, wanted):
+        extra = torch.zeros(len(plain), 4, dtype=torch.float64)
+        (out,) = merge_rows._merge_autograd(torch.cat(parts), header, places, counts, ids, offsets, [extra], spec.encode())
+        assert torch.equal(out, plain)
+        if out.numel():
+            grad = torch.randn_like(out)
+            mine, theirs = (torch.autograd.grad(o, tables, grad, retain_graph=True) for o in (out, plain))
+            for each, other in zip(mine, theirs):
+                torch.testing.assert_close(each * spec.world, other)  # a mean over ranks
 
 
 @pytest.mark.parametrize("seed", range(40))

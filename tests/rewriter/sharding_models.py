@@ -48,6 +48,27 @@ def batch_of(rows: int, seed: int, dtype: torch.dtype = torch.float64) -> tuple[
     )  # fmt: skip
 
 
+class Alike(nn.Module):
+    """Bags of several widths that share their offsets, and stand in one concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bags = nn.ModuleList(nn.EmbeddingBag(rows, dim, mode="sum", dtype=torch.float64) for rows, dim in ((7, 8), (11, 6), (5, 8)))
+        self.over = nn.Linear(3 + 8 + 6 + 8, 2, dtype=torch.float64)
+
+    def forward(self, dense: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
+        return self.over(torch.cat([dense, *(bag(values[i], offsets) for i, bag in enumerate(self.bags))], 1))
+
+    @staticmethod
+    def batch(rows: int, seed: int) -> tuple[Tensor, ...]:
+        """Empty bags among them; every batch has an id."""
+        g = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(0, 3, (rows,), generator=g)
+        lengths[-1:] += 1
+        values = torch.stack([torch.randint(0, n, (int(lengths.sum()),), generator=g) for n in (7, 11, 5)])
+        return torch.randn(rows, 3, generator=g, dtype=torch.float64), values, lengths.cumsum(0) - lengths
+
+
 def loss_of(out: Tensor) -> Tensor:
     """A mean over the local batch that an empty batch has too."""
     return (out * out).sum() / max(1, out.shape[0]) + 0.1 * out.sum() / 7

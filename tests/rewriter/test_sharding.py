@@ -15,7 +15,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1])]
 
 from ranks import Pools
-from sharding_cases import AXES, NODE_AXES, Case, agree, pairs, train
+from sharding_cases import AXES, NODE_AXES, Case, agree, pairs, train, train_alike
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,11 @@ IN_TWO_PASSES = Case("column_wise", "pooled", "rowwise_adagrad", "in_backward", 
 @pytest.mark.parametrize("case", sorted([*(Case(**c) for c in pairs(AXES)), IN_TWO_PASSES], key=lambda c: c.world), ids=str)
 def test_training_equals_the_plain_model(pools, case):
     agree(pools(case.world).run(train, case))
+
+
+@pytest.mark.parametrize(("sharding", "world"), [("table_wise", 2), ("column_wise", 3)])
+def test_answers_that_travel_side_by_side(pools, sharding, world):
+    pools(world).run(train_alike, sharding)
 
 
 def main() -> None:

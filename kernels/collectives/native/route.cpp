@@ -53,36 +53,43 @@ bool route(const int64_t* ids, const int64_t* rows, int64_t lookups, const int64
     return true;
 }
 
-// Rows of equal width that came for each stream, and the slot they belong to.
+// Rows that came, and the slot they belong to. They came block after block; in a block bag by bag, the rows of its streams side by side.
 struct Merge {
     void *received, *slot;
-    int64_t width, stride;   // of a received row; from row to row of the slot
+    int64_t stride;          // from row to row of the slot
     const int64_t* places;   // [bags of all streams]: the slot's row
-    const int64_t* header;   // [streams, 3]: first its bags
+    const int64_t* header;   // [streams, 3]: first its bags, equally many in a block
     const int64_t* columns;  // [streams]: of the slot, where its rows begin
-    int64_t streams;
+    const int64_t* widths;   // [streams]
+    const int64_t* ends;     // [blocks]: after how many streams it ends
+    int64_t blocks;
     double scale;
 };
 
 template <class T, class Each> void each_row(const Merge& m, Each each) {
     T *received = static_cast<T*>(m.received), *slot = static_cast<T*>(m.slot);
     const int64_t* place = m.places;
-    for (int64_t s = 0; s < m.streams; ++s)
-        for (int64_t k = 0; k < m.header[3 * s]; ++k, received += m.width) each(received, slot + *place++ * m.stride + m.columns[s]);
+    for (int64_t b = 0, s = 0; b < m.blocks; s = m.ends[b++]) {
+        const int64_t streams = m.ends[b] - s, bags = m.header[3 * s];
+        for (int64_t k = 0; k < bags; ++k)
+            for (int64_t j = 0; j < streams; ++j) {
+                each(received, slot + place[j * bags + k] * m.stride + m.columns[s + j], m.widths[s + j]);
+                received += m.widths[s + j];
+            }
+        place += streams * bags;
+    }
 }
 
 template <class T> void merge(const Merge& m, bool add) {
-    const int64_t width = m.width;
-    if (!add) return each_row<T>(m, [width](const T* row, T* home) { memcpy(home, row, size_t(width) * sizeof(T)); });
-    each_row<T>(m, [width](const T* row, T* home) {
+    if (!add) return each_row<T>(m, [](const T* row, T* home, int64_t width) { memcpy(home, row, size_t(width) * sizeof(T)); });
+    each_row<T>(m, [](const T* row, T* home, int64_t width) {
         for (int64_t c = 0; c < width; ++c) home[c] += row[c];
     });
 }
 
 template <class T> void part(const Merge& m) {
-    const int64_t width = m.width;
     const T scale = T(m.scale);
-    each_row<T>(m, [width, scale](T* row, const T* home) {
+    each_row<T>(m, [scale](T* row, const T* home, int64_t width) {
         for (int64_t c = 0; c < width; ++c) row[c] = home[c] * scale;
     });
 }
