@@ -76,7 +76,7 @@ TW_API int64_t tw_forward(const int64_t* spec, const int64_t* call) {
     Workspace* w = take_workspace(size_t(c.scratch_bytes() * threads));
     if (!w) return NO_MEMORY;
     // Lookups outermost: the pages of one table at a time fit the TLB and its page table the L2 cache; those of all do not.
-    int64_t bags = BAGS_PER_TASK;
+    int64_t bags = 4 * BAGS_PER_TASK;
     while (bags > 1 && threads > 1 && parts * ((most + bags - 1) / bags) < 4 * threads) bags /= 2;  // few bags, but long ones
     const int64_t blocks = (most + bags - 1) / bags;
     int result = for_each_task(blocks * parts, threads, [&](int64_t task, int thread) {
