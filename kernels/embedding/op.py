@@ -390,6 +390,10 @@ def call(tables, indices, offsets, sample_weights, extras, spec, ticket=None, ow
                 return [_APPLY_ONE(tables[0], indices[0], padding, spec)]
         except (IndexError, RuntimeError):  # the words are found below
             pass
+    if not extras and not torch.is_grad_enabled():
+        slots = cpu.read_at_once(spec, tables, indices, offsets, sample_weights)
+        if slots is not None:
+            return slots
     return autograd(tables, indices, offsets, sample_weights, extras, spec, ticket, owner)
 
 
