@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <vector>
+
+#include "files.h"
 #if defined(__linux__)
 #include <errno.h>
 #include <linux/aio_abi.h>
@@ -27,19 +29,22 @@ class DiskReads {
     }
 
     // Starts to read `bytes` at each of `places`, as many as there is room for. What an earlier call started and nobody waited for is dropped.
-    void begin(int file, const std::vector<int64_t>& places, int64_t bytes) {
+    // `block`: what the file is read by, at most a page.
+    void begin(int file, const std::vector<int64_t>& places, int64_t bytes, int64_t block) {
         if (done_ < started_) close();
-        file_ = file, bytes_ = bytes, places_ = places, done_ = started_ = 0;
-        span_ = (bytes + BLOCK - 2) / BLOCK * BLOCK + BLOCK;  // what whole blocks around any place take
+        file_ = file, bytes_ = bytes, block_ = block, places_ = places, done_ = started_ = 0;
+        span_ = (bytes + block - 2) / block * block + block;  // what whole blocks around any place take
         found_.assign(places.size(), nullptr);
         places_.resize(std::min(places.size(), size_t(MOST / span_)));
 #if defined(__linux__)
         if (room_ < places_.size() * size_t(span_)) {
             free(memory_);
-            room_ = places_.size() * size_t(span_), memory_ = static_cast<char*>(aligned_alloc(size_t(BLOCK), room_));
+            room_ = (places_.size() * size_t(span_) + PAGE - 1) / PAGE * PAGE, memory_ = static_cast<char*>(aligned_alloc(size_t(PAGE), room_));
             if (!memory_) room_ = 0;
         }
-        if (!memory_ || file < 0 || (!context_ && syscall(SYS_io_setup, DEPTH, &context_) != 0)) places_.clear();
+        for (depth_ = context_ ? depth_ : DEPTH; !context_ && depth_ > 0; depth_ /= 4)  // the system has so many for all
+            if (syscall(SYS_io_setup, depth_, &context_) == 0) break;
+        if (!memory_ || file < 0 || !context_) places_.clear();
 #else
         places_.clear();
 #endif
@@ -49,14 +54,14 @@ class DiskReads {
     // Waits for all.
     void end() {
 #if defined(__linux__)
-        std::vector<io_event> events(DEPTH);
+        std::vector<io_event> events(static_cast<size_t>(depth_));
         while (done_ < started_) {
-            long count = syscall(SYS_io_getevents, context_, 1L, long(DEPTH), events.data(), nullptr);
+            long count = syscall(SYS_io_getevents, context_, 1L, long(depth_), events.data(), nullptr);
             if (count < 0 && errno == EINTR) continue;
             if (count < 0) return close();
             for (long k = 0; k < count; k++, done_++) {
                 size_t i = size_t(events[size_t(k)].data);
-                int64_t before = places_[i] % BLOCK;
+                int64_t before = places_[i] % block_;
                 if (events[size_t(k)].res >= before + bytes_) found_[i] = memory_ + i * size_t(span_) + before;
             }
             submit();
@@ -68,19 +73,18 @@ class DiskReads {
     const char* found(size_t i) const { return found_[i]; }
 
   private:
-    static const int64_t BLOCK = 4096;  // what disks and file systems read by
-    static const int64_t MOST = 64 << 20;  // bytes of memory: each of 8,000 short rows takes two blocks
-    static const int DEPTH = 256;       // reads under way
+    static const int64_t MOST = 64 << 20;  // bytes of memory: each of 8,000 short rows takes two blocks of 4 KiB
+    static const int DEPTH = 1024;  // reads under way, at most: more begin when the first are waited for, which takes long
 
     void submit() {
 #if defined(__linux__)
-        while (started_ < places_.size() && started_ - done_ < size_t(DEPTH)) {
-            size_t count = std::min(places_.size() - started_, size_t(DEPTH) - (started_ - done_));
+        while (started_ < places_.size() && started_ - done_ < size_t(depth_)) {
+            size_t count = std::min(places_.size() - started_, size_t(depth_) - (started_ - done_));
             std::vector<iocb> reads(count);
             std::vector<iocb*> each(count);
             for (size_t k = 0; k < count; k++) {
                 size_t i = started_ + k;
-                int64_t first = places_[i] / BLOCK * BLOCK, end = (places_[i] + bytes_ + BLOCK - 1) / BLOCK * BLOCK;
+                int64_t first = places_[i] / block_ * block_, end = (places_[i] + bytes_ + block_ - 1) / block_ * block_;
                 memset(&reads[k], 0, sizeof(iocb));
                 reads[k].aio_data = i;
                 reads[k].aio_fildes = uint32_t(file_);
@@ -108,11 +112,12 @@ class DiskReads {
     }
 
     int file_ = -1;
-    int64_t bytes_ = 0, span_ = 0;
+    int64_t bytes_ = 0, span_ = 0, block_ = PAGE;
     std::vector<int64_t> places_;
     std::vector<const char*> found_;
     size_t started_ = 0, done_ = 0, room_ = 0;
     char* memory_ = nullptr;
+    int depth_ = 0;
 #if defined(__linux__)
     aio_context_t context_ = 0;
 #endif

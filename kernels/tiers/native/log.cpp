@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 #if defined(__linux__)
@@ -45,6 +46,13 @@ void Log::open(const std::string& path, int64_t unit, int64_t near, bool fresh) 
     if (file_ < 0) fail_io("cannot open", path);
 #if defined(__linux__)
     direct_ = ::open(path.c_str(), O_RDWR | O_DIRECT);  // not every file system has it
+#ifdef STATX_DIOALIGN
+    struct statx facts;
+    if (statx(direct_, "", AT_EMPTY_PATH, STATX_DIOALIGN, &facts) == 0 && (facts.stx_mask & STATX_DIOALIGN)) {
+        int64_t least = std::max(facts.stx_dio_mem_align, facts.stx_dio_offset_align);  // powers of two; 0: it is not known
+        if (least >= 512 && least < PAGE) grain_ = least;  // a row is read with less around it
+    }
+#endif
 #endif
     void* memory = nullptr;
     if (posix_memalign(&memory, 2 << 20, size_t(room_)) != 0) throw std::bad_alloc();

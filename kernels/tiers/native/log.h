@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "files.h"
+
 namespace twt {
 
 // A file that is closed when nobody holds it any more, also where opening the store fails halfway.
@@ -37,6 +39,7 @@ class Log {
 
     int64_t end() const { return end_; }
     int direct() const { return direct_; }  // the file for reads past the system's memory; -1: there is none
+    int64_t grain() const { return grain_; }  // bytes: where such reads begin and end, in the file and in memory
     bool near(int64_t place) const { return place >= near_from_ && place >= loaded_; }
     bool far(int64_t place) const { return place < end_ + margin_ - room_ && place < landed_ && direct_ >= 0; }  // on the disk, and soon only there
     bool any_far() const { return end_ + margin_ > room_; }
@@ -63,7 +66,7 @@ class Log {
     File file_, direct_;
     std::string path_;
     char *memory_ = nullptr, *piece_ = nullptr;
-    int64_t unit_ = 0, block_ = 0, room_ = 0, margin_ = 0, step_ = 0;
+    int64_t grain_ = PAGE, unit_ = 0, block_ = 0, room_ = 0, margin_ = 0, step_ = 0;
     int64_t end_ = 0, near_from_ = 0, loaded_ = 0;
     int64_t sent_ = 0, landed_ = 0, allocated_ = 0;  // bytes: handed to the disk, on it, and with room on it
     std::vector<char> states_;  // by block of the memory, between landed_ and sent_

@@ -230,7 +230,7 @@ int Store::ask(const std::vector<Where>& wanted) {
     std::vector<int64_t> places;
     for (Where each : wanted) places.push_back(each.at - int64_t(sizeof(Entry)));
     asked_ = 1 - asked_;
-    reads_[asked_].begin(log_.direct(), places, entry_);
+    reads_[asked_].begin(log_.direct(), places, entry_, log_.grain());
     return asked_;
 }
 
