@@ -198,6 +198,9 @@ class _Lookup(torch.autograd.Function):
                 )
         if ticket is not None and not isinstance(ticket, Tensor):
             return tuple(ticket.slots(extras, text))
+        slots = None if extras else cpu.read_at_once(text, tables, indices, offsets, sample_weights)
+        if slots is not None:
+            return tuple(slots)
         run, spec = implementation(tables[0].device), decode(text)
         if run is cpu:
             return tuple(forward(tables, indices, offsets, sample_weights, extras, text))

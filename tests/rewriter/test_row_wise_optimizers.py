@@ -254,6 +254,17 @@ def test_a_global_hook_of_all_optimizers_runs_once():
     assert seen == [type(optim)]
 
 
+def test_a_profiler_sees_what_torchs_own_optimizer_shows():
+    model = Dot()
+    opt, optim = tw.optimize(model, optimizer=Adagrad(model.parameters()), sample_inputs=dot_batch())
+    opt(*dot_batch()).sum().backward()
+    with torch.profiler.profile() as seen:
+        optim.step()
+        optim.zero_grad()
+    names = {event.name for event in seen.events()}
+    assert {"Optimizer.step#Adagrad.step", "Optimizer.zero_grad#Adagrad.zero_grad"} <= names
+
+
 def test_accumulated_gradients():
     plain, mine, opt, optim, _ = both(EXACT["adagrad"])
     for model, optimizer in ((plain, mine), (opt, optim)):
