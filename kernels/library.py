@@ -2,10 +2,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LIBRARY = torch.library.Library("tablewright", "FRAGMENT")
 # op -> a Python function that does the same without the trip through torch's dispatcher: what eager mode calls
@@ -34,6 +35,15 @@ def backward_of(function: Callable, op: Callable) -> Callable:
     if torch.is_grad_enabled():
         return functools.partial(function, again=True)
     return op if tracing() else function
+
+
+def recorded_gradients(function: Callable[..., Tensor], given: Sequence[Tensor | None], needs: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
+    """The gradients of ``function(*given)`` where the backward is recorded (``create_graph=True``), ``None`` where not of ``needs``. Views are asked for:
+    one of ``given`` may be made of another, or be it, and the gradient that comes that way is not the function's own."""
+    views = [None if t is None else t.view_as(t) for t in given]
+    asked = [v for v, need in zip(views, needs) if need and v is not None]
+    made = iter(torch.autograd.grad(function(*views), asked, grad, create_graph=True))
+    return [next(made) if need else None for need in needs]
 
 
 def size_from_data() -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..dense import gemm
-from ..library import DIRECT, LIBRARY, tracing
+from ..library import DIRECT, LIBRARY, recorded_gradients, tracing
 
 LIBRARY.define("cin_layer(Tensor x, Tensor y, Tensor weight, Tensor? bias) -> Tensor")
 
@@ -84,9 +84,7 @@ class _Layer(torch.autograd.Function):
         x, y, weight, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            given = [t for t, need in zip((x, y, weight, bias), needs) if need]
-            made = iter(torch.autograd.grad(reference(x, y, weight, bias), given, grad, create_graph=True))
-            return tuple(next(made) if need else None for need in needs)
+            return tuple(recorded_gradients(reference, (x, y, weight, bias), needs, grad))
         columns = _by_column(grad)
         to_a, to_c, to_weight = _backward(columns, _by_column(x), _by_column(y), weight)
         to_x, to_y = (t.view(len(x), x.shape[2], -1).transpose(1, 2) for t in (to_a, to_c))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..library import DIRECT, LIBRARY, tracing
+from ..library import DIRECT, LIBRARY, recorded_gradients, tracing
 
 LIBRARY.define("dice(Tensor x, Tensor gate, Tensor alpha) -> Tensor")
 
@@ -39,9 +39,7 @@ class _Dice(torch.autograd.Function):
         x, gate, alpha, p = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            given = [t for t, need in zip((x, gate, alpha), needs) if need]
-            made = iter(torch.autograd.grad(reference(x, gate, alpha), given, grad, create_graph=True))
-            return tuple(next(made) if need else None for need in needs)
+            return tuple(recorded_gradients(reference, (x, gate, alpha), needs, grad))
         to_x = _forward(grad, p, alpha) if needs[0] else None
         product = grad * x
         to_alpha = torch.addcmul(product, product, p, value=-1).sum_to_size(alpha.shape) if needs[2] else None

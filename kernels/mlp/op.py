@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..library import DIRECT, LIBRARY, tracing
+from ..library import DIRECT, LIBRARY, recorded_gradients, tracing
 from . import cpu, reference
 from .layers import Layer, decode, words
 
@@ -105,11 +105,12 @@ class _Mlp(torch.autograd.Function):
         outs, masks = saved[: count - 1], saved[count - 1 :]
         needs = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
-            given = [x, *weights, *biases]
-            again = reference.masked_again(x.reshape(-1, x.shape[-1]), weights, biases, layers, ctx.train, masks)
-            asked = [t for t, need in zip(given, needs) if need]
-            made = iter(torch.autograd.grad(again.view(grad.shape), asked, grad, create_graph=True))
-            return (None, None, None, *(next(made) if need else None for need in needs))
+
+            def again(x, *tensors):
+                made = reference.masked_again(x.reshape(-1, x.shape[-1]), tensors[:count], tensors[count:], layers, ctx.train, masks)
+                return made.view(grad.shape)
+
+            return (None, None, None, *recorded_gradients(again, [x, *weights, *biases], needs, grad))
         wanted = [needs[0], *(n for pair in zip(needs[1 : 1 + count], needs[1 + count :]) for n in pair)]
         run = torch.ops.tablewright.mlp_backward if tracing() else _backward
         made = iter(run(grad, x, weights, outs, masks, ctx.text, ctx.train, wanted))

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..dense import gemm
-from ..library import DIRECT, LIBRARY, tracing
+from ..library import DIRECT, LIBRARY, recorded_gradients, tracing
 
 LIBRARY.define("row_layers(Tensor x, Tensor[] weights, Tensor?[] biases, str activations) -> Tensor")
 
@@ -110,10 +110,7 @@ class _Layers(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         count, needs = len(tensors) // 2, ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
-            again = reference(x, tensors[:count], tensors[count:], ctx.text)
-            asked = [t for t, need in zip([x, *tensors], needs) if need]
-            made = iter(torch.autograd.grad(again, asked, grad, create_graph=True))
-            return None, *(next(made) if need else None for need in needs)
+            return None, *recorded_gradients(lambda x, *t: reference(x, t[:count], t[count:], ctx.text), [x, *tensors], needs, grad)
         return None, *_backward(grad, x, tensors[:count], tensors[count:], ctx.text.split(","), needs)
 
 
