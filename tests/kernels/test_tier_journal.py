@@ -146,6 +146,25 @@ def test_rows_that_come_later_are_those_that_were_asked_for(tmp_path):
     assert torch.equal(cache.read(ids)[:, 999], whole[ids])
 
 
+def test_more_rows_than_the_disk_takes_at_once_come_to_two_batches(tmp_path):
+    """Hundreds of reads of each are still to begin when the next one asks; one batch is given up before its rows came."""
+    cache, whole = _with_far_rows(tmp_path, 8192)
+    batches = [torch.arange(first, 6000, 5) for first in range(5)]
+    ahead = []
+    for number, ids in enumerate(batches):
+        ahead.append((ids, *cache.fetch(ids, later=True)))
+        if number == 1:
+            cache.release(ahead.pop()[2])
+        if len(ahead) > 1:
+            ids, slots, ticket = ahead.pop(0)
+            cache.complete(ticket)
+            assert torch.equal(cache.parts[0][slots], whole[ids, None].expand(-1, 1000))
+            cache.release(ticket)
+    for part in (cache.read(torch.cat(batches)), cache.parts[0][cache.fetch(batches[1])[0]]):
+        assert torch.equal(part[:, 500], part[:, 0])
+    assert torch.equal(cache.read(torch.cat(batches))[:, 0], whole[torch.cat(batches)])
+
+
 def test_a_batch_whose_rows_cannot_be_read_later_says_so(tmp_path):
     """And so does the next one where it wants one of those rows; what is not of them is as it was."""
     cache, _ = _with_far_rows(tmp_path, 512)

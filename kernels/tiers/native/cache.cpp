@@ -43,7 +43,7 @@ API void* twt_open(const char* folder, int64_t rows, int64_t count, const int64_
     void* made = nullptr;
     guarded([&] {
         std::vector<twt::Part> parts = parts_of(count, bytes, start, a, b);
-        std::unique_ptr<twt::Store> store(new twt::Store(folder, rows, parts, seed, create != 0, wanted, slots * row_bytes(parts) / 2));
+        std::unique_ptr<twt::Store> store(new twt::Store(folder, rows, parts, seed, create != 0, wanted, slots * row_bytes(parts) * 3 / 5));
         made = new twt::Cache(std::move(store), parts, seed, slots, lfu != 0);
         return 0;
     });

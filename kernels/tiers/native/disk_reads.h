@@ -13,6 +13,7 @@
 #include <errno.h>
 #include <linux/aio_abi.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 #endif
 
@@ -29,8 +30,8 @@ class DiskReads {
     }
 
     // Starts to read `bytes` at each of `places`, as many as there is room for. What an earlier call started and nobody waited for is dropped.
-    // `block`: what the file is read by, at most a page.
-    void begin(int file, const std::vector<int64_t>& places, int64_t bytes, int64_t block) {
+    // `block`: what the file is read by, at most a page. `others`: reads of other objects that are under way.
+    void begin(int file, const std::vector<int64_t>& places, int64_t bytes, int64_t block, size_t others) {
         if (done_ < started_) close();
         file_ = file, bytes_ = bytes, block_ = block, places_ = places, done_ = started_ = 0;
         span_ = (bytes + block - 2) / block * block + block;  // what whole blocks around any place take
@@ -42,31 +43,24 @@ class DiskReads {
             room_ = (places_.size() * size_t(span_) + PAGE - 1) / PAGE * PAGE, memory_ = static_cast<char*>(aligned_alloc(size_t(PAGE), room_));
             if (!memory_) room_ = 0;
         }
-        for (depth_ = context_ ? depth_ : DEPTH; !context_ && depth_ > 0; depth_ /= 4)  // the system has so many for all
-            if (syscall(SYS_io_setup, depth_, &context_) == 0) break;
-        if (!memory_ || file < 0 || !context_) places_.clear();
+        if (!memory_ || file < 0 || (!context_ && syscall(SYS_io_setup, DEPTH, &context_) != 0)) places_.clear();
 #else
         places_.clear();
 #endif
-        submit();
+        more(others);
+    }
+
+    size_t under_way() const { return started_ - done_; }  // as far as is known
+
+    // Starts those that there was no room for, as far as others have come since: without waiting.
+    void more(size_t others) {
+        do submit(others);
+        while (under_way() && reap(false) && started_ < places_.size());
     }
 
     // Waits for all.
     void end() {
-#if defined(__linux__)
-        std::vector<io_event> events(static_cast<size_t>(depth_));
-        while (done_ < started_) {
-            long count = syscall(SYS_io_getevents, context_, 1L, long(depth_), events.data(), nullptr);
-            if (count < 0 && errno == EINTR) continue;
-            if (count < 0) return close();
-            for (long k = 0; k < count; k++, done_++) {
-                size_t i = size_t(events[size_t(k)].data);
-                int64_t before = places_[i] % block_;
-                if (events[size_t(k)].res >= before + bytes_) found_[i] = memory_ + i * size_t(span_) + before;
-            }
-            submit();
-        }
-#endif
+        for (submit(0); under_way(); submit(0)) reap(true);
     }
 
     // What was at the i-th place, until the next begin(); nullptr: it could not be read.
@@ -74,12 +68,32 @@ class DiskReads {
 
   private:
     static const int64_t MOST = 64 << 20;  // bytes of memory: each of 8,000 short rows takes two blocks of 4 KiB
-    static const int DEPTH = 1024;  // reads under way, at most: more begin when the first are waited for, which takes long
+    static const int DEPTH = 192;  // reads under way: where a disk has 256 at once, the call that starts one more would wait
 
-    void submit() {
+    bool reap(bool wait) {  // whether any came
 #if defined(__linux__)
-        while (started_ < places_.size() && started_ - done_ < size_t(depth_)) {
-            size_t count = std::min(places_.size() - started_, size_t(depth_) - (started_ - done_));
+        io_event events[DEPTH];
+        timespec none = {0, 0};
+        for (;;) {
+            long count = syscall(SYS_io_getevents, context_, wait ? 1L : 0L, long(DEPTH), events, wait ? nullptr : &none);
+            if (count < 0 && errno == EINTR) continue;
+            if (count < 0) return close(), false;
+            for (long k = 0; k < count; k++, done_++) {
+                size_t i = size_t(events[k].data);
+                int64_t before = places_[i] % block_;
+                if (events[k].res >= before + bytes_) found_[i] = memory_ + i * size_t(span_) + before;
+            }
+            return count > 0;
+        }
+#else
+        return wait;
+#endif
+    }
+
+    void submit(size_t others) {
+#if defined(__linux__)
+        while (started_ < places_.size() && under_way() + others < size_t(DEPTH)) {
+            size_t count = std::min(places_.size() - started_, size_t(DEPTH) - under_way() - others);
             std::vector<iocb> reads(count);
             std::vector<iocb*> each(count);
             for (size_t k = 0; k < count; k++) {
@@ -117,7 +131,6 @@ class DiskReads {
     std::vector<const char*> found_;
     size_t started_ = 0, done_ = 0, room_ = 0;
     char* memory_ = nullptr;
-    int depth_ = 0;
 #if defined(__linux__)
     aio_context_t context_ = 0;
 #endif

@@ -69,6 +69,7 @@ class Filler {
         for (size_t i : fresh)
             for (size_t p = 0; p < parts_.size(); p++)
                 start_row(parts_[p], int64_t(p), seed_, misses[i].row, reinterpret_cast<float*>(arrays[p] + misses[i].at * parts_[p].bytes));
+        store_.more();
         std::vector<char> record(static_cast<size_t>(store_.record()));
         size_t slow = 0;
         for (size_t i = 0; i < stored.size() && !shared; i++) {

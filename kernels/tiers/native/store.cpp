@@ -201,6 +201,7 @@ void Store::write(const std::vector<int64_t>& rows, const std::function<void(siz
     end_copies();
     append(rows);
     tidy();
+    more();
 }
 
 // Notes where the records of `rows` are, which were put at the end of the journal: the order of its records is that of time.
@@ -229,9 +230,15 @@ void Store::give_back(size_t segment) {
 int Store::ask(const std::vector<Where>& wanted) {
     std::vector<int64_t> places;
     for (Where each : wanted) places.push_back(each.at - int64_t(sizeof(Entry)));
+    more();
     asked_ = 1 - asked_;
-    reads_[asked_].begin(log_.direct(), places, entry_, log_.grain());
+    reads_[asked_].begin(log_.direct(), places, entry_, log_.grain(), reads_[1 - asked_].under_way());
     return asked_;
+}
+
+void Store::more() {
+    reads_[1 - asked_].more(0);
+    reads_[asked_].more(reads_[1 - asked_].under_way());
 }
 
 const char* Store::answer(int asked, size_t i, Where where) {

@@ -121,6 +121,7 @@ class Rows {
     virtual bool far(Where) const { return false; }  // this one was
     // Has the disk read such records, while the caller does other things; says by what number to ask for them.
     virtual int ask(const std::vector<Where>&) { return 0; }
+    virtual void more() {}  // hands the disk those that it had no room for; does not wait
     // Waits for the i-th of them, which is there until the ask() after the next; nullptr: read() it. Throws Failure where that is not the row of `where`.
     virtual const char* answer(int, size_t, Where) { return nullptr; }
     // The records of distinct `rows`, at most MOST_ROWS; record(i, to) gives the i-th. Throws Failure: then all rows have what they had, or all are written.
@@ -150,6 +151,7 @@ class Store : public Rows {
     bool any_far() const override { return log_.any_far(); }
     bool far(Where where) const override { return where.logged && log_.far(where.at); }
     int ask(const std::vector<Where>& wanted) override;
+    void more() override;
     const char* answer(int asked, size_t i, Where where) override;
     void write(const std::vector<int64_t>& rows, const std::function<void(size_t, char*)>& record) override;
     void prepare() override;
