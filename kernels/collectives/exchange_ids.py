@@ -102,7 +102,7 @@ def _received(header_in: Tensor, payload_in: Tensor, text: str, rank: int) -> li
     travelled = [[(next(pieces), next(pieces)) for _ in source] for source in announced]  # lengths (empty where equal), rows
     totals = [sum(source[place][1] for source in announced) for place in range(len(streams))]
     rows = torch.cat([found[place][1] for place in range(len(streams)) for found in travelled]).split(totals) if streams else ()
-    out = []
+    out, regular = [], {}  # offsets of bags of one length, by (rows, length)
     for place, k in enumerate(streams):
         out.append(rows[place])
         if _is_single(spec, k):
@@ -112,7 +112,10 @@ def _received(header_in: Tensor, payload_in: Tensor, text: str, rank: int) -> li
         each = {count // bags for bags, count, _ in told if bags}
         if len(each) <= 1 and not any(ragged for _, _, ragged in told):
             step = each.pop() if each else 1
-            out.append(torch.arange(0, totals[place], step, device=payload_in.device))
+            kind = totals[place], step
+            if kind not in regular:
+                regular[kind] = torch.arange(0, totals[place], step, device=payload_in.device)
+            out.append(regular[kind])
             continue
         lengths = [
             found[place][0] if ragged else payload_in.new_full((bags,), count // max(1, bags))

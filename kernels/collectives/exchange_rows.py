@@ -15,12 +15,14 @@ it: what the graph has between the two runs meanwhile, in the backward as in the
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..library import DIRECT, LIBRARY, size_from_data, traced, tracing
 from .spec import ExchangeSpec, decode
-from .wire import decoded, encoded, wire_sizes
+from .wire import WireSizes, decoded, encoded, wire_sizes
 from .work import all_to_all, finish
 
 LIBRARY.define("pack_rows(Tensor[] slots, Tensor anchor, Tensor header_in, str spec, int rank) -> Tensor")
@@ -31,29 +33,55 @@ LIBRARY.define("wait_rows(Tensor sent, Tensor wire, Tensor header_in, Tensor hea
 # --- layout ------------------------------------------------------------------------------------------------------------------
 
 
-def outgoing(spec: ExchangeSpec, rank: int, header_in: Tensor) -> list[list[tuple[int, int]]]:
-    """(stream, bags) of what this rank answers, for each rank that asked."""
-    return [list(zip(spec.of_rank[rank], (bags for bags, _, _ in streams))) for streams in header_in.tolist()]
+class Parts(list[list[tuple[int, int]]]):
+    """(stream, bags) of what travels, for each rank. ``each``: how many numbers those have, one after another, and ``numbers`` all of them."""
+
+    def __init__(self, spec: ExchangeSpec, parts: list[list[tuple[int, int]]]) -> None:
+        super().__init__(parts)
+        self.each = [bags * spec.streams[k].shard.columns for rank in parts for k, bags in rank]
+        self.numbers = sum(self.each)
+        self._elements: dict[WireSizes, list[int]] = {}
+
+    def elements(self, codecs: WireSizes) -> list[int]:
+        """How many wire elements go to (or come from) each rank."""
+        found = self._elements.get(codecs)
+        if found is None:
+            found = self._elements[codecs] = [sum(codecs.size(k, bags) for k, bags in rank) for rank in self]
+        return found
 
 
-def incoming(spec: ExchangeSpec, header: Tensor) -> list[list[tuple[int, int]]]:
-    """(stream, bags) of what this rank is answered, for each rank that answers."""
+_KEPT = 64  # steps of other batches
+
+
+def outgoing(spec: ExchangeSpec, rank: int, header_in: Tensor) -> Parts:
+    """What this rank answers, for each rank that asked."""
+    bags = header_in[..., 0].tolist()
+    return _parts(spec, rank, tuple(map(tuple, bags)), lambda: [list(zip(spec.of_rank[rank], asked)) for asked in bags])
+
+
+def incoming(spec: ExchangeSpec, header: Tensor) -> Parts:
+    """What this rank is answered, for each rank that answers."""
     bags = header[:, 0].tolist()
-    return [[(k, bags[k]) for k in mine] for mine in spec.of_rank]
+    return _parts(spec, None, tuple(bags), lambda: [[(k, bags[k]) for k in mine] for mine in spec.of_rank])
 
 
-def numbers_in(spec: ExchangeSpec, parts: list[list[tuple[int, int]]]) -> int:
-    """How many numbers a flat tensor in that layout has."""
-    return sum(bags * spec.streams[k].shard.columns for rank in parts for k, bags in rank)
+def _parts(spec: ExchangeSpec, rank: int | None, bags: tuple, make: Callable[[], list]) -> Parts:
+    """Kept with the spec: batches of one size ask for the same again and again."""
+    kept: dict[tuple, Parts] = spec.__dict__.setdefault("_parts", {})
+    found = kept.get((rank, bags))
+    if found is None:
+        if len(kept) >= _KEPT:
+            kept.clear()
+        found = kept[rank, bags] = Parts(spec, make())
+    return found
 
 
-def _exchange(flat: Tensor, spec: ExchangeSpec, out: list, into: list, direction: str, group: str) -> Tensor:
+def _exchange(flat: Tensor, spec: ExchangeSpec, out: Parts, into: Parts, direction: str, group: str) -> Tensor:
     """Start the collective; a flat tensor of wire elements that is being filled."""
     codecs = wire_sizes(spec, direction)
     wire = encoded(flat, spec, out, codecs)
-    counts_out, counts_in = ([sum(codecs.size(k, bags) for k, bags in rank) for rank in parts] for parts in (out, into))
     what = "the exchange of rows" if direction == "forward" else "the exchange of rows' gradients"
-    return all_to_all(wire, counts_out, counts_in, group, what)
+    return all_to_all(wire, out.elements(codecs), into.elements(codecs), group, what)
 
 
 # --- pack --------------------------------------------------------------------------------------------------------------------
@@ -89,8 +117,7 @@ class _Pack(torch.autograd.Function):
         spec, grad = decode(text), _arrived(grad)
         if spec.beside:
             return None, None, None, None, *(grad.view(shape) for shape in shapes)
-        parts = outgoing(spec, rank, header_in)
-        pieces = grad.split([bags * spec.streams[k].shard.columns for source in parts for k, bags in source])
+        pieces = grad.split(outgoing(spec, rank, header_in).each)
         made = []
         for place, (k, shape) in enumerate(zip(spec.of_rank[rank], shapes)):
             made.append(torch.cat(pieces[place :: len(shapes)]).view(shape) if spec.streams[k].trained else None)
@@ -130,7 +157,7 @@ def _fake_wait(sent, wire, header_in, header, spec, rank, group):
 
 
 # Gradients on their way, by the storage of the tensor that autograd carries in their place; see _Wait.backward.
-_arriving: dict[int, tuple[Tensor, Tensor, ExchangeSpec, list]] = {}
+_arriving: dict[int, tuple[Tensor, Tensor, ExchangeSpec, Parts]] = {}
 
 
 class _Wait(torch.autograd.Function):
@@ -148,7 +175,7 @@ class _Wait(torch.autograd.Function):
         asked = outgoing(spec, rank, header_in)
         wire = _exchange(grad.contiguous(), spec, incoming(spec, header), asked, "backward", group)
         # Autograd wants a gradient of the shape of ``sent``. Nobody but pack_rows reads ``sent``, so this one reaches it as it is.
-        carrier = wire.new_empty(1, dtype=grad.dtype).expand(numbers_in(spec, asked))
+        carrier = wire.new_empty(1, dtype=grad.dtype).expand(asked.numbers)
         _arriving[carrier.untyped_storage()._cdata] = (carrier, wire, spec, asked)
         return carrier, None, None, None, None, None, None
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..embedding.op import leading_shapes
 from ..library import DIRECT, LIBRARY, size_from_data, traced, tracing
 from . import native
-from .exchange_rows import incoming, numbers_in
+from .exchange_rows import incoming
 from .spec import ExchangeSpec, decode, starts_of
 
 LIBRARY.define(
@@ -217,12 +217,12 @@ class _Merge(torch.autograd.Function):
             even = _Even.of(spec)
             mine = None if even is None else held[even.slot]
             if even is not None and mine is not None and mine.dtype == spec.torch_dtype and even.serves(mine, places, header):
-                grad = even.part(mine, header, places, numbers_in(spec, incoming(spec, header)), 1.0 / spec.world)
+                grad = even.part(mine, header, places, incoming(spec, header).numbers, 1.0 / spec.world)
         if ctx.needs_input_grad[1] and grad is None:
             layout = _Layout(spec, header, places, counts, indices, offsets)
             # Rows that other ops of this exchange read (deduplicated ones) have their gradients from there.
             pooled = {k for _, streams in spec.pooled_streams for k in streams}
-            flat = like.new_empty(numbers_in(spec, incoming(spec, header)), dtype=spec.torch_dtype)
+            flat = like.new_empty(incoming(spec, header).numbers, dtype=spec.torch_dtype)
             chunks = _chunks(spec, flat, header)
             for number, streams in spec.pooled_streams:
                 if held[spec.group.lookups[number].slot] is None:
@@ -288,7 +288,7 @@ class _Unique(torch.autograd.Function):
     def backward(ctx, *grads):
         text, header = ctx.call
         spec = decode(text)
-        flat = grads[0].new_empty(numbers_in(spec, incoming(spec, header)), dtype=spec.torch_dtype)
+        flat = grads[0].new_empty(incoming(spec, header).numbers, dtype=spec.torch_dtype)
         chunks = _chunks(spec, flat, header)
         unique = set()
         for group, grad in zip(spec.unique_groups, grads):

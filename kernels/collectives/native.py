@@ -1,4 +1,5 @@
-"""The C++ of this folder (native/): steps of tables cut into columns, and routes and merges of lookups that are asked alike."""
+"""The C++ of this folder (native/): steps of tables cut into columns, and routes and merges of lookups that are
+asked alike, and means of two ranks' gradients."""
 from __future__ import annotations
 
 import ctypes
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..native_library import load
 
-library, _ = load(Path(__file__).parent, "twc_abi", 3)
+library, _ = load(Path(__file__).parent, "twc_abi", 4)
 if library is not None:
     _word, _text, _pointer = ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p
     for _function in (library.twc_squares, library.twc_step):
@@ -21,6 +22,7 @@ if library is not None:
     library.twc_route.argtypes = [_text, _text, _word, _pointer, _word, _word, _text, *[_word] * 3, *[_pointer] * 4]
     library.twc_merge.restype, library.twc_merge.argtypes = None, [_text, _word, _word]
     library.twc_part.restype, library.twc_part.argtypes = None, [_text, _word]
+    library.twc_mean.restype, library.twc_mean.argtypes = None, [_pointer, _pointer, _word, _word]
 
 
 def words(numbers: Sequence[int]) -> bytes:
@@ -79,3 +81,11 @@ def part(received: Tensor, slot: Tensor, places: Tensor, header: Tensor, blocks:
     """The other way: fill ``received`` with ``scale`` times what the slot has in its places."""
     assert library is not None
     library.twc_part(_words_of(received, slot, places, header, blocks, scale), slot.dtype == torch.float64)
+
+
+def mean(mine: Tensor, theirs: Tensor) -> None:
+    """Halves of ``mine + theirs`` in place of ``mine``: flat CPU tensors of one dtype and size. The sum is made first; both ranks get the same bits."""
+    if library is not None and mine.dtype in (torch.float32, torch.float64) and mine.is_contiguous() and theirs.is_contiguous():
+        library.twc_mean(mine.data_ptr(), theirs.data_ptr(), mine.numel(), mine.dtype == torch.float64)
+    else:
+        mine.add_(theirs).mul_(0.5)

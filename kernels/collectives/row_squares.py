@@ -30,6 +30,7 @@ class RowSquares:
 
     def __init__(self, layouts: Mapping[str, TableLayout], rank: int, group: str) -> None:
         self.layouts, self.rank, self.group = dict(layouts), rank, group
+        self._kept: dict[tuple[str, ...], dict[tuple[int, ...], list[int]]] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.layouts
@@ -38,10 +39,7 @@ class RowSquares:
         """For each table the sum over all columns of each touched row; ``squares`` are those over this rank's columns.
 
         Raises :class:`~.errors.PeerError` where a rank does not do its part."""
-        # Tables by the ranks that hold their columns, in the order of these, so that all ranks get the same bits; by name, which all know.
-        alike: dict[tuple[int, ...], list[int]] = {}
-        for i in sorted(range(len(names)), key=lambda i: names[i]):
-            alike.setdefault(tuple(shard.rank for shard in self._siblings(names[i])), []).append(i)
+        alike = self._alike(tuple(names))
         flat = {ranks: torch.cat([squares[i] for i in mine]) for ranks, mine in alike.items()}
         process_group = group_of(self.group)
         peers = sorted({peer for ranks in alike for peer in ranks} - {self.rank})
@@ -66,6 +64,17 @@ class RowSquares:
             for i, part in zip(mine, total.split([squares[i].numel() for i in mine])):
                 found[i] = part
         return found
+
+    def _alike(self, names: tuple[str, ...]) -> dict[tuple[int, ...], list[int]]:
+        """Tables by the ranks that hold their columns, in the order of these, so that all ranks get the same bits; by name, which all know."""
+        alike = self._kept.get(names)
+        if alike is None:
+            if len(self._kept) >= 64:
+                self._kept.clear()
+            alike = self._kept[names] = {}
+            for i in sorted(range(len(names)), key=lambda i: names[i]):
+                alike.setdefault(tuple(shard.rank for shard in self._siblings(names[i])), []).append(i)
+        return alike
 
     def _siblings(self, name: str) -> list[Shard]:
         """The shards that hold the rows of this rank's shard, by column."""
@@ -109,8 +118,13 @@ class RowSquares:
         due = [i for i, squares in enumerate(passes.squares) if squares is not None]
         totals = self.totals([names[i] for i in due], [passes.squares[i] for i in due])
         means: list[Tensor | None] = [None] * len(names)
+        dims = [self.layouts[names[i]].dim for i in due]
+        if len(set(dims)) == 1:
+            totals = torch.cat(totals).div_(dims[0]).split([total.numel() for total in totals])
+        else:
+            totals = [total / dim for total, dim in zip(totals, dims)]
         for i, total in zip(due, totals):
-            means[i] = total / self.layouts[names[i]].dim
+            means[i] = total
         passes.step(means)
 
     def _update_natively(self, work: Sequence[Cut]) -> None:

@@ -5,7 +5,6 @@ stream of that direction has a codec; else bytes.
 """
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -30,21 +29,23 @@ class WireSizes:
         return bags * self.elements[stream]
 
 
-@functools.lru_cache(maxsize=1024)
-def _wire_sizes(codecs: tuple[tuple[str, bool], ...], columns: tuple[int, ...], itemsize: int) -> WireSizes:
+def wire_sizes(spec: ExchangeSpec, direction: str) -> WireSizes:
+    """``direction``: "forward" for rows, "backward" for their gradients (of frozen tables none travel). Kept with the spec."""
+    kept = spec.__dict__.setdefault("_wire", {})
+    if direction not in kept:
+        kept[direction] = _wire_sizes(spec, direction == "forward")
+    return kept[direction]
+
+
+def _wire_sizes(spec: ExchangeSpec, forward: bool) -> WireSizes:
+    codecs = [(s.forward, True) if forward else (s.backward, s.trained) for s in spec.streams]
     plain = all(codec == AS_IS for codec, _ in codecs)
     elements = []
-    for (codec, sent), width in zip(codecs, columns):
-        each = width if plain else width * itemsize if codec == AS_IS else row_bytes(codec, width)
+    for (codec, sent), stream in zip(codecs, spec.streams):
+        width = stream.shard.columns
+        each = width if plain else width * spec.torch_dtype.itemsize if codec == AS_IS else row_bytes(codec, width)
         elements.append(each if sent else 0)
     return WireSizes(tuple(c for c, _ in codecs), tuple(elements), plain)
-
-
-def wire_sizes(spec: ExchangeSpec, direction: str) -> WireSizes:
-    """``direction``: "forward" for rows, "backward" for their gradients (of frozen tables none travel)."""
-    forward = direction == "forward"
-    codecs = tuple((s.forward, True) if forward else (s.backward, s.trained) for s in spec.streams)
-    return _wire_sizes(codecs, tuple(s.shard.columns for s in spec.streams), spec.torch_dtype.itemsize)
 
 
 def encoded(flat: Tensor, spec: ExchangeSpec, parts: list[list[tuple[int, int]]], sizes: WireSizes) -> Tensor:

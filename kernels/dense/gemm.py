@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..small_products import cpu as small
-from . import bf16, native
+from . import bf16, gradient_places, native
 
 _BLOCK = 512  # rows of a weight gradient that are summed at a time
 LEAST_WORK = 1_500_000  # multiply-adds below which a call of oneDNN costs more than it saves
@@ -134,24 +134,24 @@ def relu_input_gradient(grad: Tensor, weight: Tensor, out: Tensor) -> tuple[Tens
     return made.view(out.shape), sums
 
 
-def weight_gradient(grad: Tensor, x: Tensor, again: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+def weight_gradient(grad: Tensor, x: Tensor, again: bool = False, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> Tensor:
     """``grad.T @ x`` over all leading dimensions: ``[*, out]``, ``[*, in]`` -> ``[out, in]``, contiguous. ``again``: see above. ``dtype``: of the
-    result, the weight's; grad's if not given."""
+    result, the weight's; grad's if not given. ``weight``: whose gradient it is, which may have a place (``gradient_places.py``)."""
     grad, x, dtype = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), dtype or grad.dtype
     if not again and x.dtype == grad.dtype and _bf16_serves(grad, x, grad.shape[1] * x.numel(), x.shape[1]):
         return bf16.product(grad.t(), x, dtype=torch.float32).to(dtype)
     if not again and x.dtype == grad.dtype and _bf16_serves(grad, x, grad.shape[1] * x.numel(), grad.shape[1]):
         return bf16.product(x.t(), grad, dtype=torch.float32).t().to(dtype, memory_format=torch.contiguous_format)
-    return _weight_gradient(grad, x, again).to(dtype)
+    return _weight_gradient(grad, x, again, weight).to(dtype)
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, again: bool) -> Tensor:
+def _weight_gradient(grad: Tensor, x: Tensor, again: bool, weight: Tensor | None) -> Tensor:
     if not again and _is_narrow(grad, x):
         return _narrow(grad, x)
     if again or not onednn_serves(grad.t(), x.t()) or _is_long(len(x), x.shape[1] * grad.shape[1]):
         return grad.t() @ x
     if _native_serves(grad, x, x.shape[1]):
-        return native.product(grad.t(), x)
+        return native.product(grad.t(), x, out=None if weight is None else gradient_places.taken(weight))
     # oneDNN wants its first operand contiguous, which here means a transposed copy: of the narrower one.
     if 2 * x.shape[1] <= grad.shape[1]:
         return _onednn(x.t(), grad.t(), None).t().contiguous()

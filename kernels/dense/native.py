@@ -39,11 +39,11 @@ def available() -> bool:
     return _ready and torch.get_num_threads() == 1
 
 
-def product(a: Tensor, b: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None, relu: bool = False, out: Tensor | None = None) -> Tensor:
     """``a @ b + bias``, then ReLU if asked (NaN stays NaN): ``[rows, depth]``, ``[depth, cols]``, ``[cols]`` -> ``[rows, cols]``
-    contiguous, float32. No size may be 0. Transposed operands cost no copy. Raises
+    contiguous, float32; ``out``, if given, which is so. No size may be 0. Transposed operands cost no copy. Raises
     ``RuntimeError`` for shapes that do not fit and ``MemoryError``."""
-    return _product(a, b, bias, relu, None)[0]
+    return _product(a, b, bias, relu, None, out)[0]
 
 
 def masked_product(a: Tensor, b: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,14 +55,15 @@ def masked_product(a: Tensor, b: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     return made, sums
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None, relu: bool, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, relu: bool, kept: Tensor | None, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     (a, a_stride, a_turned), (b, b_stride, b_turned) = laid_out(a), laid_out(b)
     (rows, depth), cols = a.shape, b.shape[1]
     if b.shape[0] != depth or (bias is not None and bias.shape != (cols,)):
         biased = "" if bias is None else f" + {list(bias.shape)}"
         raise RuntimeError(f"shapes cannot be multiplied: [{rows}, {depth}] x {list(b.shape)}{biased}")
     bias = None if bias is None else bias.contiguous()
-    out, sums = a.new_empty(rows, cols), None if kept is None else a.new_empty(cols)
+    out = a.new_empty(rows, cols) if out is None else out
+    sums = None if kept is None else a.new_empty(cols)
     failed = _lib.twm_product(
         a.data_ptr(), a_stride, a_turned, b.data_ptr(), b_stride, b_turned, None if bias is None else bias.data_ptr(), out.data_ptr(),
         rows, cols, depth, relu, *((None, 0, None) if kept is None else (kept.data_ptr(), kept.stride(0), sums.data_ptr())),

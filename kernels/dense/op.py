@@ -65,7 +65,7 @@ def _backward(
         if masked is not None:
             setattr(masked[0], _MASKED, (x.data_ptr(), masked[0]._version, masked[1]))
     if wanted[1]:
-        made.append(gemm.weight_gradient(grad, x, again))
+        made.append(gemm.weight_gradient(grad, x, again, weight=weight))
     if wanted[2]:
         made.append(grad.reshape(-1, grad.shape[-1]).sum(0) if sums is None else sums)
     return made

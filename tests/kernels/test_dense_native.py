@@ -80,7 +80,7 @@ def test_products_of_linear_layers(threads, monkeypatch):
     """One thread: the native library; several: oneDNN. The same numbers."""
     used = []
     product = native.product
-    monkeypatch.setattr(native, "product", lambda *args: used.append(1) or product(*args))
+    monkeypatch.setattr(native, "product", lambda *args, **more: used.append(1) or product(*args, **more))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -74,7 +74,7 @@ def test_routed_at_once_as_one_by_one(seed, ways, monkeypatch):
 def test_rows_merged_by_one_index_as_stream_by_stream(seed, ways, monkeypatch):
     spec, ids, offsets = draw(seed)
     header, _, places, counts = route_ids._routed(spec, ids, offsets)
-    size = exchange_rows.numbers_in(spec, exchange_rows.incoming(spec, header))
+    size = exchange_rows.incoming(spec, header).numbers
     found = []
     for even in (True, False):
         if not even:

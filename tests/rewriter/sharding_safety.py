@@ -1,6 +1,7 @@
 """What ranks do in the tests of checkpoints and of ranks that fail; run on every rank."""
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import resource
@@ -13,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from sharding_cases import Case, block_of, compare_state, compare_weights, mesh_of, plan_of
 from sharding_models import TABLES, Everything, ReferenceUpdates, batch_of, loss_of, touched
+from torch import nn
 
 CLOSE = dict(rtol=1e-9, atol=1e-11)
 
@@ -184,6 +186,60 @@ def refused(rank: int, world: int, mesh) -> list[float]:
     model.zero_grad()
     loss_of(model(*batch_of(6, seed=10 + rank))).backward()
     return [float(p.grad.sum()) for p in model.dense_parameters()]
+
+
+def failed(rank: int, world: int, mesh) -> list[float]:
+    """A backward that ends half-way in an error, then a good one: a number of the averaged dense gradients."""
+    model, _, _ = start(rank, mesh, case_of(world, "row_wise"))
+    first = next(model.dense_parameters())
+
+    def fail(grad):
+        raise RuntimeError("half-way")
+
+    hook = first.register_hook(fail)
+    with contextlib.suppress(RuntimeError):
+        loss_of(model(*batch_of(6, seed=rank))).backward()
+    hook.remove()
+    model.zero_grad()
+    loss_of(model(*batch_of(6, seed=10 + rank))).backward()
+    return [float(p.grad.sum()) for p in model.dense_parameters()]
+
+
+def kept_gradients(rank: int, world: int, mesh) -> list[bool]:
+    """Weights large enough that products write their gradients where they travel from: are they the averages of all ranks' own, over two
+    backwards, and does what others were given stay as it was?"""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 1))
+    table = nn.EmbeddingBag(50, 64, mode="sum")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.dense = table, plain
+
+        def forward(self, ids):
+            return self.dense(self.table(ids))
+
+    model = Model()
+    batches = [torch.randint(0, 50, (512, 3), generator=torch.Generator().manual_seed(r)) for r in range(world)]
+    wanted = [torch.autograd.grad(model(ids).square().mean(), list(plain.parameters())) for ids in batches]
+    mean = [sum(grads) / world for grads in zip(*wanted)]
+    opt, _ = tw.optimize(model, {"version": 1, "tables": {"*": {"sharding": "table_wise"}}}, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), sample_inputs=(batches[0],), mesh=mesh)
+    weight, seen = opt.dense[0].weight, []
+    found = []
+    for watched in (False, True):
+        hook = weight.register_hook(seen.append) if watched else None
+        own = torch.autograd.grad(opt(batches[rank]).square().mean(), [weight])[0]
+        for times in (1, 2):  # the second adds to the first
+            opt(batches[rank]).square().mean().backward()
+            found += [torch.allclose(p.grad, times * m, rtol=1e-4, atol=1e-6) for p, m in zip(opt.dense.parameters(), mean)]
+        found += [torch.allclose(own, wanted[rank][0], rtol=1e-4, atol=1e-6)]
+        found += [torch.allclose(grad, wanted[rank][0], rtol=1e-4, atol=1e-6) for grad in seen]
+        for p in opt.parameters():
+            p.grad = None
+        if hook is not None:
+            hook.remove()
+    return found
 
 
 def groups_taken(rank: int, world: int, mesh) -> int:

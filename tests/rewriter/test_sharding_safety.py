@@ -7,8 +7,10 @@ from sharding_safety import (
     case_of,
     clipped,
     epochs,
+    failed,
     from_meta,
     groups_taken,
+    kept_gradients,
     killed,
     load,
     load_plain,
@@ -72,6 +74,17 @@ def test_a_batch_norm_is_its_ranks_own_and_the_report_says_so(pools):
 def test_gradients_are_averaged_after_a_backward_that_was_refused(pools):
     mine, theirs = pools(2).run(refused)
     assert mine == theirs
+
+
+def test_gradients_are_averaged_after_a_backward_that_failed(pools):
+    mine, theirs = pools(2).run(failed)
+    assert mine == theirs
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_gradients_of_large_weights_are_averaged_where_they_were_written(pools, world):
+    for found in pools(world).run(kept_gradients):
+        assert all(found), found
 
 
 def test_models_of_one_mesh_share_its_process_groups(pools):

@@ -94,6 +94,20 @@ template <class T> void part(const Merge& m) {
     });
 }
 
+// Compiled for wide vectors too; the processor at hand picks.
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
+#define TW_WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define TW_WIDE
+#endif
+
+TW_WIDE void mean_floats(float* mine, const float* theirs, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) mine[i] = (mine[i] + theirs[i]) * 0.5f;
+}
+TW_WIDE void mean_doubles(double* mine, const double* theirs, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) mine[i] = (mine[i] + theirs[i]) * 0.5;
+}
+
 }  // namespace
 
 #define TW_EXPORT extern "C" __attribute__((visibility("default")))
@@ -117,3 +131,9 @@ TW_EXPORT void twc_merge(const Merge* m, int64_t add, int64_t is_double) { is_do
 
 // The other way: each received row is `scale` times its place in the slot.
 TW_EXPORT void twc_part(const Merge* m, int64_t is_double) { is_double ? part<double>(*m) : part<float>(*m); }
+
+// mine = (mine + theirs) / 2, the same on both sides to the last bit.
+TW_EXPORT void twc_mean(void* mine, const void* theirs, int64_t count, int64_t is_double) {
+    if (is_double) mean_doubles(static_cast<double*>(mine), static_cast<const double*>(theirs), count);
+    else mean_floats(static_cast<float*>(mine), static_cast<const float*>(theirs), count);
+}

@@ -74,7 +74,7 @@ template <class Run> void each(int64_t tables, int64_t threads, Run run) {
 
 #define TW_EXPORT extern "C" __attribute__((visibility("default")))
 
-TW_EXPORT int64_t twc_abi() { return 3; }
+TW_EXPORT int64_t twc_abi() { return 4; }
 
 TW_EXPORT void twc_squares(const Step* steps, int64_t tables, int64_t is_double, int64_t threads) {
     each(tables, threads, [=](int64_t t) { squares(steps[t], is_double); });
