@@ -3,8 +3,9 @@
 A list schedule of the graph's calls. The dependency graph (networkx) holds what a call reads, what is written in place, the order of
 random draws, and the order of the collectives themselves, which must be the same on all ranks and stays as it is. Of the calls that are
 ready, what a collective still waits for comes first, then the one with the longest way to the end; a wait is ready when its collective is
-expected to be through, and while a later collective hangs on it only what fits into that time is begun. The backward runs in the
-reverse order, so gradients overlap the same way.
+expected to be through, and while a later collective hangs on it only what fits into that time is begun, and only of what is left over when
+rows travel. The backward runs in the reverse order: what ran while rows travelled runs while their gradients do, and what ran while ids did runs last,
+when the last gradients of dense parameters should be on their way.
 """
 from __future__ import annotations
 
@@ -96,6 +97,9 @@ def _schedule(found: nx.DiGraph, context: Context) -> list[Node]:
     for node in reversed(list(nx.topological_sort(found))):
         way[node] = facts[node]["seconds"] + facts[node]["flight"] + max((way[n] for n in found.successors(node)), default=0.0)
     urgent = {other for start in exchanges(context.graph) for other in (start, *nx.ancestors(found, start))}  # a collective waits for it
+    after = {other for node in found if is_op(node, exchange_rows.WAIT) for other in (node, *nx.descendants(found, node))}
+    spare = sum(facts[n]["seconds"] for n in found if n not in urgent and n not in after)
+    spare -= sum(facts[n]["flight"] for n in found if is_op(n, exchange_rows.SEND))
     missing = {node: found.in_degree(node) for node in found}
     arrives = dict.fromkeys(found, 0.0)  # when what a wait needs is expected
     ready = [node for node in found if not missing[node]]
@@ -103,10 +107,12 @@ def _schedule(found: nx.DiGraph, context: Context) -> list[Node]:
     now = 0.0
     while ready:
         awaited = min((arrives[n] for n in ready if n in urgent and arrives[n] > now), default=None)
-        there = [n for n in ready if arrives[n] <= now and (awaited is None or n in urgent or now + facts[n]["seconds"] <= awaited)]
+        fits = min(spare, 0.0 if awaited is None else awaited - now)
+        there = [n for n in ready if arrives[n] <= now and (awaited is None or n in urgent or facts[n]["seconds"] <= fits)]
         there = there or [min(ready, key=lambda n: (n not in urgent, arrives[n], facts[n]["place"]))]
         node = max(there, key=lambda n: (n in urgent, way[n], -facts[n]["place"]))
         ready.remove(node)
+        spare -= facts[node]["seconds"] if awaited is not None and node not in urgent else 0.0
         order.append(node)
         now = max(now, arrives[node]) + facts[node]["seconds"]
         for reader in found.successors(node):

@@ -24,7 +24,7 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.bags = nn.ModuleList(nn.EmbeddingBag(ROWS + 7 * i, DIM, mode="sum") for i in range(TABLES))
-        self.bottom = nn.Sequential(nn.Linear(13, 512), nn.ReLU(), nn.Linear(512, DIM), nn.ReLU())
+        self.bottom = nn.Sequential(*(m for i, o in zip({bottom}, {bottom}[1:]) for m in (nn.Linear(i, o), nn.ReLU())), nn.Linear({bottom}[-1], DIM), nn.ReLU())
         self.top = nn.Sequential(nn.Linear(DIM * (TABLES + 1), 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 1))
 
     def forward(self, dense, ids):
@@ -53,10 +53,11 @@ for i in range(TABLES):
             least_rows += len(some) * shard.columns
 place = positions(graph)
 (wait,) = [n for n in graph.nodes if n.target is exchange_rows.WAIT]
+(send,) = [n for n in graph.nodes if n.target is exchange_rows.SEND]
 layers = [n for n in graph.nodes if n.op == "call_function" and n.name.startswith("dense")]
 print(json.dumps(dict(
     exchanges=[str(n.target) for n in exchanges(graph)], streams=len(spec.streams), sent=[sent, least_ids], answered=[answered, least_rows],
-    start=place[start], bottom=[place[n] for n in layers if n.args[1].op == "get_attr" and "bottom" in n.args[1].target], wait=place[wait],
+    start=place[start], send=place[send], bottom=[place[n] for n in layers if n.args[1].op == "get_attr" and "bottom" in n.args[1].target], wait=place[wait],
     top=[place[n] for n in layers if n.args[1].op == "get_attr" and "top" in n.args[1].target],
     blocks=len({{s.shard.rank for s in spec.streams}}), held=list(model.get_parameter("bags.0.weight").shape),
 )))
@@ -64,16 +65,19 @@ print(json.dumps(dict(
 
 
 @pytest.mark.parametrize(
-    ("world", "sharding", "tables"), [(128, "row_wise", 4), (128, "column_wise", 6), (1024, "table_wise", 26)]
+    ("world", "sharding", "tables", "bottom"),
+    [(128, "row_wise", 4, [13, 2000, 2000]), (128, "column_wise", 6, [13, 512]), (1024, "table_wise", 26, [13, 512])],
 )
-def test_one_exchange_of_ids_and_one_of_rows_however_many_ranks(run_python, world, sharding, tables):
-    found = json.loads(run_python(_CODE.format(world=world, sharding=sharding, tables=tables)).splitlines()[-1])
+def test_one_exchange_of_ids_and_one_of_rows_however_many_ranks(run_python, world, sharding, tables, bottom):
+    found = json.loads(run_python(_CODE.format(world=world, sharding=sharding, tables=tables, bottom=bottom)).splitlines()[-1])
     assert found["exchanges"] == ["tablewright.exchange_ids.default", "tablewright.send_rows.default"]
     assert found["streams"] == {"row_wise": world * tables, "column_wise": 16 * tables, "table_wise": tables}[sharding]
     assert found["sent"][0] == found["sent"][1] and found["answered"][0] == found["answered"][1]
-    assert len(found["bottom"]) == 2 and len(found["top"]) == 2, "the last layer of the top is too small to be fused"
+    assert len(found["bottom"]) == len(bottom) and len(found["top"]) == 2, "the last layer of the top is too small to be fused"
     assert found["start"] < min(found["bottom"]) and max(found["bottom"]) < found["wait"], "the bottom MLP runs while ids and rows travel"
     assert found["wait"] < min(found["top"])
+    early = sum(place < found["send"] for place in found["bottom"])
+    assert early == (len(bottom) > 2), "while ids travel runs only what is not needed while rows do, of which a backward has more"
 
 
 _NODES = """
