@@ -13,6 +13,14 @@ LIBRARY = torch.library.Library("tablewright", "FRAGMENT")
 DIRECT: dict[Any, Callable] = {}
 
 _aten = torch.ops.aten
+
+
+def _batch_norm(input, weight, bias, mean, variance, training, momentum, eps, _) -> Tensor:
+    """As a model calls it: with the check that one value a channel is refused in training, where the op makes the running variance NaN for good."""
+    return torch.nn.functional.batch_norm(input, mean, variance, weight, bias, training, momentum, eps)
+
+
+DIRECT[_aten.batch_norm.default] = _batch_norm
 DIRECT.update({  # torch's own functions parse the same arguments in half the time
     _aten.add.Tensor: torch.add, _aten.bmm.default: torch.bmm, _aten.cat.default: torch.cat, _aten.div.Tensor: torch.div,
     _aten.flatten.using_ints: torch.flatten, _aten.linear.default: torch.nn.functional.linear, _aten.matmul.default: torch.matmul,

@@ -130,6 +130,15 @@ class Modes(nn.Module):
         return x * 2 if self.training else x
 
 
+def test_a_batch_norm_of_one_row_is_refused_in_training_and_keeps_its_statistics():
+    model = Modes()
+    opt = tw.optimize(model, sample_inputs=(torch.randint(0, 50, (30,)),))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        opt(torch.tensor([3]))
+    assert model.norm.running_var.isfinite().all()
+    assert opt.eval()(torch.tensor([3])).isfinite().all()
+
+
 def test_train_and_eval_are_those_of_the_plain_model():
     torch.manual_seed(0)
     model = Modes()
