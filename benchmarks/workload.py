@@ -1,6 +1,7 @@
 """Tables, ids and plain models that every benchmark variant shares, and the timer that takes their calls in turn."""
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -96,13 +97,14 @@ class Whole(nn.Module):
 
 
 def interleaved(calls: dict[str, Callable[[int], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each call, all variants taken in turn (order reversed every other round). ``call(i)`` gets a running number,
-    so that every timed call sees another batch; the numbers start apart, so that no variant finds the rows in the cache that
-    the one before it just read."""
+    """Seconds of each call, all variants taken in turn. ``call(i)`` gets a running number, so that every timed call sees another batch; the
+    numbers start apart, so that no variant finds the rows in the cache that the one before it just read. Every round has an order of its
+    own: what a variant leaves in the caches costs the one after it up to a fifth, so no two may always be neighbours."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     counts = {name: 7 * k for k, name in enumerate(calls)}
+    order = random.Random(0)
     for i in range(warmup + rounds):
-        for name in list(calls) if i % 2 == 0 else list(calls)[::-1]:
+        for name in order.sample(list(calls), len(calls)):
             started = time.perf_counter()
             calls[name](counts[name])
             elapsed = time.perf_counter() - started

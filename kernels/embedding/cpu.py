@@ -24,7 +24,7 @@ from .cpu_words import DTYPES, Call, Plan, describe_call, plan_of, rules_of, spa
 from .spec import GroupSpec, decode
 from .updates import TableUpdate
 
-_ABI = 6  # tw_abi() of native/driver.cpp
+_ABI = 7  # tw_abi() of native/driver.cpp
 _LEVELS = ("baseline", "AVX2", "AVX-512")  # of tw_level()
 _PAIRS, _COALESCED, _DENSE = range(3)  # layouts of gradients() in native/python.cpp
 _OK, _BAD_INPUT, _UNSUPPORTED, _NO_MEMORY = range(4)  # enum Result of native/call.h
@@ -65,8 +65,8 @@ def _connect() -> Any:
         exchange = torch.Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]
     except (ImportError, AttributeError):  # built without Python's headers; a torch that does not publish its tensors
         return None
-    makers = torch.empty, torch.zeros, buffers.empty, buffers.SMALLEST
-    return module if module.connect(exchange, torch.Tensor, torch.nn.Parameter, *makers, torch.int64, torch.sparse_coo_tensor, torch.float32) else None
+    makers = torch.empty, torch.zeros, buffers.SMALLEST, torch.sparse_coo_tensor
+    return module if module.connect(exchange, torch.Tensor, torch.nn.Parameter, *makers, torch.float32) else None
 
 
 _direct = _connect()

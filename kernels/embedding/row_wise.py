@@ -210,7 +210,7 @@ def _hooked(plain: Callable) -> Callable:
 
 def _is_watched() -> bool:
     """Whether a profiler or a compiler wants to see torch's own way."""
-    return torch.compiler.is_compiling() or torch.autograd._profiler_enabled()
+    return torch.compiler.is_compiling() or torch._C._autograd._profiler_enabled()
 
 
 def _new(base: type[Optimizer]) -> Optimizer:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 
 import pytest
@@ -161,6 +162,56 @@ def test_nothing_is_leaked():
     del group, results
     gc.collect()
     assert all(ref() is None for ref in watched)
+
+
+@direct
+def test_memory_is_used_again_but_never_while_in_use():
+    table, ids = torch.randn(10, 512), torch.zeros(1024, dtype=torch.int64)  # results of two megabytes
+    first = lookup(table, ids)
+    where, view = first.data_ptr(), first[5:]
+    del first
+    assert lookup(table, ids).data_ptr() != where
+    numpy_view = view.numpy()
+    del view
+    assert lookup(table, ids).data_ptr() != where and (numpy_view == table[0].numpy()).all()
+    del numpy_view
+    assert lookup(table, ids).data_ptr() == where
+
+
+@direct
+def test_the_gradient_of_one_table_outlives_the_others():
+    group = Group(torch.float32, batch=37)
+    wanted = [True] * len(group.tables)
+    gradients = cpu.coalesced_gradients(group.spec, group.grads, *group.inputs, wanted)
+    kept = gradients[1]
+    before = kept.to_dense()
+    assert kept.is_coalesced() and kept._values().untyped_storage().nbytes() == 4 * kept._values().numel()
+    del gradients
+    for _ in range(3):
+        cpu.coalesced_gradients(group.spec, [2 * g for g in group.grads], *group.inputs, wanted)
+    assert torch.equal(kept.to_dense(), before) and torch.equal((kept + kept).to_dense(), 2 * before)
+
+
+@direct
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_writes_into_results_of_its_own(run_python):
+    code = """
+import os, torch
+from tablewright.kernels.embedding.op import call
+from tablewright.kernels.embedding.spec import GroupSpec, Lookup, Table
+torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+spec = GroupSpec((Table("t", 10, 512),), (Lookup(0, "l", "none", 0, 0),), (512,)).encode()
+table, ids = torch.ones(10, 512), torch.zeros(1024, dtype=torch.int64)
+held = call([table], [ids], [None], [None], [], spec)[0]
+child = os.fork()
+if child == 0:
+    held.zero_()
+    call([table * 2], [ids], [None], [None], [], spec)[0].zero_()
+    os._exit(0)
+os.waitpid(child, 0)
+print(bool((held == 1.0).all()))
+"""
+    assert run_python(code) == "True"
 
 
 # --- what autograd keeps of a lookup ----------------------------------------------------------------------------------------

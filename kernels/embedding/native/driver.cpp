@@ -52,7 +52,7 @@ void copy_extra(const Call& c, int64_t e, int64_t first, int64_t last) {
 #define TW_API extern "C" __attribute__((visibility("default")))
 
 // The version of this interface; cpu.py refuses a library built from other sources.
-TW_API int64_t tw_abi() { return 6; }
+TW_API int64_t tw_abi() { return 7; }
 
 // 0 baseline, 1 AVX2, 2 AVX-512. A level below 0 or above what the CPU has only asks.
 TW_API int64_t tw_level(int64_t level) { return builds.ask(level); }

@@ -7,7 +7,7 @@
 #endif
 
 #ifdef TW_PYTHON
-#include "python_words.h"
+#include "python_memory.h"
 
 namespace {
 
@@ -17,21 +17,29 @@ PyObject* make(PyObject* maker, PyObject* shape, PyObject* dtype) {
     PyObject* args[] = {shape, dtype};
     return PyObject_Vectorcall(maker, args, 1, names_dtype);
 }
-PyObject* make_slot(const Leading& l, int64_t width, int64_t element, bool whole, PyObject* dtype) {
+const Type INT64 = {DL_INT, 64};
+Type type_of(int64_t dtype) {
+    dtype = values_of(dtype);
+    return Type{uint8_t(dtype == BF16 ? DL_BFLOAT : DL_FLOAT), uint8_t(dtype == F64 ? 64 : dtype == F32 ? 32 : 16)};
+}
+// `whole`: all of it will be written.
+PyObject* make_slot(const Leading& l, int64_t width, Type type, bool whole, PyObject* dtype) {
+    if (whole && l.rows * width * (type.bits / 8) >= large_from && l.dims < MOST_DIMS) {
+        int64_t shape[MOST_DIMS];
+        for (int64_t d = 0; d < l.dims; ++d) shape[d] = l.shape[d];
+        shape[l.dims] = width;
+        Row one(Row::bytes_of(l.rows * width, type));
+        char* data;
+        return one.home ? one.take(shape, int(l.dims + 1), type, data) : nullptr;
+    }
     PyObject* shape = PyTuple_New(l.dims + 1);
     if (!shape) return nullptr;
     for (int64_t d = 0; d < l.dims; ++d) PyTuple_SET_ITEM(shape, d, PyLong_FromLongLong(l.shape[d]));
     PyTuple_SET_ITEM(shape, l.dims, PyLong_FromLongLong(width));
-    PyObject* maker = !whole ? zeros : l.rows * width * element >= large_from ? large_empty : empty;
-    PyObject* slot = make(maker, shape, dtype);
+    PyObject* slot = make(whole ? empty : zeros, shape, dtype);
     Py_DECREF(shape);
     return slot;
 }
-PyObject* make_matrix(int64_t rows, int64_t columns, int64_t bytes, PyObject* dtype) {
-    const int64_t shape[] = {rows};
-    return make_slot(Leading{shape, 1, rows}, columns, bytes, true, dtype);
-}
-int64_t element_of(int64_t dtype) { return dtype == F64 ? 8 : values_of(dtype) == F32 ? 4 : 2; }
 
 // ---- the functions ----
 
@@ -52,7 +60,6 @@ PyObject* forward(PyObject*, PyObject* const* a, Py_ssize_t n) {
     PyObject **e = items_of(a[6], spec.head->extras), **widths = items_of(a[7], spec.head->slots);
     if (!e || !widths || !read_call(spec, w, PyLong_AsLongLong(a[1]), a[2], a[3], a[4], a[5], true))
         return PyErr_Occurred() ? nullptr : none();
-    const int64_t element = element_of(w.head->dtype);
     for (int64_t k = 0; k < spec.head->extras; ++k) {
         const ExtraInfo& info = spec.extras[k];
         View v;
@@ -69,12 +76,13 @@ PyObject* forward(PyObject*, PyObject* const* a, Py_ssize_t n) {
     }
     PyObject* dtype = w.head->dtype == I8 ? float_dtype : PyObject_GetAttr(PySequence_Fast_GET_ITEM(a[2], 0), text_dtype);
     if (dtype == float_dtype) Py_INCREF(dtype);
+    const Type type = type_of(w.head->dtype);
     PyObject* out = dtype ? PyList_New(spec.head->slots) : nullptr;
     for (int64_t k = 0; out && k < spec.head->slots; ++k) {
         const int64_t width = PyLong_AsLongLong(widths[k]);
         static const int64_t no_rows[] = {0};
         const Leading& l = w.leading[k].shape ? w.leading[k] : w.leading[k] = Leading{no_rows, 1, 0};
-        PyObject* slot = make_slot(l, width, element, w.written[k] == width, dtype);
+        PyObject* slot = make_slot(l, width, type, w.written[k] == width, dtype);
         View v;
         if (slot) PyList_SET_ITEM(out, k, slot);
         if (!slot || !view_of(slot, v)) Py_CLEAR(out);
@@ -94,29 +102,28 @@ PyObject* forward(PyObject*, PyObject* const* a, Py_ssize_t n) {
 // What gradients() makes for each wanted table: (rows [U], values [U, dim]), a coalesced sparse tensor of the two, or a dense tensor.
 enum { PAIRS = 0, COALESCED = 1, DENSE = 2 };
 
-// The tensors that one table's gradient is written to, as one object, and where they lie.
-PyObject* make_gradient(const TableInfo& table, int64_t count, int64_t layout, int64_t element, PyObject* dtype, int64_t*& rows, char*& values) {
-    View at_rows, at_values;
-    if (layout == DENSE) {
-        const int64_t shape[] = {table.rows};
-        PyObject* v = make_slot(Leading{shape, 1, table.rows}, table.dim, element, false, dtype);
-        if (!v || !view_of(v, at_values)) Py_CLEAR(v);
-        else values = at_values.data;
-        return v;
-    }
-    static const int64_t one[] = {1};
-    PyObject* r = make_slot(Leading{one, layout == COALESCED, 1}, count, 8, true, int64_dtype);
-    PyObject* v = r ? make_matrix(count, table.dim, element, dtype) : nullptr;
-    PyObject* made = nullptr;
-    if (v && view_of(r, at_rows) && view_of(v, at_values)) {
-        rows = reinterpret_cast<int64_t*>(at_rows.data);
-        values = at_values.data;
-        PyObject* size = layout == COALESCED ? Py_BuildValue("(LL)", (long long)table.rows, (long long)table.dim) : nullptr;
-        PyObject* args[] = {r, v, size, Py_True, Py_False};
-        if (layout == PAIRS) made = PyTuple_Pack(2, r, v);
-        else if (size) made = PyObject_Vectorcall(sparse, args, 3, names_coalesced);
-        Py_XDECREF(size);
-    }
+// The tensor that one table's dense gradient is added up in, and where it lies.
+PyObject* make_dense(const TableInfo& table, Type type, PyObject* dtype, char*& values) {
+    const int64_t shape[] = {table.rows};
+    View at;
+    PyObject* made = make_slot(Leading{shape, 1, table.rows}, table.dim, type, false, dtype);
+    if (!made || !view_of(made, at)) Py_CLEAR(made);
+    else values = at.data;
+    return made;
+}
+
+// The tensors that one table's sparse gradient is written to, as one object, and where they lie.
+PyObject* make_sparse(const TableInfo& table, int64_t count, int64_t layout, Type type, Row& in, int64_t*& rows, char*& values) {
+    const int64_t at_rows[] = {1, count}, at_values[] = {count, table.dim};
+    char* data;
+    PyObject* r = layout == COALESCED ? in.take(at_rows, 2, INT64, data) : in.take(at_rows + 1, 1, INT64, data);
+    rows = reinterpret_cast<int64_t*>(data);
+    PyObject* v = r ? in.take(at_values, 2, type, values) : nullptr;
+    PyObject *made = nullptr, *size = v && layout == COALESCED ? Py_BuildValue("(LL)", (long long)table.rows, (long long)table.dim) : nullptr;
+    PyObject* args[] = {r, v, size, Py_True, Py_False};
+    if (v && layout == PAIRS) made = PyTuple_Pack(2, r, v);
+    else if (size) made = PyObject_Vectorcall(sparse, args, 3, names_coalesced);
+    Py_XDECREF(size);
     Py_XDECREF(r);
     Py_XDECREF(v);
     return made;
@@ -143,10 +150,17 @@ PyObject* gradients(PyObject*, PyObject* const* a, Py_ssize_t n) {
     result = tw_gradients_begin(spec.words(), w.words(), wanted, counts, &handle);
     Py_END_ALLOW_THREADS
     if (result) return none();
-    PyObject* dtype = PyObject_GetAttr(PySequence_Fast_GET_ITEM(a[3], 0), text_dtype);
+    const Type type = type_of(w.head->dtype);
+    size_t bytes = 0;
+    for (int64_t t = 0; t < tables; ++t)
+        if (wanted[t] && layout != DENSE) bytes += Row::bytes_of(counts[t], INT64) + Row::bytes_of(counts[t] * spec.tables[t].dim, type);
+    Row row(bytes);
+    PyObject* dtype = row.home ? PyObject_GetAttr(PySequence_Fast_GET_ITEM(a[3], 0), text_dtype) : nullptr;
     PyObject* out = dtype ? PyList_New(tables) : nullptr;
     for (int64_t t = 0; out && t < tables; ++t) {
-        PyObject* made = wanted[t] ? make_gradient(spec.tables[t], counts[t], layout, element_of(w.head->dtype), dtype, rows[t], values[t]) : none();
+        PyObject* made = !wanted[t] ? none()
+                         : layout == DENSE ? make_dense(spec.tables[t], type, dtype, values[t])
+                                           : make_sparse(spec.tables[t], counts[t], layout, type, row, rows[t], values[t]);
         if (made) PyList_SET_ITEM(out, t, made);
         else Py_CLEAR(out);
     }
@@ -243,10 +257,10 @@ PyObject* count_up(PyObject*, PyObject* const* a, Py_ssize_t n) {
     Py_RETURN_TRUE;
 }
 
-// connect(exchange capsule, Tensor, Parameter, empty, zeros, large_empty, large_from, int64, sparse_coo_tensor, float32)
+// connect(exchange capsule, Tensor, Parameter, empty, zeros, large_from, sparse_coo_tensor, float32)
 // -> whether calls can be taken
 PyObject* connect(PyObject*, PyObject* const* a, Py_ssize_t n) {
-    if (!has(n, 10)) return nullptr;
+    if (!has(n, 8)) return nullptr;
     const Exchange* given = static_cast<const Exchange*>(PyCapsule_GetPointer(a[0], "dlpack_exchange_api"));
     if (!given) return nullptr;
     if (given->major != 1) Py_RETURN_FALSE;
@@ -259,10 +273,9 @@ PyObject* connect(PyObject*, PyObject* const* a, Py_ssize_t n) {
     names_coalesced = Py_BuildValue("(ss)", "is_coalesced", "check_invariants");
     static const char* const fields[] = {"kind", "lr", "eps", "beta1", "beta2", "weight_decay", "step", "maximize", "state"};
     for (int k = 0; k < RULE_FIELDS; ++k) rule_fields[k] = PyUnicode_InternFromString(fields[k]);
-    large_from = PyLong_AsLongLong(a[6]);
-    for (int k = 0; k < 10; ++k) Py_INCREF(a[k]);
-    tensor_type = a[1], parameter_type = a[2], empty = a[3], zeros = a[4], large_empty = a[5], int64_dtype = a[7], sparse = a[8],
-    float_dtype = a[9];
+    large_from = PyLong_AsLongLong(a[5]);
+    for (int k = 0; k < 8; ++k) Py_INCREF(a[k]);
+    tensor_type = a[1], parameter_type = a[2], empty = a[3], zeros = a[4], sparse = a[6], float_dtype = a[7];
     if (PyErr_Occurred()) return nullptr;
     exchange = given;
     Py_RETURN_TRUE;
@@ -277,5 +290,8 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, methods, nu
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__native() {
+    pthread_atfork(nullptr, nullptr, unlock_blocks);  // a forked child may have inherited a held lock
+    return PyModule_Create(&module);
+}
 #endif

@@ -26,17 +26,26 @@ struct View {  // DLTensor
     const int64_t* strides;
     uint64_t byte_offset;
 };
+struct Managed {  // DLManagedTensorVersioned
+    uint32_t major, minor;
+    void* context;
+    void (*deleter)(Managed*);
+    uint64_t flags;
+    View tensor;
+};
 struct Exchange {  // DLPackExchangeAPI
     uint32_t major, minor;
     const void* previous;
-    void* not_used[3];
+    void* not_used[2];
+    int (*import)(Managed* given, void** object);
     int (*view)(void* object, View* out);
 };
+enum { MOST_DIMS = 8 };
 enum { DL_CPU = 1, DL_INT = 0, DL_UINT = 1, DL_FLOAT = 2, DL_BFLOAT = 4 };
 
 // What connect() is given. They live as long as the process.
 const Exchange* exchange = nullptr;
-PyObject *tensor_type, *parameter_type, *empty, *zeros, *large_empty, *int64_dtype, *sparse, *float_dtype;
+PyObject *tensor_type, *parameter_type, *empty, *zeros, *sparse, *float_dtype;
 int64_t large_from;
 PyObject *text_dtype, *text_contiguous, *names_dtype, *names_coalesced, *text_indices, *text_values, *text_is_coalesced;
 enum { KIND, LR, EPS, BETA1, BETA2, WEIGHT_DECAY, STEP, MAXIMIZE, STATE, RULE_FIELDS };
