@@ -12,6 +12,7 @@ from .fuse_dice import FuseDice
 from .fuse_dot_interaction import FuseDotInteraction
 from .fuse_fm import FuseFm
 from .fuse_gelu import FuseGelu
+from .fuse_gru import FuseGru
 from .fuse_lookup_dots import FuseLookupDots
 from .fuse_mlp import FuseMlp
 from .fuse_pair_products import FusePairProducts
@@ -36,7 +37,7 @@ from .wide_rows import WideRows
 DEFAULT: tuple[type[Pass], ...] = (
     RemoveZeroDropout, FuseFm, FuseDotInteraction, FusePairProducts, FuseCin, FieldProducts, PoolSequences, ConcatenatedLookups,
     ShareRepeats, IdColumns, GroupTables, TableGradients, WideRows, FuseCross,
-    BatchExperts, FuseGelu, MixedPrecision, DenseChains, RowLayers, FuseDice, SmallProducts, SelectFeatures, ShortSoftmax, FastDropout, FuseMlp, FuseLookupDots, RecomputeModules,
+    BatchExperts, FuseGelu, MixedPrecision, DenseChains, RowLayers, FuseDice, SmallProducts, SelectFeatures, ShortSoftmax, FuseGru, FastDropout, FuseMlp, FuseLookupDots, RecomputeModules,
 )  # fmt: skip
 OVER_RANKS: tuple[type[Pass], ...] = (ShardTables, OverlapCommunication)  # then, where a model runs over several ranks; no plan leaves them out
 IN_TIERS: tuple[type[Pass], ...] = (TierTables,)  # then, where tables are larger than memory
