@@ -63,7 +63,8 @@ class _Gru(torch.autograd.Function):
         return out, _last(kept)
 
     @staticmethod
-    def backward(ctx, grad, last):
+    def backward(ctx, *grads):
+        grad, last = grads
         if grad is None and last is None:
             return (None,) * (2 + len(ctx.needs_input_grad[2:]))
         x, hx, *rest = ctx.saved_tensors
