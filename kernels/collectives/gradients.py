@@ -26,8 +26,8 @@ from . import native
 from .errors import lost_peer
 from .work import all_to_all, finish, group_of
 
-# Every all-reduce wakes gloo's threads some ten times, which take the processors from the backward: with buckets of 1 MiB a step of DLRM
-# (9 MB of gradients, two ranks on two cores) takes 5 processor ms more.
+# Every collective wakes gloo's threads some ten times, which take the processors from the backward: with buckets of 1 MiB a step of DLRM
+# (9 MB of gradients, two ranks on two cores) takes 5 processor ms more by all-reduces, 1 more by exchanges of two.
 BUCKET_BYTES = 4 << 20
 
 

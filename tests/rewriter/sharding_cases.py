@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import tablewright as tw
 import torch
 from sharding_models import TABLES, Alike, Everything, ReferenceUpdates, batch_of, loss_of, touched
+from tablewright.kernels.collectives import work
 from tablewright.kernels.collectives.exchange_ids import EXCHANGE
 from tablewright.kernels.collectives.spec import decode
 from tablewright.kernels.collectives.work import group_of
@@ -128,6 +129,15 @@ def train(rank: int, world: int, mesh, case: Case) -> dict:
         group = arguments(node)["group"]
         collectives.append((packet_name(node), tuple(torch.distributed.get_process_group_ranks(group_of(group)))))
     return {"plan": model._sharded.digest, "collectives": collectives}
+
+
+def train_and_copy(rank: int, world: int, mesh, case: Case) -> dict:
+    """:func:`train`, where each rank copies even the smallest part that it sends itself."""
+    usual, work.OWN_LEAST = work.OWN_LEAST, 1
+    try:
+        return train(rank, world, mesh, case)
+    finally:
+        work.OWN_LEAST = usual
 
 
 def train_alike(rank: int, world: int, mesh, sharding: str) -> None:

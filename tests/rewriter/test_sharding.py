@@ -15,7 +15,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1])]
 
 from ranks import Pools
-from sharding_cases import AXES, NODE_AXES, Case, agree, pairs, train, train_alike
+from sharding_cases import AXES, NODE_AXES, Case, agree, pairs, train, train_alike, train_and_copy
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,11 @@ def test_training_equals_the_plain_model(pools, case):
 @pytest.mark.parametrize(("sharding", "world"), [("table_wise", 2), ("column_wise", 3)])
 def test_answers_that_travel_side_by_side(pools, sharding, world):
     pools(world).run(train_alike, sharding)
+
+
+@pytest.mark.parametrize(("sharding", "exchange"), [("row_wise", "unique"), ("column_wise", "pooled")])
+def test_what_two_ranks_send_themselves_they_copy(pools, sharding, exchange):
+    agree(pools(2).run(train_and_copy, Case(sharding, exchange, "rowwise_adagrad", "in_backward", "empty", 2)))
 
 
 def main() -> None:
