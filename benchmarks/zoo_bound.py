@@ -12,6 +12,8 @@ autograd keeps (of the plain or of the optimized step, whichever keeps less), co
 
 "as it looks up": the same with the lookups, their backward and the table updates at what they take now (the least of several steps).
 
+Times nothing where a C++ library that a step calls is absent or of another interface than the code.
+
 ``--rows FILE`` keeps a JSON line a model: models that it has are not timed again, and the tables are made of all of it.
 """
 from __future__ import annotations
@@ -39,6 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import ZOOS, available, repositories
 
 HERE = Path(__file__).resolve().parent
+LIBRARIES = ("dense.native", "dropout.cpu", "embedding.cpu", "gru.cpu", "interaction.cpu", "max_pool.cpu", "small_products.cpu")  # that a step calls
 CACHE = 32 << 20  # bytes of the third-level cache where no file says them
 PEAK = """
 #if defined(__AVX512F__)
@@ -60,6 +63,12 @@ long sums(long rounds, float* out) {
     return rounds * 12 * (BYTES / 4) * 2;
 }
 """
+
+
+def unusable() -> list[str]:
+    """Why C++ libraries that a step calls are not in use: absent, or built from sources of another interface."""
+    modules = (importlib.import_module(f"tablewright.kernels.{name}") for name in LIBRARIES)
+    return [f"{module.__name__}: {module._why_not}" for module in modules if module._why_not]
 
 
 def peak() -> float:
@@ -182,6 +191,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="time for the training steps of one model (default 2)")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.models and (wrong := unusable()):
+        parser.error("nothing was timed: without the C++ libraries of this code the times are of other code:\n" + "\n".join(wrong))
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     sys.path[:0] = [str(HERE / "zoo_models"), *map(str, repositories(args.repos))]
     rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows and args.rows.exists() else []
