@@ -66,13 +66,25 @@ struct Merge {
     double scale;
 };
 
-template <class T, class Each> void each_row(const Merge& m, Each each) {
+// Compiled for wide vectors too; the processor at hand picks.
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
+#define TW_WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define TW_WIDE
+#endif
+#define TW_INSIDE __attribute__((always_inline))
+
+template <class T, class Each> TW_INSIDE inline void each_row(const Merge& m, Each each) {
     T *received = static_cast<T*>(m.received), *slot = static_cast<T*>(m.slot);
     const int64_t* place = m.places;
     for (int64_t b = 0, s = 0; b < m.blocks; s = m.ends[b++]) {
         const int64_t streams = m.ends[b] - s, bags = m.header[3 * s];
         for (int64_t k = 0; k < bags; ++k)
             for (int64_t j = 0; j < streams; ++j) {
+                if (k + 1 < bags) {  // of rows this short the processor asks for none ahead by itself: 0.44 -> 0.30 ms, `part` 0.76 -> 0.37
+                    const char* next = reinterpret_cast<const char*>(slot + place[j * bags + k + 1] * m.stride + m.columns[s + j]);
+                    for (int64_t at = 0; at < m.widths[s + j] * int64_t(sizeof(T)); at += 64) __builtin_prefetch(next + at);
+                }
                 each(received, slot + place[j * bags + k] * m.stride + m.columns[s + j], m.widths[s + j]);
                 received += m.widths[s + j];
             }
@@ -80,26 +92,24 @@ template <class T, class Each> void each_row(const Merge& m, Each each) {
     }
 }
 
-template <class T> void merge(const Merge& m, bool add) {
-    if (!add) return each_row<T>(m, [](const T* row, T* home, int64_t width) { memcpy(home, row, size_t(width) * sizeof(T)); });
-    each_row<T>(m, [](const T* row, T* home, int64_t width) {
+template <class T> TW_INSIDE inline void merge(const Merge& m, bool add) {
+    if (!add) return each_row<T>(m, [](const T* row, T* home, int64_t width) TW_INSIDE { memcpy(home, row, size_t(width) * sizeof(T)); });
+    each_row<T>(m, [](const T* __restrict row, T* __restrict home, int64_t width) TW_INSIDE {
         for (int64_t c = 0; c < width; ++c) home[c] += row[c];
     });
 }
 
-template <class T> void part(const Merge& m) {
+template <class T> TW_INSIDE inline void part(const Merge& m) {
     const T scale = T(m.scale);
-    each_row<T>(m, [scale](T* row, const T* home, int64_t width) {
+    each_row<T>(m, [scale](T* __restrict row, const T* __restrict home, int64_t width) TW_INSIDE {
         for (int64_t c = 0; c < width; ++c) row[c] = home[c] * scale;
     });
 }
 
-// Compiled for wide vectors too; the processor at hand picks.
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
-#define TW_WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define TW_WIDE
-#endif
+TW_WIDE void merge_floats(const Merge& m, bool add) { merge<float>(m, add); }
+TW_WIDE void merge_doubles(const Merge& m, bool add) { merge<double>(m, add); }
+TW_WIDE void part_floats(const Merge& m) { part<float>(m); }
+TW_WIDE void part_doubles(const Merge& m) { part<double>(m); }
 
 TW_WIDE void mean_floats(float* mine, const float* theirs, int64_t count) {
     for (int64_t i = 0; i < count; ++i) mine[i] = (mine[i] + theirs[i]) * 0.5f;
@@ -127,10 +137,10 @@ TW_EXPORT int64_t twc_route(const int64_t* ids, const int64_t* rows, int64_t loo
 }
 
 // The slot gets the received rows; `add`: to what is there.
-TW_EXPORT void twc_merge(const Merge* m, int64_t add, int64_t is_double) { is_double ? merge<double>(*m, add) : merge<float>(*m, add); }
+TW_EXPORT void twc_merge(const Merge* m, int64_t add, int64_t is_double) { is_double ? merge_doubles(*m, add) : merge_floats(*m, add); }
 
 // The other way: each received row is `scale` times its place in the slot.
-TW_EXPORT void twc_part(const Merge* m, int64_t is_double) { is_double ? part<double>(*m) : part<float>(*m); }
+TW_EXPORT void twc_part(const Merge* m, int64_t is_double) { is_double ? part_doubles(*m) : part_floats(*m); }
 
 // mine = (mine + theirs) / 2, the same on both sides to the last bit.
 TW_EXPORT void twc_mean(void* mine, const void* theirs, int64_t count, int64_t is_double) {
