@@ -198,10 +198,11 @@ class _Lookup(torch.autograd.Function):
                 )
         if ticket is not None and not isinstance(ticket, Tensor):
             return tuple(ticket.slots(extras, text))
-        slots = None if extras else cpu.read_at_once(text, tables, indices, offsets, sample_weights)
+        run = implementation(tables[0].device)
+        slots = None if extras or run is not cpu else cpu.read_at_once(text, tables, indices, offsets, sample_weights)
         if slots is not None:
             return tuple(slots)
-        run, spec = implementation(tables[0].device), decode(text)
+        spec = decode(text)
         if run is cpu:
             return tuple(forward(tables, indices, offsets, sample_weights, extras, text))
         kinds, due, _ = _due(text, ctx.alone or ctx.needs_input_grad[8 : 8 + n_tables], (True,) * len(spec.slots))
@@ -393,7 +394,7 @@ def call(tables, indices, offsets, sample_weights, extras, spec, ticket=None, ow
                 return [_APPLY_ONE(tables[0], indices[0], padding, spec)]
         except (IndexError, RuntimeError):  # the words are found below
             pass
-    if not extras and not torch.is_grad_enabled():
+    if not extras and not torch.is_grad_enabled() and implementation(tables[0].device) is cpu:
         slots = cpu.read_at_once(spec, tables, indices, offsets, sample_weights)
         if slots is not None:
             return slots

@@ -313,3 +313,12 @@ def test_the_default_device_does_not_matter(rows):
         out.sum().backward()
     assert torch.equal(out, table[ids]) and table.grad.device.type == "cpu"
     assert torch.equal(table.grad.to_dense()[:, 0], torch.bincount(ids, minlength=rows).float())
+
+
+def test_gradients_add_up_after_a_backward_without_ids():
+    table = torch.nn.Parameter(torch.randn(9, 3))
+    spec = GroupSpec((Table("t", 9, 3, "sparse"),), (Lookup(0, "l", "sum", 0, 0),), (3,)).encode()
+    for ids in (torch.empty(2, 0, dtype=torch.int64), torch.tensor([[1, 4], [4, 8]])):
+        (out,) = op.call([table], [ids], [None], [None], [], spec)
+        out.sum().backward()
+    assert torch.equal(table.grad.to_dense().sum(1), torch.tensor([0, 3, 0, 0, 6, 0, 0, 0, 3.0]))

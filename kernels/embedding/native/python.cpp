@@ -119,6 +119,12 @@ PyObject* make_sparse(const TableInfo& table, int64_t count, int64_t layout, Typ
     PyObject* r = layout == COALESCED ? in.take(at_rows, 2, INT64, data) : in.take(at_rows + 1, 1, INT64, data);
     rows = reinterpret_cast<int64_t*>(data);
     PyObject* v = r ? in.take(at_values, 2, type, values) : nullptr;
+    if (v && !count) {  // torch adds to a gradient without rows in place, for which it must be able to make its memory larger
+        PyObject *r_own = PyObject_CallMethod(r, "clone", nullptr), *v_own = r_own ? PyObject_CallMethod(v, "clone", nullptr) : nullptr;
+        Py_DECREF(r);
+        Py_DECREF(v);
+        r = r_own, v = v_own;
+    }
     PyObject *made = nullptr, *size = v && layout == COALESCED ? Py_BuildValue("(LL)", (long long)table.rows, (long long)table.dim) : nullptr;
     PyObject* args[] = {r, v, size, Py_True, Py_False};
     if (v && layout == PAIRS) made = PyTuple_Pack(2, r, v);
