@@ -24,7 +24,7 @@ from .cpu_words import DTYPES, Call, Plan, describe_call, plan_of, rules_of, spa
 from .spec import GroupSpec, decode
 from .updates import TableUpdate
 
-_ABI = 7  # tw_abi() of native/driver.cpp
+_ABI = 8  # tw_abi() of native/driver.cpp
 _LEVELS = ("baseline", "AVX2", "AVX-512")  # of tw_level()
 _PAIRS, _COALESCED, _DENSE = range(3)  # layouts of gradients() in native/python.cpp
 _OK, _BAD_INPUT, _UNSUPPORTED, _NO_MEMORY = range(4)  # enum Result of native/call.h
@@ -42,7 +42,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         "update": (word, [pointer, text, text, text]),
         "update_from_sparse": (word, [word, word, word, text, text]),
         "gradients_begin": (word, [pointer, text, text, pointer, pointer]),
-        "gradients_fill": (word, [pointer, text, pointer, text, text, word]),
+        "gradients_fill": (word, [pointer, text, pointer, text, text, word, pointer, pointer]),
         "gradients_squares": (None, [pointer, text, pointer, text]),
         "gradients_step": (None, [pointer, text, pointer, text, text]),
         "gradients_drop": (None, [pointer]),
@@ -292,7 +292,7 @@ def _gradients(
         row_pointers[t] = 0 if dense else rows.data_ptr()
         value_pointers[t] = values.data_ptr()
     pointers = plan.pack_tables(*row_pointers), plan.pack_tables(*value_pointers)
-    _lib.tw_gradients_fill(plan.pointer, begun.words, begun.handle, *pointers, int(dense))
+    _lib.tw_gradients_fill(plan.pointer, begun.words, begun.handle, *pointers, int(dense), None, None)
     return gradients
 
 

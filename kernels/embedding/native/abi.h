@@ -86,6 +86,7 @@ struct RowsJob {
     int64_t first, last, dim;  // runs [first, last)
     TableArg weights;          // update: the table. fill: the destination
     const UpdateArg* update;   // null for fill
+    int64_t* rows;             // fill: null, or where the row number of each run goes
     int64_t by_row;            // fill: write gradient of row r at r (dense) instead of at its run number
     int64_t stream;            // fill: as in ForwardJob
     char* squares;             // null, or for rowwise AdaGrad in two passes a number of sums' type for each run: without update the sum of

@@ -122,7 +122,7 @@ int update_by_table(const Call& c, const Kernels* kernels, const int64_t* wanted
 }
 
 // Sorted gradients, stored table by table where that pays; else false. `write` fills in what a job writes to, given its table.
-template <class Write> bool fill_by_table(const Call& c, const Kernels* kernels, const Sorted& s, Write write) {
+template <class Write> bool fill_by_table(const Call& c, const Kernels* kernels, const Sorted& s, Write write, Meanwhile first) {
     const TableSizes most(c, s.threads, [&](int64_t t, bool&) { return s.tables[t]; });
     Workspace* w = most.pays ? take_workspace(size_t(most.gradient_bytes * s.threads)) : nullptr;
     if (!w) return false;
@@ -141,7 +141,7 @@ template <class Write> bool fill_by_table(const Call& c, const Kernels* kernels,
         }
         if (job.last) kernels->rows[c.head->dtype](&job);
         return int(OK);
-    });
+    }, first);
     give_workspace(w);
     return true;
 }

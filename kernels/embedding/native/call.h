@@ -111,31 +111,35 @@ struct Call {
     int64_t scratch_bytes() const { return (SCRATCH_ROWS * max_dim * 8 + 63) & ~int64_t(63); }
 };
 
-// Runs body(task, thread) for every task, in parallel where `threads` > 1. Any nonzero return ends in that return.
-template <class Body> int for_each_task(int64_t tasks, int64_t threads, Body body);
+// Something that the calling thread does before its first task, while others are at theirs.
+struct Meanwhile {
+    void (*run)(void*);  // null: nothing
+    void* with;
+    void operator()() const { if (run) run(with); }
+};
 
-#if defined(_OPENMP)
-template <class Body> int for_each_task(int64_t tasks, int64_t threads, Body body) {
+// Runs body(task, thread) for every task, in parallel where `threads` > 1. Any nonzero return ends in that return.
+template <class Body> int for_each_task(int64_t tasks, int64_t threads, Body body, Meanwhile first = Meanwhile()) {
     int result = OK;
     if (threads > tasks) threads = tasks;
+#if defined(_OPENMP)
     if (threads > 1) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(int(threads))
-        for (int64_t i = 0; i < tasks; ++i) {
-            int r = body(i, omp_get_thread_num());
-            if (r) __atomic_store_n(&result, r, __ATOMIC_RELAXED);
+#pragma omp parallel num_threads(int(threads))
+        {
+            if (omp_get_thread_num() == 0) first();
+#pragma omp for schedule(dynamic, 1) nowait
+            for (int64_t i = 0; i < tasks; ++i) {
+                int r = body(i, omp_get_thread_num());
+                if (r) __atomic_store_n(&result, r, __ATOMIC_RELAXED);
+            }
         }
         return result;
     }
-    for (int64_t i = 0; i < tasks && !result; ++i) result = body(i, 0);
-    return result;
-}
-#else
-template <class Body> int for_each_task(int64_t tasks, int64_t, Body body) {
-    int result = OK;
-    for (int64_t i = 0; i < tasks && !result; ++i) result = body(i, 0);
-    return result;
-}
 #endif
+    first();
+    for (int64_t i = 0; i < tasks && !result; ++i) result = body(i, 0);
+    return result;
+}
 
 // ---- offsets ----
 

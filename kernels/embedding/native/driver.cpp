@@ -20,7 +20,7 @@ Builds<Kernels> builds = BUILDS(tw_kernels);
 // ---- tasks ----
 
 // Runs the second phase. `write` fills in what a job writes to, given its table.
-template <class Write> void apply_all(const Call& c, const Sorted& s, Write write) {
+template <class Write> void apply_all(const Call& c, const Sorted& s, Write write, Meanwhile before = Meanwhile()) {
     const Kernels* kernels = builds.active();
     for_each_task(s.tasks, s.threads, [&](int64_t task, int thread) {
         const int64_t t = place_of(s.task_end, c.spec->tables, task + 1);
@@ -36,7 +36,14 @@ template <class Write> void apply_all(const Call& c, const Sorted& s, Write writ
         write(job, t);
         if (job.first < job.last) kernels->rows[c.head->dtype](&job);
         return int(OK);
-    });
+    }, before);
+}
+
+// Whether the row numbers ascend strictly and lie in the table; without branches, so in vectors.
+bool rows_fit(const SparseArg& a) {
+    int64_t fall = 0;
+    for (int64_t u = 1; u < a.count; ++u) fall |= int64_t(a.rows[u] <= a.rows[u - 1]);
+    return !a.count || (!fall && a.rows[0] >= 0 && a.rows[a.count - 1] < a.table_rows);
 }
 
 void copy_extra(const Call& c, int64_t e, int64_t first, int64_t last) {
@@ -52,7 +59,7 @@ void copy_extra(const Call& c, int64_t e, int64_t first, int64_t last) {
 #define TW_API extern "C" __attribute__((visibility("default")))
 
 // The version of this interface; cpu.py refuses a library built from other sources.
-TW_API int64_t tw_abi() { return 7; }
+TW_API int64_t tw_abi() { return 8; }
 
 // 0 baseline, 1 AVX2, 2 AVX-512. A level below 0 or above what the CPU has only asks.
 TW_API int64_t tw_level(int64_t level) { return builds.ask(level); }
@@ -123,23 +130,21 @@ TW_API void tw_gradients_drop(void* handle) {
 }
 
 // Writes row numbers (where rows[t] is not null) and summed gradients: run u at values[t] + u * dim, or with by_row, row r at
-// r * dim. Keeps the handle, for tw_gradients_drop only.
+// r * dim. Keeps the handle, for tw_gradients_drop only. The calling thread does `first(with)`, if not null, before it takes part.
 TW_API int64_t tw_gradients_fill(const int64_t* spec, const int64_t* call, void* handle, int64_t* const* rows, char* const* values,
-                                 int64_t by_row) {
+                                 int64_t by_row, void (*first)(void*), void* with) {
     const Call c(spec, call);
     const Sorted& s = *static_cast<Sorted*>(handle);
     int64_t out_bytes = 0;
-    for (int64_t t = 0; t < c.spec->tables; ++t) {
-        const TableRuns& r = s.tables[t];
-        out_bytes += r.count * c.tables[t].dim * c.element;
-        for (int64_t u = 0; rows[t] && u < r.count; ++u) rows[t][u] = int64_t(r.keys[r.starts[u]] >> r.runs.shift);
-    }
+    for (int64_t t = 0; t < c.spec->tables; ++t) out_bytes += s.tables[t].count * c.tables[t].dim * c.element;
     const auto write = [&](RowsJob& job, int64_t t) {
         job.weights = TableArg{values[t], c.tables[t].dim};
+        job.rows = rows[t];
         job.by_row = by_row;
         job.stream = out_bytes >= STREAM_FROM;
     };
-    if (!fill_by_table(c, builds.active(), s, write)) apply_all(c, s, write);
+    const Meanwhile before = {first, with};
+    if (!fill_by_table(c, builds.active(), s, write, before)) apply_all(c, s, write, before);
     return OK;
 }
 
@@ -178,16 +183,13 @@ TW_API int64_t tw_update(const int64_t* spec, const int64_t* call, const int64_t
 TW_API int64_t tw_update_from_sparse(int64_t dtype, int64_t threads, int64_t tables, const SparseArg* args,
                                      const UpdateArg* updates) {
     const Kernels* kernels = builds.active();
-    int64_t max_dim = 1, tasks = 0;
+    int64_t max_dim = 1, tasks = 0, bytes = 0;
     for (int64_t t = 0; t < tables; ++t) {
-        const SparseArg& a = args[t];
-        for (int64_t u = 0; u < a.count; ++u)
-            if (uint64_t(a.rows[u]) >= uint64_t(a.table_rows) || (u && a.rows[u] <= a.rows[u - 1])) return BAD_INPUT;
-        if (a.dim > max_dim) max_dim = a.dim;
+        if (args[t].dim > max_dim) max_dim = args[t].dim;
+        bytes += args[t].count * args[t].dim * 4;
     }
-    int64_t bytes = 0;
-    for (int64_t t = 0; t < tables; ++t) bytes += args[t].count * args[t].dim * 4;
     if (threads > 1 + bytes / 65536) threads = 1 + bytes / 65536;
+    if (for_each_task(tables, threads, [&](int64_t t, int) { return rows_fit(args[t]) ? int(OK) : int(BAD_INPUT); })) return BAD_INPUT;
     const int64_t scratch = (SCRATCH_ROWS * max_dim * 8 + 63) & ~int64_t(63);
     Workspace* w = take_workspace(size_t(scratch * threads) + size_t(tables) * sizeof(int64_t));
     if (!w) return NO_MEMORY;

@@ -112,13 +112,12 @@ PyObject* make_dense(const TableInfo& table, Type type, PyObject* dtype, char*& 
     return made;
 }
 
-// The tensors that one table's sparse gradient is written to, as one object, and where they lie.
-PyObject* make_sparse(const TableInfo& table, int64_t count, int64_t layout, Type type, Row& in, int64_t*& rows, char*& values) {
+// The tensors that one table's sparse gradient is written to, as one object.
+PyObject* make_sparse(const TableInfo& table, int64_t count, int64_t layout, Type type, Block* home, int64_t* rows, char* values) {
     const int64_t at_rows[] = {1, count}, at_values[] = {count, table.dim};
-    char* data;
-    PyObject* r = layout == COALESCED ? in.take(at_rows, 2, INT64, data) : in.take(at_rows + 1, 1, INT64, data);
-    rows = reinterpret_cast<int64_t*>(data);
-    PyObject* v = r ? in.take(at_values, 2, type, values) : nullptr;
+    const bool flat = layout == PAIRS;
+    PyObject* r = tensor_in(home, reinterpret_cast<char*>(rows), at_rows + flat, 2 - flat, INT64);
+    PyObject* v = r ? tensor_in(home, values, at_values, 2, type) : nullptr;
     if (v && !count) {  // torch adds to a gradient without rows in place, for which it must be able to make its memory larger
         PyObject *r_own = PyObject_CallMethod(r, "clone", nullptr), *v_own = r_own ? PyObject_CallMethod(v, "clone", nullptr) : nullptr;
         Py_DECREF(r);
@@ -134,6 +133,33 @@ PyObject* make_sparse(const TableInfo& table, int64_t count, int64_t layout, Typ
     Py_XDECREF(v);
     return made;
 }
+
+// The gradients of a call, and the lock of Python's that the calling thread lets go of when it has made them: 26 sparse tensors take as
+// long as a quarter of their numbers, which the other threads write meanwhile.
+struct Gradients {
+    const Spec& spec;
+    const int64_t *wanted, *counts, layout;
+    const Type type;
+    Block* home;
+    int64_t** rows;
+    char** values;
+    PyObject *dtype, *out;
+    PyThreadState* unlocked;
+
+    void make(int64_t t) {
+        PyObject* made = !wanted[t] ? none()
+                         : layout == DENSE ? make_dense(spec.tables[t], type, dtype, values[t])
+                                           : make_sparse(spec.tables[t], counts[t], layout, type, home, rows[t], values[t]);
+        if (made) PyList_SET_ITEM(out, t, made);
+        else Py_CLEAR(out);
+    }
+    void make_all() { for (int64_t t = 0; out && t < spec.head->tables; ++t) make(t); }
+    static void begin(void* with) {
+        Gradients& g = *static_cast<Gradients*>(with);
+        if (g.layout != DENSE) g.make_all();
+        g.unlocked = PyEval_SaveThread();
+    }
+};
 
 // gradients(spec, threads, slot_grads, tables, indices, offsets, weights, widths, wanted, layout)
 // -> the gradient of each wanted table, else None; or None
@@ -162,24 +188,20 @@ PyObject* gradients(PyObject*, PyObject* const* a, Py_ssize_t n) {
         if (wanted[t] && layout != DENSE) bytes += Row::bytes_of(counts[t], INT64) + Row::bytes_of(counts[t] * spec.tables[t].dim, type);
     Row row(bytes);
     PyObject* dtype = row.home ? PyObject_GetAttr(PySequence_Fast_GET_ITEM(a[3], 0), text_dtype) : nullptr;
-    PyObject* out = dtype ? PyList_New(tables) : nullptr;
-    for (int64_t t = 0; out && t < tables; ++t) {
-        PyObject* made = !wanted[t] ? none()
-                         : layout == DENSE ? make_dense(spec.tables[t], type, dtype, values[t])
-                                           : make_sparse(spec.tables[t], counts[t], layout, type, row, rows[t], values[t]);
-        if (made) PyList_SET_ITEM(out, t, made);
-        else Py_CLEAR(out);
+    Gradients g = {spec, wanted, counts, layout, type, row.home, rows, values, dtype, dtype ? PyList_New(tables) : nullptr, nullptr};
+    for (int64_t t = 0; g.out && t < tables && layout != DENSE; ++t) {
+        if (!wanted[t]) continue;
+        rows[t] = reinterpret_cast<int64_t*>(row.place(counts[t], INT64));
+        values[t] = row.place(counts[t] * spec.tables[t].dim, type);
+    }
+    if (g.out && layout == DENSE) g.make_all();  // their rows are added to zeros
+    if (g.out) {
+        tw_gradients_fill(spec.words(), w.words(), handle, rows, values, layout == DENSE, Gradients::begin, &g);
+        PyEval_RestoreThread(g.unlocked);
     }
     Py_XDECREF(dtype);
-    if (!out) {
-        tw_gradients_drop(handle);
-        return PyErr_Occurred() ? nullptr : none();
-    }
-    Py_BEGIN_ALLOW_THREADS
-    tw_gradients_fill(spec.words(), w.words(), handle, rows, values, layout == DENSE);
     tw_gradients_drop(handle);
-    Py_END_ALLOW_THREADS
-    return out;
+    return g.out || PyErr_Occurred() ? g.out : none();
 }
 
 // update(spec, threads, slot_grads, tables, indices, offsets, weights, widths, rules) -> True, or None: nothing was done

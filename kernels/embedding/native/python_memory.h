@@ -117,9 +117,13 @@ struct Row {
     explicit Row(size_t bytes) : home(take_block(bytes)), used(0) {}
     ~Row() { if (home) leave(home); }
     static size_t bytes_of(int64_t count, Type type) { return (size_t(count) * (type.bits / 8) + 63) & ~size_t(63); }
+    char* place(int64_t count, Type type) {
+        char* at = home->data + used;
+        used += bytes_of(count, type);
+        return at;
+    }
     PyObject* take(const int64_t* shape, int dims, Type type, char*& data) {
-        data = home->data + used;
-        used += bytes_of(count_of(shape, dims), type);
+        data = place(count_of(shape, dims), type);
         return tensor_in(home, data, shape, dims, type);
     }
 };
