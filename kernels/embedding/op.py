@@ -191,26 +191,12 @@ class _Lookup(torch.autograd.Function):
         ctx.alone = alone and tuple([table.requires_grad for table in tables])
         ctx.first = -len(tensors)  # of ctx.next_functions, which has one entry for each argument that is a tensor
         ctx.save_for_backward(*indices, *distinct.values(), *tensors[0 if reads_rows else n_tables : n_tables + n_weights])
-        if tracing():
-            with torch._C._AutoDispatchBelowAutograd():
-                return tuple(
-                    torch.ops.tablewright.embedding_bags(tables, indices, offsets, sample_weights, extras, text, ticket, owner)
-                )
-        if ticket is not None and not isinstance(ticket, Tensor):
-            return tuple(ticket.slots(extras, text))
-        run = implementation(tables[0].device)
-        slots = None if extras or run is not cpu else cpu.read_at_once(text, tables, indices, offsets, sample_weights)
-        if slots is not None:
-            return tuple(slots)
-        spec = decode(text)
-        if run is cpu:
-            return tuple(forward(tables, indices, offsets, sample_weights, extras, text))
-        kinds, due, _ = _due(text, ctx.alone or ctx.needs_input_grad[8 : 8 + n_tables], (True,) * len(spec.slots))
-        kinds = ["in_backward" if i in due else kind for i, kind in enumerate(kinds)]
-        ctx.ahead = run.ahead_of_backward(spec, tables, indices, offsets, kinds)  # found by the backward while it is kept here
-        slots = forward(tables, indices, offsets, sample_weights, extras, text)
-        run.join_captured(ctx.ahead)
-        return tuple(slots)
+        slots = _read(ctx, text, owner, ticket, tables, indices, offsets, sample_weights, extras, n_tables)
+        needs = ctx.needs_input_grad[8:]
+        if False in needs:  # what is read of frozen tables alone has no gradient, whoever shares the launch
+            trained = ctx.alone or needs[:n_tables]
+            ctx.mark_non_differentiable(*[slots[i] for i in _frozen_slots(text, tuple(trained), tuple(weighted), tuple(needs[n_tables:]))])
+        return slots
 
     @staticmethod
     def backward(ctx, *slot_grads):
@@ -264,6 +250,38 @@ class _Lookup(torch.autograd.Function):
             for e, dtype in zip(spec.extras, extra_dtypes)
         ]
         return (None,) * 8 + (*(table_grads[:1] if ctx.alone else table_grads), *weight_grads, *extra_grads)
+
+
+def _read(ctx, text, owner, ticket, tables, indices, offsets, sample_weights, extras, n_tables) -> tuple[Tensor, ...]:
+    """The slots of a :class:`_Lookup`."""
+    if tracing():
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(torch.ops.tablewright.embedding_bags(tables, indices, offsets, sample_weights, extras, text, ticket, owner))
+    if ticket is not None and not isinstance(ticket, Tensor):
+        return tuple(ticket.slots(extras, text))
+    run = implementation(tables[0].device)
+    slots = None if extras or run is not cpu else cpu.read_at_once(text, tables, indices, offsets, sample_weights)
+    if slots is not None:
+        return tuple(slots)
+    spec = decode(text)
+    if run is cpu:
+        return tuple(forward(tables, indices, offsets, sample_weights, extras, text))
+    kinds, due, _ = _due(text, ctx.alone or ctx.needs_input_grad[8 : 8 + n_tables], (True,) * len(spec.slots))
+    kinds = ["in_backward" if i in due else kind for i, kind in enumerate(kinds)]
+    ctx.ahead = run.ahead_of_backward(spec, tables, indices, offsets, kinds)  # found by the backward while it is kept here
+    slots = forward(tables, indices, offsets, sample_weights, extras, text)
+    run.join_captured(ctx.ahead)
+    return tuple(slots)
+
+
+@functools.lru_cache(maxsize=4096)
+def _frozen_slots(text: str, trained: tuple[bool, ...], weighted: tuple[int, ...], others: tuple[bool, ...]) -> list[int]:
+    """The slots to which no gradient is due. ``others``: whether each sample weight, then each extra, has one."""
+    spec = decode(text)
+    due = {entry.slot for entry in spec.lookups if trained[entry.table]}
+    due |= {spec.lookups[i].slot for i, need in zip(weighted, others) if need}
+    due |= {extra.slot for extra, need in zip(spec.extras, others[len(weighted) :]) if need}
+    return [i for i in range(len(spec.slots)) if i not in due]
 
 
 def _saved(ctx) -> tuple[Tensor, ...]:

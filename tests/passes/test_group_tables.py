@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from pass_harness import assert_sound, graph_text, rewrite
 from small_models import DIM, ROWS, Dot, Tied, dot_batch, tied_batch
 from tablewright.passes.group_tables import GroupTables
+from tablewright.rewriter.capture import attach
 from torch import nn
 
 IDS = torch.tensor([3, 1, 3, 7])
@@ -239,6 +240,29 @@ def test_frozen_and_buffer_tables_have_no_gradient():
     done = rewrite(Frozen(), (IDS,), GroupTables())
     assert {t.name: t.grad for t in done.specs[0].tables} == {"a.weight": "dense", "b": "none", "c.weight": "sparse"}
     assert_sound(done)
+
+
+@pytest.mark.parametrize("numel", [5, 600])  # few ids of one table have a way of their own
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows_of_frozen_tables_alone_require_no_gradient(numel, weighted):
+    class Target(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.online, self.target = nn.Embedding(9, 2), nn.Embedding(9, 2)
+            self.target.weight.requires_grad_(False)
+            self.bag = nn.EmbeddingBag(9, 2, mode="sum").requires_grad_(False)
+            self.weight = nn.Parameter(torch.ones(1), requires_grad=weighted)
+
+        def forward(self, ids):
+            return self.online(ids), self.target(ids), self.bag(ids[:, None], per_sample_weights=self.weight.expand(len(ids), 1))
+
+    ids = torch.arange(numel) % 9
+    done = rewrite(Target(), (ids,), GroupTables())
+    assert len(done.specs) == 1
+    module = attach(done.shell, done.after)
+    assert [y.requires_grad for y in module(ids)] == [True, False, weighted]
+    module.get_parameter("target.weight").requires_grad_(True)  # a table may be thawed later
+    assert [y.requires_grad for y in module(ids)] == [True, True, weighted]
 
 
 def test_a_sparse_and_a_dense_reader_of_one_table_add_up_to_dense():
