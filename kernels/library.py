@@ -22,12 +22,20 @@ def _batch_norm(input, weight, bias, mean, variance, training, momentum, eps, _)
 
 DIRECT[_aten.batch_norm.default] = _batch_norm
 DIRECT.update({  # torch's own functions parse the same arguments in half the time
-    _aten.add.Tensor: torch.add, _aten.bmm.default: torch.bmm, _aten.cat.default: torch.cat, _aten.div.Tensor: torch.div,
-    _aten.flatten.using_ints: torch.flatten, _aten.linear.default: torch.nn.functional.linear, _aten.matmul.default: torch.matmul,
-    _aten.mean.dim: torch.mean, _aten.mul.Tensor: torch.mul, _aten.relu.default: torch.relu, _aten.reshape.default: torch.reshape,
-    _aten.sigmoid.default: torch.sigmoid, _aten.softmax.int: torch.softmax, _aten.squeeze.dim: torch.squeeze,
-    _aten.stack.default: torch.stack, _aten.sub.Tensor: torch.sub, _aten.sum.dim_IntList: torch.sum, _aten.tanh.default: torch.tanh,
-    _aten.to.dtype: torch.Tensor.to, _aten.transpose.int: torch.transpose, _aten.unflatten.int: torch.unflatten, _aten.unsqueeze.default: torch.unsqueeze,
+    _aten.abs.default: torch.abs, _aten.add.Tensor: torch.add, _aten.add_.Tensor: Tensor.add_, _aten.addmm.default: torch.addmm,
+    _aten.baddbmm.default: torch.baddbmm, _aten.bmm.default: torch.bmm, _aten.cat.default: torch.cat, _aten.clamp_min.default: torch.clamp_min,
+    _aten.clone.default: torch.clone, _aten.contiguous.default: Tensor.contiguous, _aten.cumsum.default: torch.cumsum,
+    _aten.div.Tensor: torch.div, _aten.eq.Scalar: torch.eq, _aten.exp.default: torch.exp, _aten.expand_as.default: Tensor.expand_as,
+    _aten.flatten.using_ints: torch.flatten, _aten.gather.default: torch.gather, _aten.gt.Scalar: torch.gt,
+    _aten.index_select.default: torch.index_select, _aten.layer_norm.default: torch.layer_norm, _aten.linear.default: torch.nn.functional.linear,
+    _aten.log.default: torch.log, _aten.lt.Tensor: torch.lt, _aten.masked_fill.Scalar: torch.masked_fill, _aten.matmul.default: torch.matmul,
+    _aten.mean.default: torch.mean, _aten.mean.dim: torch.mean, _aten.mm.default: torch.mm, _aten.mul.Tensor: torch.mul, _aten.ne.Scalar: torch.ne,
+    _aten.neg.default: torch.neg, _aten.permute.default: torch.permute, _aten.relu.default: torch.relu, _aten.reshape.default: torch.reshape,
+    _aten.rsub.Scalar: torch.rsub, _aten.select.int: torch.select, _aten.sigmoid.default: torch.sigmoid, _aten.softmax.int: torch.softmax,
+    _aten.sqrt.default: torch.sqrt, _aten.squeeze.default: torch.squeeze, _aten.squeeze.dim: torch.squeeze, _aten.stack.default: torch.stack,
+    _aten.sub.Tensor: torch.sub, _aten.sum.default: torch.sum, _aten.sum.dim_IntList: torch.sum, _aten.sym_size.int: Tensor.size,
+    _aten.t.default: torch.t, _aten.tanh.default: torch.tanh, _aten.to.dtype: Tensor.to, _aten.transpose.int: torch.transpose,
+    _aten.unflatten.int: torch.unflatten, _aten.unsqueeze.default: torch.unsqueeze, _aten.view.default: Tensor.view, _aten.where.self: torch.where,
 })  # fmt: skip
 
 

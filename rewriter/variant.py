@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.fx import Graph
 
-from ..kernels.library import DIRECT
 from ..passes.recompute_modules import folded
 from .capture import Captured
-from .capture.data_guard import ASSERT, guarded, holds
+from .capture.data_guard import guarded
 from .capture.entry import packer, with_live_tensors
+from .eager_form import called_directly, without_idle_calls
 from .pipeline import Step
 from .verify import copy_graph
 
@@ -35,7 +35,8 @@ class Variant:
     def __post_init__(self) -> None:
         if self.captured.program is None:
             self.graphs = [self.graph]
-        self.run = guarded(runnable(self.module._shell, self.graph), self.module._shell, self.graph)
+        inputs_guarded = self.captured.program is None and not self.captured.guards.inputs.abstract
+        self.run = guarded(runnable(self.module._shell, self.graph, inputs_guarded), self.module._shell, self.graph)
         self.enter = first_call
         self.pack = packer(self.captured, self.module._shell)
 
@@ -50,13 +51,11 @@ def first_call(args: tuple, kwargs: dict) -> None:
     """What ``Variant.enter`` is until the guards have held once."""
 
 
-def runnable(shell: nn.Module, graph: Graph) -> Callable[..., tuple]:
-    """What eager mode calls for ``graph``: a copy of it whose ops are called directly, on the shell."""
-    direct = folded(copy_graph(graph), _directly)
-    _directly(direct)
+def runnable(shell: nn.Module, graph: Graph, inputs_guarded: bool = False) -> Callable[..., tuple]:
+    """What eager mode calls for ``graph``: a copy of it whose ops are called directly, on the shell. ``inputs_guarded``: only with
+    inputs of the captured dtypes and device."""
+    lean = copy_graph(graph)
+    without_idle_calls(lean, shell, inputs_guarded)
+    direct = folded(lean, called_directly)
+    called_directly(direct)
     return with_live_tensors(shell, direct)
-
-
-def _directly(graph: Graph) -> None:
-    for node in graph.nodes:
-        node.target = holds if node.target is ASSERT else DIRECT.get(node.target, node.target)
