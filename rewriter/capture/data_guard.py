@@ -63,10 +63,16 @@ def asserted(graph: fx.Graph) -> list[fx.Node]:
 
 
 def require_undoable(graph: fx.Graph) -> None:
-    """Raises CaptureError where an input is changed in place before the last assertion: only what belongs to the model is put back."""
+    """Raises CaptureError where an input that may have a gradient is changed in place before the last assertion: values can be put
+    back, but not what autograd has recorded."""
     for node in _before_the_last(graph):
-        if is_mutable(node) and _root(node).op == "placeholder":
+        if is_mutable(node) and (source := _root(node)).op == "placeholder" and not _whole_numbers(source):
             raise CaptureError(explain("forward() changes an input in place and then looks at data", fix="change a copy of it"))
+
+
+def _whole_numbers(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and not value.dtype.is_floating_point and not value.dtype.is_complex
 
 
 def guarded(run: Callable[..., tuple], shell: nn.Module, graph: fx.Graph) -> Callable[..., tuple]:
@@ -74,11 +80,14 @@ def guarded(run: Callable[..., tuple], shell: nn.Module, graph: fx.Graph) -> Cal
     if not asserted(graph):
         return run
     before = list(_before_the_last(graph))
-    paths = list(dict.fromkeys(_changed_state(before)))
+    changed = list(dict.fromkeys(_changed(before)))
+    paths = [str(node.target) for node in changed if node.op == "get_attr"]
+    given = [i for i, node in enumerate(graph.find_nodes(op="placeholder")) if node in changed]
     draws = any(map(_is_random, before))
 
     def call(*inputs):
         live = [value for path in paths if isinstance(value := fetch(shell, path), torch.Tensor)]
+        live += [inputs[i] for i in given]
         state = [(tensor, tensor.detach().clone()) for tensor in live]
         random = _random_state() if draws else None
         try:
@@ -105,7 +114,7 @@ def _before_the_last(graph: fx.Graph) -> Iterable[fx.Node]:
         yield node
 
 
-def _changed_state(nodes: list[fx.Node]) -> Iterable[str]:
+def _changed(nodes: list[fx.Node]) -> Iterable[fx.Node]:
     for node in nodes:
         if is_mutable(node):
             sources = [_root(node)]
@@ -113,7 +122,7 @@ def _changed_state(nodes: list[fx.Node]) -> Iterable[str]:
             sources = node.all_input_nodes
         else:
             continue
-        yield from (str(each.target) for each in sources if each.op == "get_attr")
+        yield from (each for each in sources if each.op in ("get_attr", "placeholder"))
 
 
 def _is_random(node: fx.Node) -> bool:
