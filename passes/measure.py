@@ -243,7 +243,7 @@ def _step(module: GraphModule, inputs: list[Any]) -> Callable[[], float]:
     def run() -> float:
         synchronize()
         start = clock()
-        out = [t for t in module(*inputs) if isinstance(t, Tensor) and t.requires_grad]
+        out = [t for t in module.forward(*inputs) if isinstance(t, Tensor) and t.requires_grad]  # calling it would print why it stops
         if out and wanted:
             if not seeds:
                 seeds.extend(torch.rand_like(t) for t in out)

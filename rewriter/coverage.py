@@ -1,6 +1,7 @@
 """What ``optimize`` makes of one model, and whether the result is still that model: the measurement of ``tablewright coverage``.
 
-Everything runs on copies. Dropout is set to 0 on both sides (attributes and modules), random states are equal. The optimizer is
+Everything runs on copies. Dropout is set to 0 on both sides (attributes and modules; a model that can only be trained with its dropout,
+whose result forward() changes in place, keeps it: both sides draw the same), random states are equal. The optimizer is
 AdaGrad, whose first steps have the size of the learning rate whatever the gradient's size: a gradient that is nothing but rounding
 (of a bias before a batch norm, say) can move a weight either way. So its eps is larger than usual, and a difference out of bounds
 is excused where the plain model itself comes as far from itself when its weights are changed in the last bit.
@@ -94,13 +95,13 @@ def measure(
     processor works, of all threads, which other programs disturb little: with one thread it is the time of the step."""
     result = Coverage(name)
     try:
-        case = Case(without_dropout(copy.deepcopy(case.model)), case.batches, case.kwargs, case.all_batches)
-        _call(copy.deepcopy(case.model), case.calls()[0], case.kwargs)
+        case, kept = _comparable(case)
     except Exception as error:  # a model that does not run at all is no finding about us
         result.state, result.why = "does not run", _raised(error)
         return result
     try:
         opt, optim = _optimize(result, case, plan)
+        result.notes += kept
         if check:
             _compare(result, opt, optim, case)
     except TablewrightError as error:
@@ -127,6 +128,24 @@ def without_dropout(model: nn.Module) -> nn.Module:
             elif named and isinstance(value, (list, tuple)) and value and all(isinstance(v, float) for v in value):
                 setattr(module, key, type(value)([0.0] * len(value)))
     return model
+
+
+def _comparable(case: Case) -> tuple[Case, list[str]]:
+    """A copy of ``case`` without dropout, or, with a note, with the dropout that its training needs."""
+    bare = Case(without_dropout(copy.deepcopy(case.model)), case.batches, case.kwargs, case.all_batches)
+    if _trains(bare) or not _trains(case):
+        return bare, []
+    return Case(copy.deepcopy(case.model), case.batches, case.kwargs, case.all_batches), ["compared with its dropout: without it the plain model cannot be trained"]
+
+
+def _trains(case: Case) -> bool:
+    got = _call(copy.deepcopy(case.model).train(), case.calls()[0], case.kwargs)
+    try:
+        if any(o.requires_grad for o in got):
+            loss_of(got).backward()
+    except RuntimeError:
+        return False
+    return True
 
 
 def state_of(doors: Sequence[str], pieces: int) -> tuple[str, int]:
@@ -209,13 +228,19 @@ def _differences(plain: nn.Module, opt: nn.Module, optim, case: Case) -> list[li
     for train in (True, False):
         for args in case.calls():
             where = f"in {'train' if train else 'eval'} mode, batch {_rows(args)}"
-            sides = []
+            sides, trains = [], True
             for model in (plain, opt):
                 model.train(train)
                 model.zero_grad(set_to_none=True)
                 got = _call(model, args, case.kwargs)
-                if any(o.requires_grad for o in got):
-                    loss_of(got).backward()
+                if trains and any(o.requires_grad for o in got):
+                    try:
+                        loss_of(got).backward()
+                    except RuntimeError:
+                        if train or model is opt:
+                            raise
+                        trains = False  # the plain model has no gradients in eval mode: forward() changes in place what they need
+                        model.zero_grad(set_to_none=True)
                 sides.append((got, {n: p.grad for n, p in model.named_parameters()}))
             (a, ga), (b, gb) = sides
             if len(a) != len(b):

@@ -14,6 +14,7 @@ from ..passes.origin import KEY
 from .capture import attach
 from .capture.data_followed import SIZED_BY_DATA
 from .capture.data_guard import asserted
+from .capture.export_frontend import silent
 from .errors import VerifyError
 
 
@@ -71,7 +72,7 @@ def propagate(graph: Graph, shell: nn.Module, before: Graph | None = None) -> bo
     if mode is None or any(v is None for v in inputs):
         return False
     known = {n.name: n.meta.get("val", _UNKNOWN) for n in before.nodes} if before is not None else {}
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), silent():
         _ShapePropagation(attach(shell, graph), mode, known).run(*inputs)
     return True
 

@@ -5,6 +5,7 @@ training, and their flags become ``get_attr`` nodes. Sizes that export took for 
 """
 from __future__ import annotations
 
+import logging
 import os
 import re
 import warnings
@@ -180,6 +181,7 @@ def _restored(shell: nn.Module):
 def quiet():
     """No ambient mode of the caller (inference, no_grad, autocast) reaches a capture."""
     with ExitStack() as stack:
+        stack.enter_context(silent())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for device in ("cpu", "cuda"):
@@ -188,6 +190,19 @@ def quiet():
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         yield
+
+
+_FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
+
+
+@contextmanager
+def silent():
+    """Torch logs a traceback for every op whose shapes it cannot tell, also where it then finds another way."""
+    before, _FAKE_LOG.disabled = _FAKE_LOG.disabled, True
+    try:
+        yield
+    finally:
+        _FAKE_LOG.disabled = before
 
 
 @contextmanager

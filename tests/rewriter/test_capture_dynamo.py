@@ -1,6 +1,7 @@
 """The third door: dynamo in one graph, in pieces, else the plain model; always the plain model's numbers, and its contract."""
 import copy
 import io
+import logging
 import warnings
 
 import numpy as np
@@ -260,6 +261,31 @@ def test_nothing_of_the_users_model_changes():
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_nothing_is_logged_of_ops_whose_shapes_torch_cannot_tell():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.item, self.place, self.attention = nn.Embedding(30, 8), nn.Embedding(5, 8), nn.MultiheadAttention(8, 2)
+
+        def forward(self, ids):
+            places = np.tile(np.arange(ids.shape[1]), [ids.shape[0], 1])
+            x = (self.item(ids) + self.place(torch.tensor(places))).transpose(0, 1)
+            later = ~torch.tril(torch.ones((ids.shape[1], ids.shape[1]), dtype=torch.bool))
+            return self.attention(x, x, x, attn_mask=later)[0]
+
+    log, said = logging.getLogger("torch._subclasses.fake_tensor"), []
+    handler = logging.Handler()
+    handler.emit = said.append
+    log.addHandler(handler)
+    try:
+        model, ids = Attention(), torch.randint(0, 30, (6, 5))
+        opt = tw.optimize(model, sample_inputs=(ids,))
+        torch.testing.assert_close(opt(ids[:4]), model(ids[:4]))
+    finally:
+        log.removeHandler(handler)
+    assert not [each for each in said if each.levelno >= logging.ERROR] and not log.disabled
 
 
 def test_custom_gradients_are_kept():

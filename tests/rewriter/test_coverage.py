@@ -130,6 +130,23 @@ def test_dropout_is_set_to_zero_wherever_its_rate_is_kept():
     assert (model.dropout_rate, model.dropouts, model.drop.p, model.p) == (0.0, (0.0, 0.0), 0.0, 2.0)
 
 
+def test_a_model_that_needs_its_dropout_to_be_trained_keeps_it():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.bias = nn.Embedding(20, 8), nn.Embedding(20, 1)
+            self.layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Dropout(0.5))
+
+        def forward(self, ids):
+            x = self.layers(self.table(ids))
+            x += self.bias(ids)  # of the ReLU's own result, where dropout is 0 or the mode is eval
+            return x
+
+    row = measure("in place", Case(InPlace(), [torch.arange(6), torch.arange(9)]))
+    assert row.ok and row.state == "one graph" and max(row.outputs, row.gradients, row.steps) < 1e-5, row
+    assert any("its dropout" in note for note in row.notes)
+
+
 def test_the_worst_capture_says_how_a_model_runs():
     assert coverage.state_of(["fx"], 1) == ("one graph", 1)
     assert coverage.state_of(["dynamo, in pieces"], 1) == ("pieces", 1)
