@@ -18,33 +18,52 @@ inline RadixPlan plan_radix(int64_t keys, int field_bits) {
 }
 
 // Sorts by the bits from `shift` up. The result lies in `keys` after an even number of passes, else in `spare`.
-// The two halves of the keys have counters of their own and take turns: where ids are skewed the same counter comes up again and
-// again, and each time the core would wait for its last change.
+// Keys are counted for two passes in one go, and taken from both ends in turn, upwards from where a digit's keys begin and downwards from
+// where they end: where ids are skewed the same counter comes up again and again, and each time the core would wait for its last change.
 inline void radix_sort(uint64_t* keys, uint64_t* spare, int64_t n, int shift, RadixPlan plan) {
-    const uint64_t mask = (uint64_t(1) << plan.digit_bits) - 1;
+    const int bits = plan.digit_bits;
+    const uint64_t mask = (uint64_t(1) << bits) - 1;
     const int64_t half = n / 2;
-    for (int pass = 0; pass < plan.passes; ++pass, shift += plan.digit_bits) {
-        uint32_t low[2048], high[2048];
-        memset(low, 0, sizeof(uint32_t) << plan.digit_bits);
-        memset(high, 0, sizeof(uint32_t) << plan.digit_bits);
-        const uint64_t* upper = keys + half;
-        for (int64_t i = 0; i < half; ++i) {
-            ++low[(keys[i] >> shift) & mask];
-            ++high[(upper[i] >> shift) & mask];
+    uint32_t begin[2][2048], end[2][2048];
+    for (int pass = 0; pass < plan.passes; ++pass, shift += bits) {
+        uint32_t *first = begin[pass & 1], *last = end[pass & 1];
+        if (!(pass & 1)) {
+            const bool both = pass + 1 < plan.passes;
+            for (int k = 0; k <= both; ++k) {
+                memset(begin[k], 0, sizeof(uint32_t) << bits);
+                memset(end[k], 0, sizeof(uint32_t) << bits);
+            }
+            if (n & 1) {
+                ++begin[0][(keys[n - 1] >> shift) & mask];
+                if (both) ++begin[1][(keys[n - 1] >> shift >> bits) & mask];
+            }
+            if (both) {
+                for (int64_t i = 0; i < half; ++i) {
+                    const uint64_t a = keys[i] >> shift, b = keys[half + i] >> shift;
+                    ++begin[0][a & mask];
+                    ++end[0][b & mask];
+                    ++begin[1][(a >> bits) & mask];
+                    ++end[1][(b >> bits) & mask];
+                }
+            } else {
+                for (int64_t i = 0; i < half; ++i) {
+                    ++begin[0][(keys[i] >> shift) & mask];
+                    ++end[0][(keys[half + i] >> shift) & mask];
+                }
+            }
         }
-        if (n & 1) ++high[(upper[half] >> shift) & mask];
         uint32_t sum = 0;
         for (uint64_t d = 0; d <= mask; ++d) {
-            const uint32_t here = low[d], next = high[d];
-            low[d] = sum;
-            high[d] = sum += here;
-            sum += next;
+            const uint32_t count = first[d] + last[d];
+            first[d] = sum;
+            last[d] = sum += count;
         }
         for (int64_t i = 0; i < half; ++i) {
-            spare[low[(keys[i] >> shift) & mask]++] = keys[i];
-            spare[high[(upper[i] >> shift) & mask]++] = upper[i];
+            const uint64_t a = keys[i], b = keys[n - 1 - i];
+            spare[first[(a >> shift) & mask]++] = a;
+            spare[--last[(b >> shift) & mask]] = b;
         }
-        if (n & 1) spare[high[(upper[half] >> shift) & mask]++] = upper[half];
+        if (n & 1) spare[first[(keys[half] >> shift) & mask]] = keys[half];
         uint64_t* t = keys;
         keys = spare;
         spare = t;
