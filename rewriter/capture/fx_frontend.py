@@ -153,6 +153,7 @@ def trace(
         except GiveUp as stop:
             raise CaptureError(f"the result of forward() cannot be captured: {stop.reason}") from stop
         output = tracer.graph.output(nodes)
+        _made_anew(tracer)
         make_functional(tracer.graph)
         remove_dead(tracer.graph)
         output.meta[KEY] = Origin((output.name,), "capture")
@@ -160,6 +161,15 @@ def trace(
         inputs.ranks[inputs.names.index(node.target)] = rank
     tracer.written.clear()
     return tracer.graph, inputs, out_spec, effects, tracer
+
+
+def _made_anew(tracer: Tracer) -> None:
+    """Constants that the graph changes in place are copied first: the model makes them anew at each call."""
+    for node in dict.fromkeys(tracer.remade):
+        with tracer.graph.inserting_after(node):
+            fresh = tracer.graph.call_function(torch.ops.aten.clone.default, (node,))
+        fresh.meta = dict(node.meta)
+        node.replace_all_uses_with(fresh, delete_user_cb=lambda user, fresh=fresh: user is not fresh)
 
 
 def register_outputs(result) -> None:

@@ -20,6 +20,7 @@ from torch.overrides import resolve_name
 
 from ...passes.origin import KEY, Origin
 from . import aten_form, aten_lookup, aten_special  # noqa: F401  (aten_lookup registers its lowerings when imported)
+from .cleanup import may_alias
 from .recording import ReadLog, raised_at, user_location
 from .value import GiveUp, NumberValue, SequenceValue, TensorValue, tensor_value
 
@@ -48,7 +49,8 @@ class Tracer(ReadLog):
         self._tensors: dict[str, TensorValue] = {}
         self._numbers: dict[str, NumberValue] = {}
         self._constants: dict[int, fx.Node] = {}
-        self._keep: list = []
+        self._made: dict[fx.Node, torch.Tensor] = {}  # the tensors that they are of, kept so that their ids stay theirs
+        self.remade: list[fx.Node] = []  # constants that the graph changes in place
         self.ranks: dict[fx.Node, int] = {}  # placeholders unpacked as ``B, F = ids.shape`` without sample inputs
         self._grad = torch.is_grad_enabled()
 
@@ -111,8 +113,8 @@ class Tracer(ReadLog):
                 number += 1
             name = f"{CONSTANT}{number}"
             self.shell.__dict__[name] = tensor.clone()
-            self._keep.append(tensor)
-            self._constants[id(tensor)] = self.node(name, op="get_attr")
+            node = self._constants[id(tensor)] = self.node(name, op="get_attr")
+            self._made[node] = tensor
         return self._constants[id(tensor)]
 
     def state(self, path: str, tensor: torch.Tensor) -> TensorValue:
@@ -126,6 +128,10 @@ class Tracer(ReadLog):
 
     def emit(self, op, *args, **kwargs):
         """A call of an ATen op, and its results as values."""
+        if op._schema.is_mutable:
+            for place, argument in enumerate(op._schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self._changes(args[place] if place < len(args) else kwargs.get(argument.name))
         node = self.node(op, args, kwargs)
         returns = op._schema.returns
         if len(returns) == 1:
@@ -133,6 +139,22 @@ class Tracer(ReadLog):
         items = tuple(self._wrap(self.node(operator.getitem, (node, index)), str(each.type)) for index, each in enumerate(returns))
         named = getattr(torch.return_types, op._schema.name.split("::")[1], None)
         return named(items) if named is not None else items
+
+    def _changes(self, value) -> None:
+        """``value`` is about to be changed in place. A tensor that the trace made is made anew at each call, and Python may not hold
+        it too: what it does with its own would not be traced."""
+        if isinstance(value, torch.Tensor) and not isinstance(value, TensorValue) and id(value) not in self._known:
+            raise GiveUp("a tensor that was made without looking at the inputs is changed in place")
+        node = value.__dict__.get("node") if isinstance(value, TensorValue) else None
+        while isinstance(node, fx.Node) and node not in self._made and may_alias(node) and node.args:
+            node = node.args[0]
+        if node in self._made:
+            tensor = self._made[node]
+            held = {node: object()}  # as we hold the tensor, and nobody else
+            other = held[node]
+            if tensor._base is not None or sys.getrefcount(tensor) > sys.getrefcount(other):
+                raise GiveUp("a tensor that Python still holds is changed in place under another name")
+            self.remade.append(node)
 
     def _wrap(self, node, kind: str):
         if kind == "Tensor":

@@ -124,3 +124,49 @@ def test_arrays_changed_in_place():
     result, _, _ = captured(model, args, door="fx")
     model.offsets[0] = 1
     assert "the array in attribute 'offsets' of 'the model' was changed" in result.guards.failure(args, {})
+
+
+def _sum_in(how):
+    def forward(self, ids):
+        rows = self.table(ids)
+        total = how(rows)
+        for each in (rows, rows * 2):
+            total += each.norm()
+        total /= ids.shape[0]
+        return total
+
+    return forward
+
+
+def _held(rows):
+    zeros = torch.zeros(1)
+    _held.kept = zeros  # Python can look at it
+    return zeros.to(rows.device)
+
+
+MADE = {
+    "of a loss, moved to the device": (lambda rows: torch.zeros(1).to(rows.device), "fx"),
+    "like another": (lambda rows: torch.zeros(1).type_as(rows), "fx"),
+    "from values": (lambda rows: torch.tensor([0.0, 1.0]).to(rows), "fx"),
+    "by several names": (lambda rows: torch.zeros(2).contiguous().to(rows.device).reshape(2), "fx"),
+    "as it is": (lambda rows: torch.zeros(1), "export"),
+    "a view": (lambda rows: torch.zeros(1, 2).view(2).to(rows.device), "export"),
+    "held by somebody": (_held, "export"),
+}
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_a_tensor_that_forward_makes_and_changes_is_made_anew_at_every_call(made):
+    how, door = MADE[made]
+
+    class Sums(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(20, 4)
+
+        forward = _sum_in(how)
+
+    ids = torch.randint(0, 20, (5,))
+    _, module, _ = captured(Sums(), (ids,), door=door)
+    first, second = (module(ids)[0].clone() for _ in range(2))
+    assert torch.equal(first, second)
