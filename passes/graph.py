@@ -210,6 +210,13 @@ class Writes:
         return self._found.get(self._memory(node)) if isinstance(node, Node) and self._found else None
 
     def _memory(self, node: Node) -> Any:
-        base = base_of(node)
-        stored = stored_tensor(base, self._root)
-        return base if stored is None else stored.untyped_storage()._cdata
+        return memory(node, self._root)
+
+
+def memory(node: Node, root: nn.Module) -> Any:
+    """What stands for the memory that ``node`` may be a view of: of a stored tensor its storage (a sparse one has none), else the node that owns it."""
+    base = base_of(node)
+    stored = stored_tensor(base, root)
+    if stored is None:
+        return base
+    return stored.untyped_storage()._cdata if stored.layout is torch.strided else id(stored)

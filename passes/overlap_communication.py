@@ -10,7 +10,7 @@ when the last gradients of dense parameters should be on their way.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import networkx as nx
 import torch
@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from ..kernels.collectives import exchange_ids, exchange_rows
 from .cost import Rates, node_cost
-from .graph import Editor, base_of, is_op, is_pure, stored_tensor
+from .graph import Editor, is_op, is_pure, memory
 from .records import APPLIED, Record
 from .rule import Context, Pass
 from .shard_tables import exchanges
@@ -74,21 +74,15 @@ def _dependencies(context: Context, nodes: list[Node]) -> nx.DiGraph:
     _chain(found, exchanges(context.graph))
     for place, node in enumerate(nodes):
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            written = {_memory(n, context) for n in node.all_input_nodes}
+            written = {memory(n, context.root) for n in node.all_input_nodes}
             for other_place, other in enumerate(nodes):
-                if other is not node and not written.isdisjoint(_memory(n, context) for n in (other, *other.all_input_nodes)):
+                if other is not node and not written.isdisjoint(memory(n, context.root) for n in (other, *other.all_input_nodes)):
                     found.add_edge(*((other, node) if other_place < place else (node, other)))
     return found
 
 
 def _chain(found: nx.DiGraph, nodes: list[Node]) -> None:
     found.add_edges_from(zip(nodes, nodes[1:]))
-
-
-def _memory(node: Node, context: Context) -> Any:
-    base = base_of(node)
-    stored = stored_tensor(base, context.root)
-    return base if stored is None else stored.untyped_storage()._cdata
 
 
 def _schedule(found: nx.DiGraph, context: Context) -> list[Node]:
