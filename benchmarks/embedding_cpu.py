@@ -5,7 +5,8 @@
 All variants take their calls in turn and see 48 distinct batches. Ours has its own weights and state, on the huge pages that
 ``optimize`` asks for; where both do not fit (4 x 10M rows) the peers run on the same memory, and so on huge pages too. FBGEMM's CPU wheel holds no OpenMP: it runs one thread whatever is asked. "limit" is this
 machine's own time for the same random rows, measured in the same turn (forward: read; step: read, gradient, read-modify-write); "limit with
-.grad" writes each summed gradient row to memory besides and reads it again, as the default step must.
+.grad" writes each summed gradient row to memory besides and reads it again, as the default step must; "torch alone" is what PyTorch takes for as
+many sparse gradients where no row is read, summed or written.
 FBGEMM is left out where it is not installed (``pip install --no-deps fbgemm-gpu-cpu==1.8.0``).
 """
 from __future__ import annotations
@@ -21,7 +22,7 @@ import tablewright as tw
 import torch
 import torch.nn.functional as F
 from peers import fbgemm_bags
-from probe import gather_limit, update_limit
+from probe import gather_limit, torch_alone, update_limit
 from tablewright.kernels import memory
 from torch import Tensor
 from workload import Bags, Dense, Shape, Whole, draw_ids, interleaved, median_ms
@@ -141,6 +142,7 @@ def embedding_calls(setting: Setting) -> tuple[dict, dict]:
     step["limit"] = update_limit(setting.mine.weights, setting.ids, state, bags, copies)
     if "ours default" in step:
         step["limit with .grad"] = update_limit(setting.mine.weights, setting.ids, state, bags, copies, stored=True)
+        step["torch alone"] = torch_alone(setting.theirs.weights, setting.lists, setting.offsets, setting.grads)
         memory.wait()
     return forward, step
 
@@ -206,10 +208,11 @@ def row(what: str, shape: Shape, threads: int, times: dict[str, list[float]], ou
     """One line of the table: milliseconds of every variant, then ours against each."""
     ms = {name: median_ms(t) for name, t in times.items()}
     cells = ", ".join(f"{name} {value:.2f}" for name, value in ms.items())
-    against = ", ".join(f"{ms[n] / ms[ours]:.2f}x {n}" for n in ms if n != ours and not n.startswith(("ours", "limit")))
+    against = ", ".join(f"{ms[n] / ms[ours]:.2f}x {n}" for n in ms if n != ours and not n.startswith(("ours", "limit", "torch alone")))
     limit = f"{ms['limit'] / ms[ours]:.2f}" if "limit" in ms else ""
     if ours == "ours default" and limit and "limit with .grad" in ms:
-        limit += f"; {ms['limit with .grad'] / ms[ours]:.2f} of that with .grad"
+        whole = ms["limit with .grad"] + ms["torch alone"]
+        limit += f"; {ms['limit with .grad'] / ms[ours]:.2f} of that with .grad; {whole / ms[ours]:.2f} of that and torch alone"
     return f"| {what} | {shape} | {threads} | {cells} | {ours}: {against} | {limit} |"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from tablewright.kernels import memory
 from tablewright.kernels.embedding import cpu
-from torch import Tensor
+from torch import Tensor, nn
 
 _AHEAD = 16  # rows prefetched ahead
 
@@ -58,5 +58,40 @@ def update_limit(
         _probe([gradients], order[count:], None, write=False)  # what was not read before
         for part in parts:
             _probe(part, distinct[i % len(distinct)], None, write=True)
+
+    return call
+
+
+class _Gradients(torch.autograd.Function):
+    """Lookups that look nothing up: an output that is there, and gradients that are summed already."""
+
+    @staticmethod
+    def forward(ctx, output, made, ids, offsets, *tables):
+        ctx.made = made
+        ctx.save_for_backward(*ids, offsets)
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        _ = ctx.saved_tensors
+        sparse = (torch.sparse_coo_tensor(r, v, size, is_coalesced=True, check_invariants=False) for r, v, size in ctx.made)
+        return None, None, None, None, *sparse
+
+
+def torch_alone(weights: list[Tensor], batches: list[list[Tensor]], offsets: Tensor, grads: list[Tensor]) -> Callable[[int], None]:
+    """What torch itself does in a step from sparse gradients, and nothing else: ids saved and read, a sparse gradient of each table made and
+    accumulated into ``.grad``, looked at once as an optimizer must, and dropped. No row is read or written."""
+    tables = [nn.Parameter(w) for w in weights]
+    made = []
+    for w, ids in zip(weights, batches[0]):
+        rows = ids.unique()
+        made.append((rows.unsqueeze(0), torch.zeros(len(rows), w.shape[1]), w.shape))
+
+    def call(i: int) -> None:
+        _Gradients.apply(grads[0], made, batches[i % len(batches)], offsets, *tables).backward(grads[i % len(grads)])
+        for table in tables:
+            _ = table.grad._indices(), table.grad._values()  # type: ignore[union-attr]
+        for table in tables:
+            table.grad = None
 
     return call
