@@ -18,7 +18,7 @@ from .pipeline import Step
 from .variant import Variant, runnable
 
 if TYPE_CHECKING:
-    from .optimize import Compiler
+    from .compiler import Compiler
 
 _RULE = "capture"
 
