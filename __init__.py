@@ -24,10 +24,10 @@ _HOME = {
     "Communication": "rewriter.placement",
     "Topology": "rewriter.planner.topology",
     "Measured": "rewriter.planner.forecast",
-    "SGD": "rewriter.plan",
-    "Adagrad": "rewriter.plan",
-    "RowwiseAdagrad": "rewriter.plan",
-    "Adam": "rewriter.plan",
+    "SGD": "rewriter.optimizer_plan",
+    "Adagrad": "rewriter.optimizer_plan",
+    "RowwiseAdagrad": "rewriter.optimizer_plan",
+    "Adam": "rewriter.optimizer_plan",
     "Report": "rewriter.report",
     "training_state": "rewriter.sharded_state",
     "load_training_state": "rewriter.sharded_state",
@@ -90,8 +90,9 @@ if TYPE_CHECKING:
     from .rewriter.even_batches import even_batches
     from .rewriter.optimize import optimize
     from .rewriter.optimized_model import OptimizedModel
+    from .rewriter.optimizer_plan import SGD, Adagrad, Adam, RowwiseAdagrad
     from .rewriter.placement import Communication
-    from .rewriter.plan import SGD, Adagrad, Adam, Plan, RowwiseAdagrad, TablePlan
+    from .rewriter.plan import Plan, TablePlan
     from .rewriter.planner.forecast import Measured
     from .rewriter.planner.topology import Topology
     from .rewriter.prefetch import pipeline

@@ -12,7 +12,8 @@ from ..kernels.embedding.optimizers import RowUpdates
 from ..kernels.embedding.row_wise import why_not_row_wise
 from ..passes.table_gradients import Choice
 from .errors import PlanError
-from .plan import EmbeddingOptimizer, Plan, TablePlan
+from .optimizer_plan import EmbeddingOptimizer
+from .plan import Plan, TablePlan
 
 
 @dataclass

@@ -44,76 +44,12 @@ from .compression import Compression, compression_from, compression_to
 from .dynamic_ids import DynamicIds, ids_from
 from .errors import PlanError, nearest
 from .loop_plan import PipelinePlan, TrainingPlan, refuse_together, said
+from .optimizer_plan import EmbeddingOptimizer, check_optimizer, optimizer_from, optimizer_to
 from .placement import Communication, check_placement, check_together, communication_from
-from .plan_words import part_from
+from .plan_words import expect, part_from, plain, refuse_unknown
 from .storage import Storage, storage_from
 
-
-@dataclass(frozen=True)
-class EmbeddingOptimizer:
-    """How looked-up rows are updated (formulas: ``kernels/embedding/updates.py``). ``weight_decay`` is decoupled and touches
-    looked-up rows only. ``in_backward``: update when a backward ends instead of in ``embedding_optimizer.step()``; fastest and
-    smallest, and refused where gradients are accumulated, clipped or scaled."""
-
-    key: ClassVar[str] = ""
-    lr: float = 0.01
-    weight_decay: float = 0.0
-    in_backward: bool = False
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            where = f"embedding_optimizer.{self.key}.{f.name}"
-            if f.name == "in_backward":
-                _expect(isinstance(value, bool), where, value, "true or false")
-            elif f.name == "betas":
-                ok = isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_number(b) and 0 <= b < 1 for b in value)
-                _expect(ok, where, value, "two numbers in [0, 1)")
-                object.__setattr__(self, "betas", tuple(float(b) for b in value))
-            else:
-                _expect(_is_number(value) and value >= 0, where, value, "a number >= 0")
-                object.__setattr__(self, f.name, float(value))
-
-    def settings(self) -> dict[str, Any]:
-        """Its options as plain values."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
-
-
-@dataclass(frozen=True)
-class SGD(EmbeddingOptimizer):
-    """``row -= lr * g``."""
-
-    key: ClassVar[str] = "sgd"
-
-
-@dataclass(frozen=True)
-class Adagrad(EmbeddingOptimizer):
-    """``sum += g*g; row -= lr * g / (sqrt(sum) + eps)``: torch.optim.Adagrad on looked-up rows, which is exact."""
-
-    key: ClassVar[str] = "adagrad"
-    eps: float = 1e-10
-
-
-@dataclass(frozen=True)
-class RowwiseAdagrad(EmbeddingOptimizer):
-    """AdaGrad with one accumulator a row: ``sum += mean(g*g)``. A table's state is 1/dim of AdaGrad's."""
-
-    key: ClassVar[str] = "rowwise_adagrad"
-    eps: float = 1e-8
-
-
-@dataclass(frozen=True)
-class Adam(EmbeddingOptimizer):
-    """Lazy Adam: moments and rows move only when looked up (torch.optim.SparseAdam's meaning, not torch.optim.Adam's)."""
-
-    key: ClassVar[str] = "adam"
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-
-
 _STORED = (*PRECISIONS, "int8")  # dtypes of tables
-_OPTIMIZERS: dict[str, type[EmbeddingOptimizer]] = {c.key: c for c in (SGD, Adagrad, RowwiseAdagrad, Adam)}
 
 
 @dataclass(frozen=True)
@@ -136,13 +72,13 @@ class TablePlan:
     ids: DynamicIds | None = None
 
     def __post_init__(self) -> None:
-        _check_optimizer(self.embedding_optimizer, "tables.<glob>.embedding_optimizer")
-        _expect(self.trainable is None or isinstance(self.trainable, bool), "tables.<glob>.trainable", self.trainable, "true or false")
-        _expect(self.storage is None or isinstance(self.storage, Storage), "tables.<glob>.storage", self.storage, "a tw.Storage")
+        check_optimizer(self.embedding_optimizer, "tables.<glob>.embedding_optimizer")
+        expect(self.trainable is None or isinstance(self.trainable, bool), "tables.<glob>.trainable", self.trainable, "true or false")
+        expect(self.storage is None or isinstance(self.storage, Storage), "tables.<glob>.storage", self.storage, "a tw.Storage")
         ok = self.compress is None or isinstance(self.compress, Compression)
-        _expect(ok, "tables.<glob>.compress", self.compress, "one of tw.Hashing, tw.QuotientRemainder, tw.MixedDim, tw.ProductQuantization")
-        _expect(self.ids is None or isinstance(self.ids, DynamicIds), "tables.<glob>.ids", self.ids, "a tw.DynamicIds")
-        _expect(self.dtype is None or self.dtype in _STORED, "tables.<glob>.dtype", self.dtype, " | ".join(_STORED))
+        expect(ok, "tables.<glob>.compress", self.compress, "one of tw.Hashing, tw.QuotientRemainder, tw.MixedDim, tw.ProductQuantization")
+        expect(self.ids is None or isinstance(self.ids, DynamicIds), "tables.<glob>.ids", self.ids, "a tw.DynamicIds")
+        expect(self.dtype is None or self.dtype in _STORED, "tables.<glob>.dtype", self.dtype, " | ".join(_STORED))
         ranks = check_placement(self.sharding, self.ranks, self.exchange, self.communication, self.split, self.reduce_in_node, "tables.<glob>")
         object.__setattr__(self, "ranks", ranks)
 
@@ -155,7 +91,7 @@ class ServingPlan:
 
     def __post_init__(self) -> None:
         ok = type(self.inline_below) is int and self.inline_below >= 0
-        _expect(ok, "serving.inline_below", self.inline_below, "a number of bytes, 0 or more")
+        expect(ok, "serving.inline_below", self.inline_below, "a number of bytes, 0 or more")
 
 
 @dataclass(frozen=True)
@@ -177,21 +113,21 @@ class Plan:
     forecast: ClassVar[Any] = None  # of one that the planner made: no part of what the plan says
 
     def __post_init__(self) -> None:
-        _expect(self.version == 1 and type(self.version) is int, "version", self.version, "1")
-        _expect(self.numerics in NUMERICS, "numerics", self.numerics, " | ".join(NUMERICS))
-        _expect(self.precision in PRECISIONS, "precision", self.precision, " | ".join(PRECISIONS))
+        expect(self.version == 1 and type(self.version) is int, "version", self.version, "1")
+        expect(self.numerics in NUMERICS, "numerics", self.numerics, " | ".join(NUMERICS))
+        expect(self.precision in PRECISIONS, "precision", self.precision, " | ".join(PRECISIONS))
         for key in ("huge_pages", "keep_memory"):
-            _expect(isinstance(getattr(self, key), bool), key, getattr(self, key), "true or false")
-        _expect(isinstance(self.serving, (ServingPlan, Mapping)), "serving", self.serving, "a mapping, as {inline_below: 4096}")
+            expect(isinstance(getattr(self, key), bool), key, getattr(self, key), "true or false")
+        expect(isinstance(self.serving, (ServingPlan, Mapping)), "serving", self.serving, "a mapping, as {inline_below: 4096}")
         if isinstance(self.serving, Mapping):
             for key in self.serving:
-                _known(key, [f.name for f in fields(ServingPlan)], "serving", "key")
+                refuse_unknown(key, [f.name for f in fields(ServingPlan)], "serving", "key")
             object.__setattr__(self, "serving", ServingPlan(**self.serving))
-        _check_optimizer(self.embedding_optimizer, "embedding_optimizer")
-        _expect(isinstance(self.tables, Mapping), "tables", self.tables, "a mapping from globs to settings")
-        _expect(isinstance(self.passes, Mapping), "passes", self.passes, "a mapping from pass names to true, false or options")
+        check_optimizer(self.embedding_optimizer, "embedding_optimizer")
+        expect(isinstance(self.tables, Mapping), "tables", self.tables, "a mapping from globs to settings")
+        expect(isinstance(self.passes, Mapping), "passes", self.passes, "a mapping from pass names to true, false or options")
         for glob in self.tables:
-            _expect(isinstance(glob, str), "a key of tables", glob, "a glob on module paths")
+            expect(isinstance(glob, str), "a key of tables", glob, "a glob on module paths")
         tables = {k: v if isinstance(v, TablePlan) else _table_from(v, f"tables.{k}") for k, v in self.tables.items()}
         object.__setattr__(self, "tables", MappingProxyType(tables))
         loose = [(f"{g}.compress: {t.compress.key} gives a table fewer numbers", "compress") for g, t in tables.items() if t.compress is not None]
@@ -204,17 +140,17 @@ class Plan:
         known = {p.name: p for p in registry.DEFAULT}
         chosen: dict[str, Any] = {}
         for name, setting in self.passes.items():
-            _known(name, known, "passes", "pass")
+            refuse_unknown(name, known, "passes", "pass")
             if isinstance(setting, Mapping):
                 setting = dict(setting)
                 for option in setting:
-                    _known(option, [f.name for f in fields(known[name])], f"passes.{name}", "option")
+                    refuse_unknown(option, [f.name for f in fields(known[name])], f"passes.{name}", "option")
                 try:
                     known[name](**setting)
                 except (TypeError, ValueError) as error:
                     raise PlanError(f"passes.{name}.{error}") from None
             else:
-                _expect(isinstance(setting, bool), f"passes.{name}", setting, "true, false or a mapping of options")
+                expect(isinstance(setting, bool), f"passes.{name}", setting, "true, false or a mapping of options")
             chosen[name] = setting
         object.__setattr__(self, "passes", MappingProxyType(chosen))
         self._check_precision()
@@ -267,11 +203,11 @@ class Plan:
         """Plain values; :meth:`from_dict` reads them back to an equal plan. Keys that say nothing are left out."""
         out: dict[str, Any] = {"version": self.version}
         if self.embedding_optimizer is not None:
-            out["embedding_optimizer"] = _optimizer_to(self.embedding_optimizer)
+            out["embedding_optimizer"] = optimizer_to(self.embedding_optimizer)
         if self.tables:
             out["tables"] = {glob: _table_to(t) for glob, t in self.tables.items()}
         if self.passes:
-            out["passes"] = {n: s if isinstance(s, bool) else {k: _plain(v) for k, v in s.items()} for n, s in self.passes.items()}
+            out["passes"] = {n: s if isinstance(s, bool) else {k: plain(v) for k, v in s.items()} for n, s in self.passes.items()}
         out["numerics"] = self.numerics
         if self.precision != "fp32":
             out["precision"] = self.precision
@@ -286,17 +222,17 @@ class Plan:
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> Plan:
         """A plan from plain values. Raises :class:`PlanError` naming the key and its nearest match."""
-        _expect(isinstance(raw, Mapping), "the plan", raw, "a mapping")
-        _expect("version" in raw, "version", None, "1")
+        expect(isinstance(raw, Mapping), "the plan", raw, "a mapping")
+        expect("version" in raw, "version", None, "1")
         known = [f.name for f in fields(Plan)]
         for key in raw:
-            _known(key, known, "the plan", "key")
+            refuse_unknown(key, known, "the plan", "key")
         values = dict(raw)
         for key in ("tables", "passes"):
             if values.get(key) is None:
                 values.pop(key, None)
         if values.get("embedding_optimizer") is not None:
-            values["embedding_optimizer"] = _optimizer_from(values["embedding_optimizer"], "embedding_optimizer")
+            values["embedding_optimizer"] = optimizer_from(values["embedding_optimizer"], "embedding_optimizer")
         return Plan(**values)
 
     @staticmethod
@@ -396,62 +332,13 @@ def _matches(glob: str, name: str) -> bool:
     return fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(_module_path(name), glob)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
-
-
-def _expect(ok: bool, where: str, value: Any, needed: str) -> None:
-    if not ok:
-        raise PlanError(f"{where} is {value!r}; it must be {needed}")
-
-
-def _known(key: Any, known: Iterable[str], where: str, what: str) -> None:
-    if key not in known:
-        raise PlanError(f"{where} has no {what} '{key}'{nearest(str(key), known)}. Known: {', '.join(known)}")
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads ``1e-8`` (no dot) as a string; people mean the number."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _check_optimizer(value: Any, where: str) -> None:
-    ok = value is None or (isinstance(value, EmbeddingOptimizer) and type(value).key)
-    _expect(ok, where, value, "one of tw.SGD, tw.Adagrad, tw.RowwiseAdagrad, tw.Adam (in text: {adagrad: {lr: 0.01}})")
-
-
-def _optimizer_from(raw: Any, where: str) -> EmbeddingOptimizer:
-    if isinstance(raw, EmbeddingOptimizer):
-        return raw
-    _expect(isinstance(raw, Mapping) and len(raw) == 1, where, raw, "one optimizer, as {adagrad: {lr: 0.01}}")
-    ((key, options),) = raw.items()
-    _known(key, _OPTIMIZERS, where, "optimizer")
-    cls = _OPTIMIZERS[key]
-    options = {} if options is None else options
-    _expect(isinstance(options, Mapping), f"{where}.{key}", options, "a mapping of options")
-    for option in options:
-        _known(option, [f.name for f in fields(cls)], f"{where}.{key}", "option")
-    return cls(**{name: _number(value) for name, value in options.items()})
-
-
-def _optimizer_to(value: EmbeddingOptimizer) -> dict[str, Any]:
-    return {value.key: value.settings()}
-
-
 def _table_from(raw: Any, where: str) -> TablePlan:
-    _expect(isinstance(raw, Mapping), where, raw, "a mapping of settings")
+    expect(isinstance(raw, Mapping), where, raw, "a mapping of settings")
     for key in raw:
-        _known(key, [f.name for f in fields(TablePlan)], where, "key")
+        refuse_unknown(key, [f.name for f in fields(TablePlan)], where, "key")
     values = dict(raw)
     if values.get("embedding_optimizer") is not None:
-        values["embedding_optimizer"] = _optimizer_from(values["embedding_optimizer"], f"{where}.embedding_optimizer")
+        values["embedding_optimizer"] = optimizer_from(values["embedding_optimizer"], f"{where}.embedding_optimizer")
     if values.get("communication") is not None:
         values["communication"] = communication_from(values["communication"], f"{where}.communication")
     if values.get("storage") is not None:
@@ -471,8 +358,8 @@ def _table_to(value: TablePlan) -> dict[str, Any]:
     for f in fields(value):
         setting = getattr(value, f.name)
         if setting is not None:
-            plain = _optimizer_to(setting) if isinstance(setting, EmbeddingOptimizer) else _plain(setting)
-            plain = setting.to_dict() if isinstance(setting, (Storage, DynamicIds)) else plain
-            plain = compression_to(setting) if isinstance(setting, Compression) else plain
-            out[f.name] = asdict(setting) if isinstance(setting, Communication) else plain
+            text = optimizer_to(setting) if isinstance(setting, EmbeddingOptimizer) else plain(setting)
+            text = setting.to_dict() if isinstance(setting, (Storage, DynamicIds)) else text
+            text = compression_to(setting) if isinstance(setting, Compression) else text
+            out[f.name] = asdict(setting) if isinstance(setting, Communication) else text
     return out

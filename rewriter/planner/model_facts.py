@@ -29,7 +29,8 @@ from ...passes.records import Skip
 from ...passes.rule import Context
 from ..capture import CAPTURING, capture, clone_shell
 from ..errors import PlanError
-from ..plan import EmbeddingOptimizer, Plan, TablePlan
+from ..optimizer_plan import EmbeddingOptimizer
+from ..plan import Plan, TablePlan
 from ..samples import Samples
 from ..verify import copy_graph
 from .facts import TableFacts, with_ids, with_law
