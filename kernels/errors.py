@@ -6,6 +6,10 @@ class TablewrightError(Exception):
     """Base of every error that Tablewright raises on purpose."""
 
 
+class InBackwardError(TablewrightError, RuntimeError):
+    """A loop does with gradients what an update inside the backward cannot follow: it accumulates, clips or scales them, or asks for some."""
+
+
 class ServingError(TablewrightError):
     """Base of what goes wrong between a request and its answer, or while a served version is loaded."""
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import difflib
 
+from ..kernels.errors import InBackwardError as InBackwardError
 from ..kernels.errors import TablewrightError as TablewrightError
 
 
@@ -34,10 +35,6 @@ def explain(what: str, *, where: str = "", why: str = "", fix: str = "") -> str:
     if fix:
         parts.append(f"What to do: {fix}")
     return ". ".join(part.rstrip(".") for part in parts) + "."
-
-
-class InBackwardError(TablewrightError, RuntimeError):
-    """A loop does with gradients what an update inside the backward cannot follow: it accumulates, clips or scales them."""
 
 
 def nearest(name: str, known) -> str:

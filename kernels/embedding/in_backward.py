@@ -11,11 +11,13 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from ..errors import InBackwardError
 from .spec import GroupSpec, Lookup, Table, decode
 
 
@@ -91,6 +93,28 @@ def defer(number: int, text: str, slot_grads, indices, offsets, sample_weights, 
     backward.indices.extend(indices)
     backward.offsets.extend(offsets)
     backward.sample_weights.extend(sample_weights)
+
+
+_WAY_OUT = "set in_backward: false in the plan's embedding_optimizer. No table was changed by this backward"
+
+
+def reaches(nodes: Sequence[Any]) -> bool:
+    """Whether the running backward comes to tables that are updated in it, by the ``nodes`` where autograd ends for them.
+
+    Raises :class:`InBackwardError` where it was asked for the gradient of one (``torch.autograd.grad``), or comes to some of them only."""
+    try:
+        found = [torch._C._will_engine_execute_node(node) for node in nodes]
+    except RuntimeError as error:  # autograd says that it is one of those that were asked for
+        raise InBackwardError(
+            "torch.autograd.grad was asked for the gradient of a table that is updated inside the backward, which keeps none: "
+            f"leave the table out of its inputs, or {_WAY_OUT}"
+        ) from error
+    if True in found and False in found:
+        raise InBackwardError(
+            "backward(inputs=...) names some of the tables that are updated inside the backward, and others are looked up with them: "
+            f"name all tables or none, or {_WAY_OUT}"
+        )
+    return True in found
 
 
 @functools.lru_cache(maxsize=1024)

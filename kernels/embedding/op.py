@@ -233,7 +233,7 @@ class _Lookup(torch.autograd.Function):
         if due:
             if traced:
                 torch.ops.tablewright.embedding_bags_defer_update(list(slot_grads), indices, offsets, weights, text, owner, ticket)
-            elif torch._C._will_engine_execute_node(ctx.next_functions[ctx.first + (0 if ctx.alone else due[0])][0]):
+            elif in_backward.reaches([ctx.next_functions[ctx.first + i][0] for i in ((0,) if ctx.alone else due)]):
                 in_backward.defer(owner, text, list(slot_grads), indices, offsets, weights, tables, due)
         parts = iter(made)
         table_grads: list[Tensor | None] = [None] * n_tables

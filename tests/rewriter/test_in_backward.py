@@ -311,6 +311,44 @@ def test_grad_of_something_else_updates_too_and_once():
     assert unchanged(opt, before) if not steps else steps == {1}
 
 
+class Weighted(nn.Module):
+    """Two tables in one launch that may make gradients too."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.EmbeddingBag(ROWS, DIM, mode="sum"), nn.EmbeddingBag(ROWS, DIM, mode="sum")
+        self.scale = nn.Parameter(torch.rand(4, 3))
+
+    def forward(self, ids):
+        return self.one(ids, per_sample_weights=self.scale) + self.two(ids)
+
+
+def test_a_backward_of_some_of_a_launchs_tables_is_refused():
+    ids = (torch.randint(0, ROWS, (4, 3)),)
+    opt, reference = three(Weighted, ids)
+    before = weights_of(opt)
+    for table in (opt.one.weight, opt.two.weight):
+        with pytest.raises(tw.InBackwardError, match="names some of the tables"):
+            opt(*ids).square().sum().backward(inputs=[table, opt.scale])
+        opt.zero_grad()
+    opt(*ids).square().sum().backward(inputs=[opt.scale])
+    assert unchanged(opt, before)
+    opt.zero_grad()
+    opt(*ids).square().sum().backward(inputs=list(opt.parameters()))
+    reference(*ids).square().sum().backward()
+    reference.embedding_optimizer.step()
+    assert_close(weights_of(reference), weights_of(opt))
+
+
+@pytest.mark.parametrize(("make", "batch", "name"), [(Dot, dot_batch(), "user"), (Weighted, (torch.zeros(4, 3, dtype=torch.int64),), "two")])
+def test_the_gradient_of_an_updated_table_is_not_given(make, batch, name):
+    opt, _ = three(make, batch)
+    before = weights_of(opt)
+    with pytest.raises(tw.InBackwardError, match="asked for the gradient of a table that is updated inside the backward.*in_backward: false"):
+        torch.autograd.grad(opt(*batch).sum(), [getattr(opt, name).weight])
+    assert unchanged(opt, before)
+
+
 def test_several_models_do_not_mix():
     first, one = three(Dot, dot_batch())
     second, two = three(Tied, tied_batch())
