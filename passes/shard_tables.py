@@ -217,8 +217,8 @@ class _Exchange:
         sharding, spec, exchange, text = self.sharding, self.spec, self.exchange, self.text
         rank, group, header, header_in = sharding.rank, sharding.group, self.header, self.header_in
         answers = self.local_lookup(exchange, self.call(exchange_ids.RECEIVED, header_in, self.payload_in, text, rank))
-        anchor = self.editor.attribute(ANCHOR, before=self.at, sources=[self.node])
-        sent = self.call(exchange_rows.PACK, answers, anchor, header_in, text, rank)
+        anchors = [self.editor.attribute(ANCHOR, before=self.at, sources=[self.node]), *(self.tables[t] for t in exchange.anchored(rank))]
+        sent = self.call(exchange_rows.PACK, answers, anchors, header_in, text, rank)
         wire = self.call(exchange_rows.SEND, sent, header_in, header, text, rank, group)
         wire.meta[COST] = Cost(wire=self.rows[0], inside=self.rows[1], calls=1, messages=1)
         received = self.call(exchange_rows.WAIT, sent, wire, header_in, header, text, rank, group)
@@ -298,10 +298,9 @@ class _Exchange:
         for i in [*apart, *self.near]:
             lookup = spec.lookups[i]
             extras.append(Extra(lookup.slot, lookup.column, spec.tables[lookup.table].dim))
-        kept = tuple(replace(t, grad="dense") for t in spec.tables)  # the whole tables; who trains them is said in the streams
         lookups = tuple(spec.lookups[i] for i in self.far)
         dtype = str(self.dtype).removeprefix("torch.")
-        found = ExchangeSpec(sharding.world, GroupSpec(kept, lookups, spec.slots, tuple(extras)), tuple(streams), dtype)
+        found = ExchangeSpec(sharding.world, GroupSpec(spec.tables, lookups, spec.slots, tuple(extras)), tuple(streams), dtype)
         return replace(found, beside=self.beside(found))
 
     def beside(self, exchange: ExchangeSpec) -> bool:

@@ -3,29 +3,32 @@ in reverse.
 
 ::
 
-    pack_rows(slots, anchor, header_in, spec, rank) -> sent          owner: its answers, in the order in which they go out
+    pack_rows(slots, anchors, header_in, spec, rank) -> sent         owner: its answers, in the order in which they go out
     send_rows(sent, header_in, header, spec, rank, group) -> wire    starts the collective
     wait_rows(sent, wire, header_in, header, spec, rank, group) -> received
 
 ``slots``: one tensor ``[bags of all ranks, columns]`` for each stream of this rank, or, with ``spec.beside``, one that has them side by side:
 ``sent`` is that, and its gradient comes as one. ``sent`` and ``received`` are flat, in the tables' dtype: for each rank and stream
-``bags x columns`` numbers, bag by bag with ``beside``. ``anchor``: any tensor that requires a gradient, so that the backward runs
-on a rank without shards too. The backward of ``wait_rows`` starts the collective of the gradients and that of ``pack_rows`` waits for
+``bags x columns`` numbers, bag by bag with ``beside``. ``anchors``: any tensor that requires a gradient, so that the backward runs
+on a rank without shards too; then this rank's blocks of the tables in ``spec.anchored``, so that it runs on all ranks or none where autograd is
+asked for the gradient of some tables alone. A block without rows gets a gradient without rows here. The backward of ``wait_rows`` starts the collective of the gradients and that of ``pack_rows`` waits for
 it: what the graph has between the two runs meanwhile, in the backward as in the forward. Gradients are summed by the owner's lookup.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from ..embedding.in_backward import reaches
+from ..embedding.sparse_grads import coalesced, keep_coalesced
 from ..library import DIRECT, LIBRARY, size_from_data, traced, tracing
 from .spec import ExchangeSpec, decode
 from .wire import WireSizes, decoded, encoded, wire_sizes
 from .work import all_to_all, finish
 
-LIBRARY.define("pack_rows(Tensor[] slots, Tensor anchor, Tensor header_in, str spec, int rank) -> Tensor")
+LIBRARY.define("pack_rows(Tensor[] slots, Tensor[] anchors, Tensor header_in, str spec, int rank) -> Tensor")
 LIBRARY.define("send_rows(Tensor sent, Tensor header_in, Tensor header, str spec, int rank, str group) -> Tensor")
 LIBRARY.define("wait_rows(Tensor sent, Tensor wire, Tensor header_in, Tensor header, str spec, int rank, str group) -> Tensor")
 
@@ -87,7 +90,7 @@ def _exchange(flat: Tensor, spec: ExchangeSpec, out: Parts, into: Parts, directi
 # --- pack --------------------------------------------------------------------------------------------------------------------
 
 
-def _pack(slots, anchor: Tensor, header_in: Tensor, text: str, rank: int) -> Tensor:
+def _pack(slots, anchors, header_in: Tensor, text: str, rank: int) -> Tensor:
     spec = decode(text)
     if spec.beside and slots:
         return slots[0].detach().view(-1)
@@ -95,42 +98,58 @@ def _pack(slots, anchor: Tensor, header_in: Tensor, text: str, rank: int) -> Ten
     parts = [slot.split([source[place][0] for source in announced]) for place, slot in enumerate(slots)]
     pieces = [part[source] for source in range(len(announced)) for part in parts]
     if not pieces:
-        return anchor.new_empty(0, dtype=spec.torch_dtype)
+        return anchors[0].new_empty(0, dtype=spec.torch_dtype)
     alike = len({slot.shape[1] for slot in slots}) == 1
     return torch.cat(pieces if alike else [p.reshape(-1) for p in pieces]).view(-1)
 
 
 @torch.library.register_fake("tablewright::pack_rows", lib=LIBRARY)
-def _fake_pack(slots, anchor, header_in, spec, rank):
-    return anchor.new_empty(size_from_data(), dtype=decode(spec).torch_dtype)
+def _fake_pack(slots, anchors, header_in, spec, rank):
+    return anchors[0].new_empty(size_from_data(), dtype=decode(spec).torch_dtype)
 
 
 class _Pack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, text, rank, header_in, anchor, *slots):
-        ctx.call = text, rank, header_in, [slot.shape for slot in slots]
-        return _pack(slots, anchor, header_in, text, rank)
+    def forward(ctx, text, rank, header_in, count, *tensors):
+        anchors, slots = tensors[:count], tensors[count:]
+        ctx.call = text, rank, header_in, anchors[1:], [slot.shape for slot in slots]
+        return _pack(slots, anchors, header_in, text, rank)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
-        text, rank, header_in, shapes = ctx.call
+        text, rank, header_in, blocks, shapes = ctx.call
         spec, grad = decode(text), _arrived(grad)
+        kinds = [spec.group.tables[table].grad for table in spec.anchored(rank)]
+        nodes = [node for (node, _), kind in zip(ctx.next_functions[2:], kinds) if kind == "in_backward" and node is not None]
+        if nodes:  # every rank comes here, with the same tables: all refuse what one refuses
+            reaches(nodes)
+        none = None, None, None, None, None, *_without_rows(blocks, kinds)
         if spec.beside:
-            return None, None, None, None, *(grad.view(shape) for shape in shapes)
+            return *none, *(grad.view(shape) for shape in shapes)
         pieces = grad.split(outgoing(spec, rank, header_in).each)
         made = []
         for place, (k, shape) in enumerate(zip(spec.of_rank[rank], shapes)):
             made.append(torch.cat(pieces[place :: len(shapes)]).view(shape) if spec.streams[k].trained else None)
-        return None, None, None, None, *made
+        return *none, *made
 
 
-def _pack_autograd(slots, anchor, header_in, spec, rank):
+def _without_rows(blocks: Sequence[Tensor], kinds: Sequence[str]) -> list[Tensor | None]:
+    """The gradients of blocks that have no rows, of the kinds that other ranks' blocks get."""
+    found: list[Tensor | None] = []
+    for block, kind in zip(blocks, kinds):
+        empty = None if kind == "in_backward" else torch.empty_like(block)
+        found.append(coalesced(block.new_empty(0, dtype=torch.int64), empty, block) if kind == "sparse" else empty)
+    keep_coalesced(list(blocks), found)
+    return found
+
+
+def _pack_autograd(slots, anchors, header_in, spec, rank):
     trains = any(s.trained for s in decode(spec).streams)
     if tracing():
-        return traced(PACK, trains, slots, anchor, header_in, spec, rank)
+        return traced(PACK, trains, slots, anchors, header_in, spec, rank)
     if not torch.is_grad_enabled() or not trains:
-        return _pack(slots, anchor, header_in, spec, rank)
-    return _Pack.apply(spec, rank, header_in, anchor, *slots)
+        return _pack(slots, anchors, header_in, spec, rank)
+    return _Pack.apply(spec, rank, header_in, len(anchors), *anchors, *slots)
 
 
 # --- send and wait -----------------------------------------------------------------------------------------------------------

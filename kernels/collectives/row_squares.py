@@ -33,7 +33,8 @@ class RowSquares:
         self._kept: dict[tuple[str, ...], dict[tuple[int, ...], list[int]]] = {}
 
     def __contains__(self, name: str) -> bool:
-        return name in self.layouts
+        """Whether this rank holds columns of the table."""
+        return name in self.layouts and self.layouts[name].on(self.rank) is not None
 
     def totals(self, names: Sequence[str], squares: Sequence[Tensor]) -> list[Tensor]:
         """For each table the sum over all columns of each touched row; ``squares`` are those over this rank's columns.

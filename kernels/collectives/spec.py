@@ -130,6 +130,12 @@ class ExchangeSpec:
         """The streams that go to each rank."""
         return tuple(tuple(i for i, s in enumerate(self.streams) if s.shard.rank == r) for r in range(self.world))
 
+    def anchored(self, rank: int) -> tuple[int, ...]:
+        """The trained tables that are no leaf of their own below what ``rank`` answers: it has no part of them, or one that is updated in the
+        backward, where one table stands for all of a launch."""
+        here = {self.streams[k].table for k in self.of_rank[rank]}
+        return tuple(sorted({s.table for s in self.streams if s.trained and (s.table not in here or self.group.tables[s.table].grad == "in_backward")}))
+
     @cached_property
     def blocks(self) -> tuple[tuple[int, ...], ...]:
         """The streams whose rows travel side by side, in the order in which they travel."""

@@ -100,7 +100,7 @@ def test_the_gradient_of_packed_rows_may_not_be_changed_on_its_way():
     table = torch.randn(ROWS, DIM, dtype=torch.float64, requires_grad=True)
     header, payload, places, counts = route_ids._route([torch.tensor([1, 2])], [None], spec.encode())
     slots, header_in = answer(spec, table, header, payload)
-    sent = exchange_rows._pack_autograd(slots, torch.zeros(1, requires_grad=True), header_in, spec.encode(), 0)
+    sent = exchange_rows._pack_autograd(slots, [torch.zeros(1, requires_grad=True)], header_in, spec.encode(), 0)
     sent.register_hook(lambda g: g * 2)
     wire = exchange_rows._send(sent, header_in, header, spec.encode(), 0, "")
     with pytest.raises(RuntimeError, match="changed on its way"):
@@ -133,8 +133,8 @@ def test_a_trace_with_gradients_is_refused():
     slots, header_in = answer(spec, torch.randn(ROWS, DIM, dtype=torch.float64, requires_grad=True), header, payload)
 
     anchor, text = torch.zeros(1, requires_grad=True), spec.encode()
-    run = torch.compile(lambda slot: exchange_rows.PACK([slot], anchor, header_in, text, 0), backend="aot_eager", fullgraph=True)
+    run = torch.compile(lambda slot: exchange_rows.PACK([slot], [anchor], header_in, text, 0), backend="aot_eager", fullgraph=True)
     with pytest.raises(Exception, match="cannot be compiled"):
         run(slots[0])
-    sent = torch.ops.tablewright.pack_rows(slots, anchor, header_in, text, 0)
+    sent = torch.ops.tablewright.pack_rows(slots, [anchor], header_in, text, 0)
     assert sent.requires_grad, "the op itself, without the short way, is differentiable too"

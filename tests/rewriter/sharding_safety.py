@@ -242,6 +242,36 @@ def kept_gradients(rank: int, world: int, mesh) -> list[bool]:
     return found
 
 
+def of_one_table(rank: int, world: int, mesh, case: Case) -> list[str]:
+    """Gradients that are asked for of one table at a time, wherever its rows are: are they the plain model's? What is said of updates in the
+    backward, which have none; and is a backward of all tables by name then a backward as ever?"""
+    model, _, reference = start(rank, mesh, case)
+    batches = [batch_of(6, seed=r) for r in range(world)]
+    (sum(loss_of(reference(*b)) for b in batches) / world).backward()
+    said = []
+    for name in [f"{table}.weight" for table in TABLES]:
+        table = model.get_parameter(name)
+        for ask in (lambda loss, t=table: torch.autograd.grad(loss, [t], allow_unused=True)[0], lambda loss, t=table: loss.backward(inputs=[t])):
+            before = table.detach().clone()
+            try:
+                found = ask(loss_of(model(*batches[rank])))
+            except tw.InBackwardError as error:
+                said.append(str(error))
+            else:
+                found = table.grad if found is None else found
+                wanted = block_of(model, name, reference.get_parameter(name).grad)
+                torch.testing.assert_close(found.to_dense().as_subclass(torch.Tensor), wanted, **CLOSE)
+            assert torch.equal(before, table)
+            table.grad = None
+    loss_of(model(*batches[rank])).backward(inputs=list(model.parameters()))
+    if case.mode == "in_backward":
+        for name, place in TABLES.items():
+            whole, table = reference.get_parameter(f"{name}.weight"), model.get_parameter(f"{name}.weight")
+            moved = block_of(model, f"{name}.weight", whole.grad).ne(0).any(1)
+            assert torch.equal(block_of(model, f"{name}.weight", whole).ne(table).any(1), moved), name
+    return said
+
+
 def groups_taken(rank: int, world: int, mesh) -> int:
     """How many process groups the second and third model make."""
     start(rank, mesh, case_of(world))

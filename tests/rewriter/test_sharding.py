@@ -5,6 +5,7 @@ All pairs of settings run here; the full product by hand: ``python tests/rewrite
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import sys
 from pathlib import Path
@@ -32,6 +33,13 @@ IN_TWO_PASSES = Case("column_wise", "pooled", "rowwise_adagrad", "in_backward", 
 @pytest.mark.parametrize("case", sorted([*(Case(**c) for c in pairs(AXES)), IN_TWO_PASSES], key=lambda c: c.world), ids=str)
 def test_training_equals_the_plain_model(pools, case):
     agree(pools(case.world).run(train, case))
+
+
+@pytest.mark.parametrize("mode", ["step", "in_backward"])
+def test_columns_that_one_rank_has_none_of(pools, mode):
+    """Its gradient without rows is no part of the sums of squares over ranks."""
+    tables = json.dumps({"user": {"sharding": "column_wise", "ranks": [0, 2]}, "*": {"sharding": "table_wise"}})
+    agree(pools(3).run(train, Case("", "", "rowwise_adagrad", mode, "empty", 3, tables=tables)))
 
 
 @pytest.mark.parametrize(("sharding", "world"), [("table_wise", 2), ("column_wise", 3)])

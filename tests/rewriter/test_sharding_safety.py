@@ -15,6 +15,7 @@ from sharding_safety import (
     load,
     load_plain,
     normalised,
+    of_one_table,
     other_plans,
     refused,
     save,
@@ -79,6 +80,21 @@ def test_gradients_are_averaged_after_a_backward_that_was_refused(pools):
 def test_gradients_are_averaged_after_a_backward_that_failed(pools):
     mine, theirs = pools(2).run(failed)
     assert mine == theirs
+
+
+@pytest.mark.parametrize(
+    ("sharding", "mode", "optimizer", "world"),
+    [("table_wise", "step", "sgd", 3), ("table_wise", "torch", "rowwise_adagrad", 2), ("table_row_wise", "step", "sgd", 4), ("grid_shard", "torch", "sgd", 4),
+     ("table_wise", "in_backward", "sgd", 2), ("table_row_wise", "in_backward", "sgd", 4)],
+)  # fmt: skip
+def test_gradients_of_one_table_are_asked_for_on_all_ranks(pools, sharding, mode, optimizer, world):
+    """Ranks that hold none of its rows take part, and a table that is updated in the backward is refused by all."""
+    said = pools(world).run(of_one_table, case_of(world, sharding, mode, optimizer))
+    if mode != "in_backward":
+        assert not any(said), said
+    for each in said if mode == "in_backward" else []:
+        assert len(each) == 12
+        assert all("torch.autograd.grad was asked for" in text for text in each[::2]) and all("names some of the tables" in text for text in each[1::2]), each
 
 
 @pytest.mark.parametrize("world", [2, 3])
