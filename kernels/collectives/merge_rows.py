@@ -204,7 +204,11 @@ class _Merge(torch.autograd.Function):
     def forward(ctx, text, received, header, places, counts, indices, offsets, *extras):
         ctx.set_materialize_grads(False)
         ctx.call = text, header, places, counts, indices, offsets, [e.dtype for e in extras]
-        return tuple(_merge(received, header, places, counts, indices, offsets, extras, text))
+        spec, slots = decode(text), _merge(received, header, places, counts, indices, offsets, extras, text)
+        trained = {spec.group.lookups[i].slot for i, streams in spec.pooled_streams if ctx.needs_input_grad[1] and spec.streams[streams[0]].trained}
+        trained |= {extra.slot for extra, need in zip(spec.group.extras, ctx.needs_input_grad[7:]) if need}
+        ctx.mark_non_differentiable(*(slot for i, slot in enumerate(slots) if i not in trained))
+        return tuple(slots)
 
     @staticmethod
     def backward(ctx, *slot_grads):
@@ -282,7 +286,10 @@ class _Unique(torch.autograd.Function):
     @staticmethod
     def forward(ctx, text, received, header):
         ctx.call = text, header
-        return tuple(_unique(received, header, text))
+        spec, tables = decode(text), _unique(received, header, text)
+        trained = [spec.streams[group.parts[0][2][0]].trained for group in spec.unique_groups]
+        ctx.mark_non_differentiable(*(table for table, trains in zip(tables, trained) if not trains))
+        return tuple(tables)
 
     @staticmethod
     def backward(ctx, *grads):

@@ -193,7 +193,7 @@ class _Lookup(torch.autograd.Function):
         ctx.save_for_backward(*indices, *distinct.values(), *tensors[0 if reads_rows else n_tables : n_tables + n_weights])
         slots = _read(ctx, text, owner, ticket, tables, indices, offsets, sample_weights, extras, n_tables)
         needs = ctx.needs_input_grad[8:]
-        if False in needs:  # what is read of frozen tables alone has no gradient, whoever shares the launch
+        if False in needs or (ctx.alone and False in ctx.alone):  # what is read of frozen tables alone has no gradient, whoever shares the launch
             trained = ctx.alone or needs[:n_tables]
             ctx.mark_non_differentiable(*[slots[i] for i in _frozen_slots(text, tuple(trained), tuple(weighted), tuple(needs[n_tables:]))])
         return slots

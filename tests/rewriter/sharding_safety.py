@@ -272,6 +272,35 @@ def of_one_table(rank: int, world: int, mesh, case: Case) -> list[str]:
     return said
 
 
+class Parts(nn.Module):
+    """Bags and rows of a frozen table and of a trained one, each as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fixed, self.trained = nn.Embedding(9, 4, dtype=torch.float64), nn.Embedding(7, 4, dtype=torch.float64)
+        self.fixed.requires_grad_(False)
+
+    def forward(self, ids):
+        return self.fixed(ids), self.trained(ids), self.fixed(ids).sum(1), self.trained(ids).sum(1)
+
+
+def frozen(rank: int, world: int, mesh, exchange: str) -> list[bool]:
+    """Which results need a gradient; that of the trained table is the plain one's."""
+    torch.manual_seed(0)
+    plain = Parts()
+    reference, ids = copy.deepcopy(plain), torch.tensor([[1, 2], [3, 1]])
+    tables = {"fixed": {"sharding": "row_wise", "exchange": exchange}, "trained": {"sharding": "table_wise", "ranks": [0], "exchange": exchange}}
+    model = tw.optimize(plain, {"version": 1, "tables": tables}, sample_inputs=(ids,), mesh=mesh)
+    outs, theirs = model(ids), reference(ids)
+    for found in (outs, theirs):
+        sum((o * o).sum() for o in found).backward()
+    wanted = block_of(model, "trained.weight", reference.trained.weight.grad)
+    torch.testing.assert_close(model.trained.weight.grad.to_dense().as_subclass(torch.Tensor), wanted, **CLOSE)
+    assert model.fixed.weight.grad is None
+    assert [o.requires_grad for o in theirs] == [False, True, False, True]
+    return [o.requires_grad for o in outs]
+
+
 def groups_taken(rank: int, world: int, mesh) -> int:
     """How many process groups the second and third model make."""
     start(rank, mesh, case_of(world))

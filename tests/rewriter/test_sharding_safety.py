@@ -9,6 +9,7 @@ from sharding_safety import (
     epochs,
     failed,
     from_meta,
+    frozen,
     groups_taken,
     kept_gradients,
     killed,
@@ -95,6 +96,11 @@ def test_gradients_of_one_table_are_asked_for_on_all_ranks(pools, sharding, mode
     for each in said if mode == "in_backward" else []:
         assert len(each) == 12
         assert all("torch.autograd.grad was asked for" in text for text in each[::2]) and all("names some of the tables" in text for text in each[1::2]), each
+
+
+@pytest.mark.parametrize("exchange", ["pooled", "unique"])
+def test_frozen_lookups_beside_trained_ones_need_no_gradient(pools, exchange):
+    assert pools(2).run(frozen, exchange) == [[False, True, False, True]] * 2
 
 
 @pytest.mark.parametrize("world", [2, 3])

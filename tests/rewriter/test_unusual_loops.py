@@ -103,6 +103,57 @@ def test_frozen_by_plan_survives_every_check():
     assert opt.a.weight.grad is None and opt.top.weight.grad is not None
 
 
+class Parts(nn.Module):
+    """Rows of one table as they are, beside a weighted bag of another, and both in one concatenation with what is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.fixed, self.other, self.trained = nn.Embedding(50, 4), nn.Embedding(50, 6), nn.EmbeddingBag(50, 8, mode="sum")
+        self.fixed.requires_grad_(False)
+
+    def forward(self, x, ids, weights):
+        joined = torch.cat([x, self.fixed(ids[:, 1])], 1)
+        return self.fixed(ids[:, 0]), joined, self.trained(ids, per_sample_weights=weights), self.other(ids[:, 0])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("plan", ["auto", IN_BACKWARD], ids=["step", "in backward"])
+@pytest.mark.parametrize("frozen", [(), ("trained",), ("other",)])
+def test_frozen_lookups_beside_trained_ones_need_no_gradient(plan, frozen, compiled):
+    plain = Parts()
+    opt = tw.optimize(plain, plan, sample_inputs=(torch.randn(6, 3), torch.zeros(6, 2, dtype=torch.int64), torch.rand(6, 2)))
+    for name in frozen:  # after it was captured
+        getattr(plain, name).requires_grad_(False)
+    run = torch.compile(opt, backend="aot_eager") if compiled else opt
+    for x_needs, weight_needs in ((False, False), (True, False), (False, True)):
+        given = torch.randn(6, 3, requires_grad=x_needs), torch.randint(0, 50, (6, 2)), torch.rand(6, 2, requires_grad=weight_needs)
+        theirs, ours = plain(*given), run(*given)
+        assert [o.requires_grad for o in ours] == [o.requires_grad for o in theirs]
+        for mine, wanted in zip(ours, theirs):
+            torch.testing.assert_close(mine, wanted)
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            ours[0].sum().backward()
+        sum(o.sum() for o in run(*given)).backward()
+        assert opt.fixed.weight.grad is None and (given[0].grad is not None) == x_needs and (given[2].grad is not None) == weight_needs
+
+
+def test_a_table_frozen_later_needs_no_gradient_where_all_are_updated_in_the_backward():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Embedding(50, 4), nn.Embedding(50, 4)
+
+        def forward(self, ids):
+            return self.a(ids), self.b(ids)
+
+    plain = Two()
+    opt = tw.optimize(plain, IN_BACKWARD, sample_inputs=(torch.arange(6),))
+    for frozen in (plain.a, plain.b):
+        frozen.requires_grad_(False)
+        assert [o.requires_grad for o in opt(torch.arange(6))] == [frozen is not plain.a, frozen is not plain.b]
+        frozen.requires_grad_(True)
+
+
 def test_one_optimizer_over_two_models():
     models = [Model(), Model()]
     optim = torch.optim.Adagrad([p for m in models for p in m.parameters()], lr=0.1)
