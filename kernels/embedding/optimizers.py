@@ -40,6 +40,16 @@ class RowUpdates(Optimizer):
         super().__init__(groups, defaults)
         self._index()
 
+    def add_param_group(self, param_group: dict) -> None:
+        """For the constructor. Raises ``RuntimeError`` later on: who updates a table is part of the model's graph."""
+        if "_by_name" in self.__dict__:
+            raise RuntimeError(
+                "embedding_optimizer.add_param_group() was called, but which tables it updates, and how, is said by the plan and fixed in the "
+                "model: name the table in the plan's tables with an embedding_optimizer of its own and optimize again; other parameters "
+                "(opt.dense_parameters()) belong to an optimizer of yours"
+            )
+        super().add_param_group(param_group)
+
     def _index(self) -> None:
         self._by_name: dict[str, tuple[Tensor, dict]] = {
             name: (param, group) for group in self.param_groups for name, param in zip(group["param_names"], group["params"])

@@ -337,6 +337,17 @@ def test_a_parameter_added_later_is_stepped():
     assert extra.tolist() == pytest.approx([0.9, 0.9]) and len(his.param_groups) == 2
 
 
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_the_plans_optimizer_takes_no_group_later(in_backward):
+    """A copy and a loaded state keep the groups that they came with."""
+    optim = tw.optimize(Dot(), tw.Plan(embedding_optimizer=tw.Adagrad(in_backward=in_backward)), sample_inputs=dot_batch()).embedding_optimizer
+    for each in (optim, copy.deepcopy(optim)):
+        each.load_state_dict(each.state_dict())
+        for given in (nn.Parameter(torch.ones(2)), ("over.0.weight", nn.Parameter(torch.ones(2)))):
+            with pytest.raises(RuntimeError, match="said by the plan.*an optimizer of yours"):
+                each.add_param_group({"params": [given]})
+
+
 def test_copies_of_the_optimizer_step_their_own_model():
     _, _, opt, optim, _ = both(EXACT["adagrad"])
     step(opt, optim, dot_batch())
