@@ -76,6 +76,7 @@ class GradientAverage:
 
     def _reset(self) -> None:
         self._next, self._running, self._ending = 0, False, False
+        self._watched: tuple[int, int] | None = None  # the place of a parameter whose other hooks have still to run
         for bucket in self.buckets:
             gradient_places.withdraw(bucket.params)
             bucket.waiting, bucket.flat, bucket.other, bucket.work = set(range(len(bucket.params))), None, None, None
@@ -93,19 +94,24 @@ class GradientAverage:
             self._offer()
 
     def _offer(self) -> None:
-        """Places for the gradients that products can write there. Who watches a gradient (a hook) may keep it: it gets none."""
+        """Places for the gradients that products can write there. Who watches a gradient (a hook) may keep it: it stays this rank's own."""
         for bucket in self.buckets:
             if bucket.params[0].is_cpu and bucket.params[0].dtype == torch.float32:
                 for param, part in zip(bucket.params, bucket.parts()):
-                    if param.dim() == 2 and param.grad is None and not param._backward_hooks:
+                    if param.dim() == 2 and param.grad is None and not param._backward_hooks and not _is_watched(param):
                         gradient_places.offer(param, part.view(param.shape))
 
     def ready(self, param: Tensor) -> None:
-        """``param`` has its gradient of this backward."""
+        """``param`` has its gradient of this backward. Where it has hooks of others they run before it travels, as under
+        DistributedDataParallel: what they see is this rank's own, and what they change counts."""
         self.begin()
-        place = self._places.get(id(param))
-        if place is None:
-            return
+        place, watched = self._places.get(id(param)), self._watched
+        self._watched = place if place is not None and _is_watched(param) else None
+        for there in (watched, place if self._watched is None else None):
+            if there is not None:
+                self._there(there)
+
+    def _there(self, place: tuple[int, int]) -> None:
         self.buckets[place[0]].waiting.discard(place[1])
         while self._next < len(self.buckets) and not self.buckets[self._next].waiting:
             self._start(self.buckets[self._next])
@@ -225,6 +231,11 @@ def _hook(owner: weakref.ref):
             average.ready(param)
 
     return ready
+
+
+def _is_watched(param: Tensor) -> bool:
+    """Whether others than :class:`GradientAverage` are told when it has its gradient."""
+    return len(param._post_accumulate_grad_hooks or ()) > 1  # type: ignore[attr-defined]
 
 
 def _remove(hooks) -> None:

@@ -272,6 +272,35 @@ def of_one_table(rank: int, world: int, mesh, case: Case) -> list[str]:
     return said
 
 
+def watched_gradients(rank: int, world: int, mesh) -> list[bool]:
+    """A hook on each weight, large or small: is what it gets this rank's own, does that stay so where it keeps it, and does what it changes count?"""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.EmbeddingBag(50, 64, mode="sum"), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 1))
+    batches = [torch.randint(0, 50, (512, 3), generator=torch.Generator().manual_seed(r)) for r in range(world)]
+    dense = list(plain[1:].parameters())
+    own = [torch.autograd.grad(plain(ids).square().mean(), dense) for ids in batches]
+    mean = [sum(grads) / world for grads in zip(*own)]
+    opt, _ = tw.optimize(plain, {"version": 1, "tables": {"*": {"sharding": "table_wise"}}}, optimizer=torch.optim.SGD(plain.parameters(), lr=0.1), sample_inputs=(batches[0],), mesh=mesh)
+    dense, found = [p for n, p in opt.named_parameters() if n != "0.weight"], []
+    for factor in (1, 2):
+        seen: dict[int, tuple] = {}
+
+        def watch(param, seen=seen, factor=factor):
+            seen[id(param)] = param.grad.clone(), param.grad
+            if factor > 1:
+                param.grad = param.grad * factor
+
+        hooks = [p.register_post_accumulate_grad_hook(watch) for p in dense]
+        opt(batches[rank]).square().mean().backward()
+        for p, mine, both in zip(dense, own[rank], mean):
+            found += [torch.allclose(got, mine, rtol=1e-4, atol=1e-6) for got in seen[id(p)]]
+            found.append(torch.allclose(p.grad, factor * both, rtol=1e-4, atol=1e-6))
+            p.grad = None
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
 class Parts(nn.Module):
     """Bags and rows of a frozen table and of a trained one, each as it is."""
 

@@ -21,6 +21,7 @@ from sharding_safety import (
     refused,
     save,
     states,
+    watched_gradients,
     wrong_ids,
 )
 
@@ -106,6 +107,12 @@ def test_frozen_lookups_beside_trained_ones_need_no_gradient(pools, exchange):
 @pytest.mark.parametrize("world", [2, 3])
 def test_gradients_of_large_weights_are_averaged_where_they_were_written(pools, world):
     for found in pools(world).run(kept_gradients):
+        assert all(found), found
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_hooks_have_the_ranks_own_gradient_and_may_change_it(pools, world):
+    for found in pools(world).run(watched_gradients):
         assert all(found), found
 
 
