@@ -265,7 +265,7 @@ def of_one_table(rank: int, world: int, mesh, case: Case) -> list[str]:
             table.grad = None
     loss_of(model(*batches[rank])).backward(inputs=list(model.parameters()))
     if case.mode == "in_backward":
-        for name, place in TABLES.items():
+        for name in TABLES:
             whole, table = reference.get_parameter(f"{name}.weight"), model.get_parameter(f"{name}.weight")
             moved = block_of(model, f"{name}.weight", whole.grad).ne(0).any(1)
             assert torch.equal(block_of(model, f"{name}.weight", whole).ne(table).any(1), moved), name
