@@ -161,9 +161,9 @@ def test_a_branch_that_export_does_not_assert_is_not_followed(monkeypatch):
 
 
 def test_without_the_assertion_the_graph_would_be_stale(monkeypatch):
-    from tablewright.rewriter import variant
+    from tablewright.rewriter import eager_form
 
-    monkeypatch.setattr(variant, "holds", lambda condition, message: None)
+    monkeypatch.setattr(eager_form, "holds", lambda condition, message: None)
     model = Branches().eval()
     low, high = torch.randint(1, 20, (4, 3)), torch.randint(21, 30, (4, 3))
     opt = tw.optimize(model, sample_inputs=(low,))
