@@ -11,7 +11,7 @@ is refused with :class:`InBackwardError`; the first two before any table of that
 
 Not seen: accumulation where no dense parameter has a gradient; a reentrant checkpoint, which runs backwards of its own; and
 ``backward(inputs=...)`` of some tables where all of a launch are updated: one stands for them in autograd's graph, so all move, or none (each
-in the graph would cost 2 us a table, 4 % of a step of 26). Launches with other leaves, and tables over ranks, refuse it.
+in the graph would cost 2 to 5 us a table, a tenth of a small step of 26). Launches with other leaves, and tables over ranks, refuse it.
 """
 from __future__ import annotations
 
