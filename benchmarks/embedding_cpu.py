@@ -137,7 +137,7 @@ def embedding_calls(setting: Setting) -> tuple[dict, dict]:
         step["FBGEMM"] = lambda i: theirs(ids[i % len(ids)], offsets).backward(flat_grads[i % 4])
     memory.wait()
     forward["limit"] = gather_limit(setting.mine.weights, setting.ids, copies=setting.shape.pooling == 1)
-    shape, state = setting.shape, None if setting.rowwise else setting.mine.state
+    shape, state = setting.shape, setting.mine.state
     bags, copies = shape.batch * shape.tables, shape.pooling == 1
     step["limit"] = update_limit(setting.mine.weights, setting.ids, state, bags, copies)
     if "ours default" in step:

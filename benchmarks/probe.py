@@ -33,15 +33,15 @@ def gather_limit(weights: list[Tensor], batches: list[Tensor], copies: bool) -> 
 
 
 def update_limit(
-    weights: list[Tensor], batches: list[Tensor], state: Tensor | None, bags: int, copies: bool, stored: bool = False
+    weights: list[Tensor], batches: list[Tensor], state: Tensor, bags: int, copies: bool, stored: bool = False
 ) -> Callable[[int], None]:  # fmt: skip
     """What a lookup with its update must move: read every looked-up row (and write it out, see :func:`gather_limit`), read one
     gradient row for each of ``bags`` bags, and read, change and write back each distinct row, in ascending order, and the same
-    rows of an element-wise ``state``, if there is one. ``stored``: the summed gradient of each distinct row is written to memory and read
+    rows of ``state``, of one number a row or one an element. ``stored``: the summed gradient of each distinct row is written to memory and read
     again, as a step from ``.grad`` must."""
     read = gather_limit(weights, batches, copies)
     distinct = [_global_rows(weights, ids).unique() for ids in batches]
-    parts = [weights] if state is None else [weights, [state.view(-1, weights[0].shape[1])]]
+    parts = [weights, [state.view(sum(map(len, weights)), -1)]]
     gradients = torch.randn(bags, weights[0].shape[1])
     order = torch.randperm(bags)
     most = max(map(len, distinct)) if stored else 0
