@@ -5,6 +5,7 @@ from .batch_experts import BatchExperts
 from .concatenated_lookups import ConcatenatedLookups
 from .dense_chains import DenseChains
 from .fast_dropout import FastDropout
+from .fast_tanh import FastTanh
 from .field_products import FieldProducts
 from .fuse_cin import FuseCin
 from .fuse_cross import FuseCross
@@ -37,7 +38,7 @@ from .wide_rows import WideRows
 DEFAULT: tuple[type[Pass], ...] = (
     RemoveZeroDropout, FuseFm, FuseDotInteraction, FusePairProducts, FuseCin, FieldProducts, PoolSequences, ConcatenatedLookups,
     ShareRepeats, IdColumns, GroupTables, TableGradients, WideRows, FuseCross,
-    BatchExperts, FuseGelu, MixedPrecision, DenseChains, RowLayers, FuseDice, SmallProducts, SelectFeatures, ShortSoftmax, FuseGru, FastDropout, FuseMlp, FuseLookupDots, RecomputeModules,
+    BatchExperts, FuseGelu, MixedPrecision, DenseChains, RowLayers, FuseDice, SmallProducts, SelectFeatures, ShortSoftmax, FuseGru, FastTanh, FastDropout, FuseMlp, FuseLookupDots, RecomputeModules,
 )  # fmt: skip
 OVER_RANKS: tuple[type[Pass], ...] = (ShardTables, OverlapCommunication)  # then, where a model runs over several ranks; no plan leaves them out
 IN_TIERS: tuple[type[Pass], ...] = (TierTables,)  # then, where tables are larger than memory

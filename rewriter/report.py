@@ -16,6 +16,7 @@ _WORDS = {
     "interactions": "fused",
     "dropouts": "removed",
     "dropout masks": "drawn faster",
+    "tanh": "made faster",
     "fused mlps": "made one call",
     "looked-up interactions": "made without rows in memory",
     "pooled": "sequences fused",

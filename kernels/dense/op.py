@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..library import DIRECT, LIBRARY, backward_of, tracing
+from ..tanh.cpu import tanh_
 from . import gemm
 
 LIBRARY.define("dense(Tensor x, Tensor weight, Tensor? bias, str activation, bool of_relu=False) -> Tensor")
@@ -24,7 +25,7 @@ LIBRARY.define(
     "dense_backward(Tensor grad, Tensor x, Tensor weight, Tensor out, str activation, bool[] wanted, bool of_relu=False) -> Tensor[]"
 )
 
-_ACTIVATE = {"none": lambda y: y, "relu": Tensor.relu_, "sigmoid": Tensor.sigmoid_, "tanh": Tensor.tanh_}
+_ACTIVATE = {"none": lambda y: y, "relu": Tensor.relu_, "sigmoid": Tensor.sigmoid_, "tanh": tanh_}
 _DERIVE = {
     "none": lambda grad, out: grad,
     "relu": lambda grad, out: torch.ops.aten.threshold_backward(grad, out, 0),

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ..dense import gemm
 from ..library import DIRECT, LIBRARY, recorded_gradients, tracing
+from ..tanh.op import call as tanh
 
 LIBRARY.define("row_layers(Tensor x, Tensor[] weights, Tensor?[] biases, str activations) -> Tensor")
 
@@ -32,7 +33,7 @@ _FORMULAS = {
     "none": (lambda y: y, lambda grad, y, out: grad),
     "relu": (torch.relu, lambda grad, y, out: _aten.threshold_backward(grad, out, 0)),
     "sigmoid": (torch.sigmoid, lambda grad, y, out: _aten.sigmoid_backward(grad, out)),
-    "tanh": (torch.tanh, lambda grad, y, out: _aten.tanh_backward(grad, out)),
+    "tanh": (tanh, lambda grad, y, out: _aten.tanh_backward(grad, out)),
     "silu": (F.silu, lambda grad, y, out: _aten.silu_backward(grad, y)),
     "gelu": (F.gelu, lambda grad, y, out: _aten.gelu_backward(grad, y)),
     "gelu_tanh": (lambda y: F.gelu(y, approximate="tanh"), lambda grad, y, out: _aten.gelu_backward(grad, y, approximate="tanh")),

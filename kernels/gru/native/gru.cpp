@@ -7,54 +7,10 @@
 #define TWG_CLONES
 #endif
 #define TWG_API extern "C" __attribute__((visibility("default")))
-#define TWG_INLINE static inline __attribute__((always_inline))
 
 namespace {
 
-TWG_INLINE int32_t bits(float x) {
-    int32_t b;
-    __builtin_memcpy(&b, &x, sizeof b);
-    return b;
-}
-
-TWG_INLINE float of_bits(int32_t b) {
-    float x;
-    __builtin_memcpy(&x, &b, sizeof x);
-    return x;
-}
-
-// e^x = power * (1 + rest) for x from -87 to 89 (where power is infinite); NaN stays NaN. Adding 1.5 * 2^23 rounds to an integer, which
-// then is the lowest bits of the sum. After it a Taylor series of degree 7 on half of ln 2: 5e-9 of the value.
-struct Power {
-    float rest, power;
-};
-TWG_INLINE Power power_of(float x) {
-    const float magic = 12582912.0f, moved = x * 1.44269504f + magic, whole = moved - magic;
-    const float r = x - whole * 0.693359375f + whole * 2.12194440e-4f, power = of_bits(int32_t(uint32_t(bits(moved)) << 23) + 0x3f800000);
-    float p = r * (1.0f / 5040) + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    return {p * r * r + r, power};
-}
-
-TWG_INLINE float sigmoid(float x) {
-    float y = -x;
-    y = y > 89.0f ? 89.0f : y;
-    y = y < -87.0f ? -87.0f : y;
-    const Power e = power_of(y);
-    return 1.0f / (1.0f + e.power * (1.0f + e.rest));
-}
-
-// Of e^(2|x|) - 1 = power * rest + (power - 1), whose relative error stays small where x is.
-TWG_INLINE float tangent(float x) {
-    float y = 2.0f * __builtin_fabsf(x);
-    y = y > 40.0f ? 40.0f : y;
-    const Power e = power_of(y);
-    const float m = e.power * e.rest + (e.power - 1.0f);
-    return __builtin_copysignf(m / (m + 2.0f), x);
-}
+#include "../../native/curves.inc"
 
 }  // namespace
 
