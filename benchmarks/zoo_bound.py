@@ -41,7 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import ZOOS, available, repositories
 
 HERE = Path(__file__).resolve().parent
-LIBRARIES = ("dense.native", "dropout.cpu", "embedding.cpu", "gru.cpu", "interaction.cpu", "max_pool.cpu", "small_products.cpu")  # that a step calls
+LIBRARIES = ("dense.native", "dropout.cpu", "embedding.cpu", "gru.cpu", "interaction.cpu", "max_pool.cpu", "small_products.cpu", "tanh.cpu")  # that a step calls
 CACHE = 32 << 20  # bytes of the third-level cache where no file says them
 PEAK = """
 #if defined(__AVX512F__)
