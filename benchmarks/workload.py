@@ -97,18 +97,20 @@ class Whole(nn.Module):
 
 
 def interleaved(calls: dict[str, Callable[[int], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each call, all variants taken in turn. ``call(i)`` gets a running number, so that every timed call sees another batch; the
+    """Seconds of each call, all variants taken in turn. ``call(i)`` gets a running number, so that every call sees another batch; the
     numbers start apart, so that no variant finds the rows in the cache that the one before it just read. Every round has an order of its
-    own: what a variant leaves in the caches costs the one after it up to a fifth, so no two may always be neighbours."""
+    own, and before each timed call there is one that is not counted: code and small tensors are then in the caches as in a loop of its own, and
+    not as another variant left them, which costs a step of 1 ms up to a fifth."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     counts = {name: 7 * k for k, name in enumerate(calls)}
     order = random.Random(0)
     for i in range(warmup + rounds):
         for name in order.sample(list(calls), len(calls)):
-            started = time.perf_counter()
             calls[name](counts[name])
+            started = time.perf_counter()
+            calls[name](counts[name] + 1)
             elapsed = time.perf_counter() - started
-            counts[name] += 1
+            counts[name] += 2
             if i >= warmup:
                 times[name].append(elapsed)
     return times
