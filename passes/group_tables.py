@@ -38,6 +38,7 @@ class _Facts:
     lookups: dict[Node, LookupNode | Skip]
     levels: dict[Node, int]
     names: dict[int, str]
+    parameters: set[int]  # in a functional_call they are plain tensors
     writes: Writes
 
 
@@ -69,7 +70,7 @@ class GroupTables(GroupRule):
         # A tied table has several names; the plain model's first one is the one it goes by.
         names = {id(t): n for n, t in reversed(list(context.root.named_buffers(remove_duplicate=False)))}
         names.update({id(t): n for n, t in reversed(list(context.root.named_parameters(remove_duplicate=False)))})
-        return _Facts(context, lookups, levels, names, writes)
+        return _Facts(context, lookups, levels, names, {id(p) for p in context.root.parameters()}, writes)
 
     def key(self, node: Node, facts: _Facts) -> Hashable | Skip | None:
         found = facts.lookups.get(node)
@@ -140,7 +141,8 @@ class GroupTables(GroupRule):
             tensor = stored_tensor(found.table, root)
             assert tensor is not None and found.result is not None
             name = facts.names.get(id(tensor), str(found.table.target))  # a tensor that the model keeps as a plain attribute
-            grad = "none" if not isinstance(tensor, torch.nn.Parameter) else "sparse" if found.sparse else "dense"
+            trains = isinstance(tensor, torch.nn.Parameter) or id(tensor) in facts.parameters
+            grad = "none" if not trains else "sparse" if found.sparse else "dense"
             if name not in tables:
                 numbers[name] = len(tables)
                 tables[name] = Table(name, tensor.shape[0], row_dim(tensor), grad)

@@ -176,10 +176,21 @@ class _RowWise:
                     param.grad = grad
         work = []
         with torch.no_grad():
+            if not self._unscaled([grad for _, _, grads in taken for grad in grads] + [grad for _, grad in whole]):
+                return loss
             for group, tables, grads in taken:
                 work += zip(tables, grads, make_updates(self.state, tables, group))  # type: ignore[attr-defined]
             apply(work)
         return loss
+
+    def _unscaled(self, grads: list[Tensor]) -> bool:
+        """Where a ``GradScaler`` leaves its work to steps with ``fused=True``: divide ``grads`` by its scale as those do. False: skip the step."""
+        found, scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
+        if found is not None and bool(found):
+            return False
+        for grad in grads if scale is not None else ():
+            grad._values().div_(scale.to(grad.device))
+        return True
 
 
 _UPDATES = {SGD: _sgd, Adagrad: _adagrad, Adam: _adam, AdamW: _adam, SparseAdam: _sparse_adam}

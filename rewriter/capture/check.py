@@ -194,23 +194,26 @@ def state_kept(shell: nn.Module, graph: fx.Graph):
     def buffers():
         return {f"{paths[id(namespace)]}.{name}".lstrip("."): namespace[name] for namespace, name, _, _ in saved}
 
-    try:
-        yield buffers
-    finally:
-        for namespace, before in attributes:
-            for name in set(namespace) - set(before):
-                if not name.startswith(CONSTANT):  # what a capture keeps there stays
-                    del namespace[name]
-            namespace.update(before)
-        for array, content in arrays:
-            array[...] = content
-        for namespace, name, buffer, copy in saved:
-            namespace[name] = buffer
-            for mine, before in zip(_parts(buffer), _parts(copy)):
-                if not torch.equal(mine, before):
-                    mine.copy_(before)
-        for tensor, copy in others:
-            tensor.copy_(copy)
+    # what autograd saved in earlier forwards is what it will be again
+    counted = [t for t in (*(buffer for _, _, buffer, _ in saved), *(t for t, _ in others)) if t.layout is torch.strided and not t.is_inference()]
+    with torch.autograd._unsafe_preserve_version_counter(tuple(counted)):
+        try:
+            yield buffers
+        finally:
+            for namespace, before in attributes:
+                for name in set(namespace) - set(before):
+                    if not name.startswith(CONSTANT):  # what a capture keeps there stays
+                        del namespace[name]
+                namespace.update(before)
+            for array, content in arrays:
+                array[...] = content
+            for namespace, name, buffer, copy in saved:
+                namespace[name] = buffer
+                for mine, before in zip(_parts(buffer), _parts(copy)):
+                    if not torch.equal(mine, before):
+                        mine.copy_(before)
+            for tensor, copy in others:
+                tensor.copy_(copy)
 
 
 def _tables_read(shell: nn.Module, graph: fx.Graph) -> set[int]:

@@ -57,6 +57,34 @@ def test_hyperparameters_that_change_after_optimize(name):
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad])
+def test_a_grad_scaler_leaves_its_work_to_fused_steps(kind, unscale):
+    plain = Model().double()
+    model = copy.deepcopy(plain)
+    optims = [kind(m.parameters(), lr=0.1, fused=True) for m in (plain, model)]
+    opt, optims[1] = tw.optimize(model, optimizer=optims[1], sample_inputs=(batch()[0].double(), batch()[1]))
+    scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0) for _ in optims]
+    for factor in (1.0, float("inf"), 1.0):
+        x, ids = batch()
+        for m, optim, scaler in zip((plain, opt), optims, scalers):
+            optim.zero_grad()
+            scaler.scale(m(x.double(), ids).pow(2).mean() * factor).backward()
+            if unscale:
+                scaler.unscale_(optim)
+            scaler.step(optim)
+            scaler.update()
+        assert scalers[0].get_scale() == scalers[1].get_scale()
+        for p, q in zip(plain.parameters(), opt.parameters()):
+            torch.testing.assert_close(q, p)
+            if factor == 1.0:
+                torch.testing.assert_close(q.grad.to_dense(), p.grad)
+    for p, q in zip(plain.parameters(), opt.parameters()):
+        assert optims[0].state[p].keys() == optims[1].state[q].keys()
+        for key, value in optims[0].state[p].items():
+            torch.testing.assert_close(optims[1].state[q][key], value)
+
+
 def test_autograd_grad_trains_no_table():
     opt = tw.optimize(Model(), IN_BACKWARD, sample_inputs=batch())
     before = opt.a.weight.detach().clone()
@@ -76,6 +104,36 @@ def test_functional_call_with_other_tables_is_refused():
     with pytest.raises(RuntimeError, match="'a.weight' was looked up in a tensor that is not the model's own"):
         out.sum().backward()
     assert torch.equal(before, opt.a.weight)
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_a_capture_inside_a_functional_call_serves_later_calls(requires_grad):
+    """There the parameters are plain tensors, which buffers are too, and those need no gradient."""
+    plain, (x, ids) = Model(), batch()
+    opt = tw.optimize(copy.deepcopy(plain), sample_inputs=(x, ids))
+    for dtype in (torch.int32, torch.int64):
+        others = {name: (p.detach() * 2).requires_grad_(requires_grad) for name, p in opt.named_parameters()}
+        results = [torch.func.functional_call(m, others, (x, ids.to(dtype))) for m in (plain, opt)]
+        torch.testing.assert_close(*results)
+        if requires_grad:
+            for theirs, ours in zip(*(torch.autograd.grad(r.square().sum(), list(others.values())) for r in results)):
+                torch.testing.assert_close(ours.to_dense(), theirs)
+        for m in (plain, opt):
+            m(x, ids.to(dtype)).square().sum().backward()
+    for p, q in zip(plain.parameters(), opt.parameters()):
+        torch.testing.assert_close(q.grad.to_dense(), p.grad)
+
+
+def test_a_capture_between_forward_and_backward():
+    """It runs the plain model, whose batch norm writes the statistics that the earlier forward's graph holds, and puts them back."""
+    plain, (x, ids) = nn.Sequential(nn.Embedding(50, 4), nn.BatchNorm1d(4)), batch()
+    opt = tw.optimize(copy.deepcopy(plain), sample_inputs=(ids[:, 0],))
+    for m in (plain, opt):
+        (m(ids[:, 0]).square().sum() + m(ids[:, 1].int()).pow(3).sum()).backward()
+    for p, q in zip([*plain.parameters(), *plain.buffers()], [*opt.parameters(), *opt.buffers()]):
+        torch.testing.assert_close(q, p)
+    for p, q in zip(plain.parameters(), opt.parameters()):
+        torch.testing.assert_close(q.grad.to_dense(), p.grad)
 
 
 def test_a_deep_copy_that_captures_again_updates_itself():
