@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch.fx import Node
 
 from ..kernels.embedding.op import OP
@@ -19,6 +20,7 @@ from .graph import Editor, packet_name, stored_tensor
 from .records import APPLIED, SKIPPED, Record
 from .rule import Context, Pass
 
+aten = torch.ops.aten
 _SPEC, _TICKET, _OWNER = 5, 6, 7  # argument positions of embedding_bags
 
 
@@ -115,6 +117,11 @@ def _other_readers(context: Context, names: dict[int, str]) -> dict[str, Node]:
         if tensor is None or id(tensor) not in names:
             continue
         for user in node.users:
-            if user.target not in (OP, ROW_SUMS, MAX):  # row sums have no gradient
+            if user.target not in (OP, ROW_SUMS, MAX, aten.sym_size.int) and not _is_fact(user):  # row sums and sizes have no gradient
                 found[names[id(tensor)]] = user
     return found
+
+
+def _is_fact(node: Node) -> bool:
+    """What ``rows.dtype`` becomes where the rows are no longer made."""
+    return node.target is getattr and node.args[1] in ("dtype", "device")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import pytest
+import tablewright as tw
 import torch
 import torch.nn.functional as F
 from pass_harness import again, assert_same_numbers, assert_sound, graph_text, rewrite
@@ -77,6 +78,28 @@ class AlsoReadElsewhere(nn.Module):
 
     def forward(self, ids):
         return F.linear(self.users(ids) + self.items(ids), self.items.weight)
+
+
+class Masked(nn.Module):
+    """A mask takes the dtype of rows that the fused lookup no longer makes: the table is asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.items = nn.Embedding(9, 4, padding_idx=0)
+
+    def forward(self, ids):
+        rows = self.items(ids)
+        mask = (ids != 0).to(rows.dtype).unsqueeze(2)
+        return (rows * mask).sum(1) / mask.sum(1)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_table_whose_dtype_alone_is_read_elsewhere_gets_sparse_gradients(known):
+    model, ids = Masked(), torch.tensor([[1, 2, 0], [3, 3, 8]])
+    opt, _ = tw.optimize(model, optimizer=torch.optim.SGD(model.parameters()), sample_inputs=(ids,) if known else None)
+    assert opt.report.coverage["updates"] == (1, 1)
+    opt(ids).sum().backward()
+    assert opt.items.weight.grad.is_sparse
 
 
 IDS = (torch.tensor([1, 2, 1]),)
