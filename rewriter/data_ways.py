@@ -25,12 +25,13 @@ def call(model: OptimizedModel, entry: str, args: tuple, kwargs: dict, others: S
     while True:
         known = list(model._variants)
         variant = model._variant_for(args, kwargs, entry, others)
-        try:
-            return model._run(variant, args, kwargs)
-        except OtherData as error:
-            if error.__cause__ is not None or not any(variant is each for each in known):
-                return plainly(model, entry, args, kwargs, error)  # the model's own error, or a way that chance decides
-            others.append(variant)
+        with model._runs:
+            try:
+                return model._run(variant, args, kwargs)
+            except OtherData as error:
+                if error.__cause__ is not None or not any(variant is each for each in known):
+                    return plainly(model, entry, args, kwargs, error)  # the model's own error, or a way that chance decides
+                others.append(variant)
 
 
 def plainly(model: OptimizedModel, entry: str, args: tuple, kwargs: dict, error: OtherData) -> Any:

@@ -25,6 +25,7 @@ from .capture.entry import compile_entry
 from .capture.plain_model import follow
 from .capture.program_check import leaves_of
 from .capture.shell import plain_copy
+from .capture.turns import Runs
 from .errors import CaptureError, PlanError, nearest
 from .in_backward_guard import InBackwardGuard, drop_placeholders
 from .methods import bound, plainly
@@ -68,6 +69,7 @@ class OptimizedModel(nn.Module):
         set_plain("_sharded", None)  # over several ranks: who holds what
         set_plain("_tiered", None)  # tables larger than memory
         set_plain("_watched", [])  # what is shared with the plain model
+        set_plain("_runs", Runs())
         self.training = shell.training
         self.register_load_state_dict_post_hook(_follow_loaded)  # also runs where a parent module loads
         self.register_load_state_dict_pre_hook(_follow_buffers)  # else what is loaded would be lost to the plain model's
@@ -79,14 +81,15 @@ class OptimizedModel(nn.Module):
         """What the plain model's ``forward`` computes."""
         others: list[Variant] = []  # whose graphs are for other data, which shows when they run
         if not torch.compiler.is_compiling():
-            for variant in self._variants:
-                if variant.captured.entry == "forward" and (inputs := variant.enter(args, kwargs)) is not None:
-                    try:
-                        return self._run_on(variant, inputs)
-                    except OtherData as error:
-                        if error.__cause__ is not None:
-                            return data_ways.plainly(self, "forward", args, kwargs, error)
-                        others.append(variant)
+            with self._runs:
+                for variant in self._variants:
+                    if variant.captured.entry == "forward" and (inputs := variant.enter(args, kwargs)) is not None:
+                        try:
+                            return self._run_on(variant, inputs)
+                        except OtherData as error:
+                            if error.__cause__ is not None:
+                                return data_ways.plainly(self, "forward", args, kwargs, error)
+                            others.append(variant)
         return data_ways.call(self, "forward", args, kwargs, others)
 
     def _run(self, variant: Variant, args: tuple, kwargs: dict) -> Any:
@@ -138,14 +141,15 @@ class OptimizedModel(nn.Module):
                 failure = variant.captured.guards.failure(args, kwargs)
                 if failure is None and variant.unverified:
                     variant.unverified = False
-                    with self._compiler.whole():
+                    with self._runs.alone(), self._compiler.whole():
                         failure = verify(self._shell, variant.captured, args, kwargs)
                     if failure is not None:
                         self._variants.remove(variant)
                         break
                 if failure is None:
                     return variant
-            return self._compiler.recapture(self, args, kwargs, failure, entry)
+            with self._runs.alone():
+                return self._compiler.recapture(self, args, kwargs, failure, entry)
 
     def _wait_for_lookups(self) -> None:
         """Lookups that a pipeline runs ahead read the shell's tables, which a capture takes away for a while."""

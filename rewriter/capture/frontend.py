@@ -4,7 +4,6 @@ What none of them captures runs plainly, with the reason. All but the first need
 """
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field
 
 import torch
@@ -58,10 +57,6 @@ class Captured:
                 count += effect.spec.num_leaves
             leaves = leaves[: spec.num_leaves]
         return leaves[0] if spec.is_leaf() else pytree.tree_unflatten(list(leaves), spec)
-
-
-# A capture swaps classes, switches modes and holds the random state of the process: one at a time, in whichever thread.
-CAPTURING = threading.RLock()
 
 
 def capture(shell: nn.Module, args: tuple | list | None, kwargs: dict | None = None, *,

@@ -80,3 +80,34 @@ def test_threads():
     for each in found:
         torch.testing.assert_close(each, wanted)
     assert len(opt._variants) == 2
+
+
+@pytest.mark.parametrize("plan", [tw.Plan(), tw.Plan(passes={"group_tables": False})])
+def test_other_threads_run_while_one_captures(plan):
+    """A capture gives the modules other classes and modes, which the graphs of other threads must not read."""
+    torch.manual_seed(0)
+    model, ids = nn.Sequential(nn.Embedding(20, 8), nn.Flatten(), nn.BatchNorm1d(32), nn.Linear(32, 4)).eval(), torch.randint(20, (6, 4))
+    opt, wanted, statistics = tw.optimize(model, plan, sample_inputs=(ids,)), model(ids), model[2].running_mean.clone()
+    found, errors, over = [], [], threading.Event()
+
+    def call():
+        try:
+            while not over.is_set():
+                found.append(opt(ids))
+        except BaseException as error:  # whatever it is, the test must see it
+            errors.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for form in (ids.int(), ids[:, None].clone()[:, 0], ids.int()):
+        for _ in range(5):
+            del opt._variants[1:]
+            torch.testing.assert_close(opt(form), wanted)
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert not errors and found
+    for each in found:
+        torch.testing.assert_close(each, wanted)
+    assert torch.equal(model[2].running_mean, statistics)
