@@ -65,7 +65,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0, e
     tables = model.__dict__.get("_sharded")
     cut = set(tables.sharded()) if tables is not None else set()
     held: list[Tensor] = []
-    sums = {False: 0.0, True: 0.0}  # of what every rank holds; of what this rank alone holds
+    norms: dict[bool, list[Tensor]] = {False: [], True: []}  # of what every rank holds; of what this rank alone holds
     for name, param in model.named_parameters():
         if param.grad is None:
             continue
@@ -81,20 +81,28 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0, e
         values = param.grad._values() if param.grad.is_sparse else param.grad.as_subclass(Tensor)
         held.append(values)
         if values.numel():
-            norm = float(torch.linalg.vector_norm(values, norm_type, dtype=torch.float64))
-            sums[name in cut] = max(sums[name in cut], norm) if math.isinf(norm_type) else sums[name in cut] + norm**norm_type
-    mine = torch.tensor(sums[True], dtype=torch.float64)
+            norms[name in cut].append(torch.linalg.vector_norm(values, norm_type, dtype=torch.float64).cpu())
+    ours, mine = (_together(norms[alone], norm_type) for alone in (False, True))
     if cut:
         ranks = tables.ranks
-        mine = mine.to("cuda" if dist.get_backend(ranks.averages) == "nccl" else "cpu")
+        said = torch.stack([mine.nan_to_num(0.0, math.inf), mine.isnan().double()])  # a maximum over ranks may lose a nan
+        said = said.to("cuda" if dist.get_backend(ranks.averages) == "nccl" else "cpu")
         try:
-            dist.all_reduce(mine, dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM, group=ranks.averages)
+            dist.all_reduce(said, dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM, group=ranks.averages)
         except RuntimeError as error:
             raise lost_peer("the sum of gradients' norms", ranks.rank, ranks.world, error) from error
-    total = max(sums[False], float(mine)) if math.isinf(norm_type) else (sums[False] + float(mine)) ** (1 / norm_type)
+        mine = said[0].cpu() if not said[1] else torch.tensor(math.nan, dtype=torch.float64)
+    total = float(torch.maximum(ours, mine) if math.isinf(norm_type) else (ours + mine) ** (1 / norm_type))
     if error_if_nonfinite and not math.isfinite(total):
         raise RuntimeError(f"the norm of order {norm_type} of the gradients is {total}: nothing was clipped (error_if_nonfinite=True)")
     factor = max_norm / (total + 1e-6)
     for values in held:
         values.mul_(min(factor, 1.0) if not math.isnan(factor) else factor)
     return torch.tensor(total, dtype=torch.float64)
+
+
+def _together(norms: list[Tensor], norm_type: float) -> Tensor:
+    """The sum of their powers, or for ``inf`` the largest; nan where one is."""
+    if not norms:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack(norms).max() if math.isinf(norm_type) else torch.stack(norms).pow(norm_type).sum()

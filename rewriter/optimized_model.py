@@ -193,11 +193,24 @@ class OptimizedModel(nn.Module):
         return {id(self.get_parameter(name)) for name in names}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        shell = self.__dict__.get("_shell")
-        if shell is not None and name in shell.__dict__ and name != "training":
-            setattr(shell, name, value)  # an attribute of the plain model: the guards see it change
+        if self._is_plain_models(name) or (self._is_new(name) and not isinstance(value, (nn.Parameter, nn.Module))):
+            setattr(self._shell, name, value)  # an attribute of the plain model: the guards see it change
         else:
             super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_plain_models(name):
+            delattr(self._shell, name)
+        else:
+            super().__delattr__(name)
+
+    def _is_plain_models(self, name: str) -> bool:
+        return "_shell" in self.__dict__ and name in self._shell.__dict__ and name != "training"
+
+    def _is_new(self, name: str) -> bool:
+        homes = ("_parameters", "_buffers", "_modules")
+        known = name in self.__dict__ or hasattr(type(self), name) or any(name in self.__dict__.get(home, ()) for home in homes)
+        return "_shell" in self.__dict__ and not known
 
     def extra_repr(self) -> str:
         return self._report._summary()
@@ -392,6 +405,8 @@ class OptimizedModel(nn.Module):
 
         result = type(self)(shell, self._compiler.for_copy(shell), self._plan)
         memo[id(self)] = result
+        for name in _HOOKS:  # some were registered on this model
+            result.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
         owner = -1
         if self._embedding_optimizer is not None:
             result.__dict__["_embedding_optimizer"] = copy.deepcopy(self._embedding_optimizer, memo)

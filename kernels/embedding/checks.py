@@ -38,7 +38,10 @@ def check_table(table: Table, tensor: Tensor) -> None:
     """Raise ValueError for a table of another shape."""
     wanted = table.rows, row_width(table.dim, tensor)
     if tuple(tensor.shape) != wanted:
-        raise ValueError(f"table {table.name!r} has shape {tuple(tensor.shape)}; its graph was built for {wanted}")
+        raise ValueError(
+            f"table {table.name!r} has shape {tuple(tensor.shape)}; its graph was built for {wanted}. "
+            "Change tables before optimize(), or call it again on opt.unoptimized()"
+        )
 
 
 def check_leading(lookup: Lookup, ids: Tensor, offsets: Tensor | None, seen: dict[int, tuple[tuple[int, ...], str]]) -> None:

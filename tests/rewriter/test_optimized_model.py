@@ -313,3 +313,33 @@ def test_same_gradients_as_plain():
         torch.testing.assert_close(a, b)
         a.square().sum().backward(), b.square().sum().backward()
         assert_close(gradients_of(plain), gradients_of(opt))
+
+
+class Tempered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Embedding(9, 4)
+
+    def forward(self, ids):
+        return self.rows(ids) * getattr(self, "temperature", 1.0)
+
+
+def test_attributes_that_are_set_later_belong_to_the_plain_model():
+    opt, ids = tw.optimize(Tempered(), sample_inputs=(torch.arange(6),)), torch.arange(6)
+    before = opt(ids)
+    opt.temperature = 2.0
+    assert torch.equal(opt(ids), 2 * before)
+    twin = copy.deepcopy(opt)
+    assert twin.temperature == 2.0 and torch.equal(twin(ids), 2 * before) and opt.unoptimized().temperature == 2.0
+    del opt.temperature
+    assert torch.equal(opt(ids), before) and torch.equal(twin(ids), 2 * before)
+
+
+def test_a_deep_copy_keeps_hooks_and_their_handles_are_its_own():
+    opt, ids = tw.optimize(Tempered(), sample_inputs=(torch.arange(6),)), torch.arange(6)
+    handle, before = opt.register_forward_hook(lambda module, args, result: 3 * result), opt(ids)
+    twin = copy.deepcopy(opt)
+    handle.remove()
+    assert torch.equal(twin(ids), before) and not torch.equal(opt(ids), before)
+    twin.load_state_dict({name: value + 1 for name, value in opt.state_dict().items()}, assign=True)
+    torch.testing.assert_close(twin(ids), 3 * (opt(ids) + 1))

@@ -85,6 +85,19 @@ def test_a_grad_scaler_leaves_its_work_to_fused_steps(kind, unscale):
             torch.testing.assert_close(optims[1].state[q][key], value)
 
 
+@pytest.mark.parametrize("norm_type", [2.0, float("inf")])
+@pytest.mark.parametrize("bad", ["a.weight", "top.weight"])
+def test_clipping_by_a_norm_that_is_not_a_number(norm_type, bad):
+    plain, inputs = Model(), batch()
+    opt = tw.optimize(copy.deepcopy(plain), tw.Plan(embedding_optimizer=tw.SGD(lr=0.1)), sample_inputs=inputs)
+    for m in (plain, opt):
+        m(*inputs).sum().backward()
+    opt.get_parameter(bad).grad.mul_(float("nan"))
+    with pytest.raises(RuntimeError, match="is nan: nothing was clipped"):
+        tw.clip_grad_norm_(opt, 1.0, norm_type, error_if_nonfinite=True)
+    assert tw.clip_grad_norm_(opt, 1.0, norm_type).isnan()
+
+
 def test_autograd_grad_trains_no_table():
     opt = tw.optimize(Model(), IN_BACKWARD, sample_inputs=batch())
     before = opt.a.weight.detach().clone()
@@ -277,6 +290,14 @@ def test_a_replaced_parameter_of_the_plain_model_is_refused():
     model.a.weight = nn.Parameter(torch.randn(50, 16))
     with pytest.raises(tw.CaptureError, match="parameter 'a.weight' of the plain model was replaced"):
         opt(*batch())
+
+
+def test_a_table_that_grew_is_refused_with_the_way_out():
+    opt = tw.optimize(Model(), sample_inputs=batch())
+    opt.a.weight = nn.Parameter(torch.randn(60, 16))
+    with pytest.raises(ValueError, match=r"'a.weight' has shape \(60, 16\).*call it again on opt.unoptimized\(\)"):
+        opt(*batch())
+    assert tw.optimize(opt.unoptimized(), sample_inputs=batch())(batch()[0], torch.full((32, 2), 49)).shape == (32, 1)
 
 
 def test_a_replaced_parameter_of_the_optimized_model_is_read():
