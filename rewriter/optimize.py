@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import time
+import types
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,8 @@ from .errors import CaptureError, PlanError
 from .for_the_loop import for_the_loop
 from .in_backward_guard import InBackwardGuard, drop_placeholders
 from .meta_weights import make_dense
-from .methods import FORWARD, samples_of
-from .optimized_model import refuse_optimized, with_signature_of
+from .methods import FORWARD, bound, samples_of
+from .optimized_model import OptimizedModel
 from .plan import Plan
 from .report import Report
 from .samples import Samples
@@ -66,7 +68,7 @@ def optimize(
     started = time.perf_counter()
     if not isinstance(model, nn.Module):
         raise PlanError(f"optimize() takes an nn.Module, not {type(model).__name__}")
-    refuse_optimized(model)
+    _refuse_optimized(model)
     if verify not in VERIFY or on_skip not in ("report", "error"):
         raise PlanError(f"verify is one of {VERIFY} and on_skip is 'report' or 'error'; they are {verify!r} and {on_skip!r}")
     if optimizer is not None and copy:
@@ -115,7 +117,7 @@ def optimize_with_samples(
         compiler.sharded.place(shell, optimizer, compiler.empty)
     if compiler.tiered is not None:
         compiler.tiered.cut()
-    result = with_signature_of(model, [name for name in samples if name != FORWARD])(shell, compiler, plan)
+    result = _with_signature_of(model, [name for name in samples if name != FORWARD])(shell, compiler, plan)
     result._variants.extend(variants)
     if not duplicate:
         result._watched.extend(watch(model, shell))
@@ -165,3 +167,27 @@ def _raise_if_skipped(report: Report) -> None:
     if left:
         said = "; ".join(f"{r.subject or 'the model'} ({r.location}): {r.reason}" for r in left)
         raise PlanError(f"on_skip='error': {len(left)} lookups were not fused: {said}")
+
+
+def _with_signature_of(model: nn.Module, methods: Iterable[str] = ()) -> type[OptimizedModel]:
+    """A subclass of :class:`OptimizedModel` whose ``forward`` shows the plain model's signature and documentation; ``methods``:
+    those that are captured too."""
+    plain, base = type(model).forward, OptimizedModel.forward
+    forward = types.FunctionType(base.__code__, base.__globals__, "forward", base.__defaults__, base.__closure__)
+    try:
+        forward.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        pass
+    forward.__doc__ = plain.__doc__
+    made = type(f"Optimized{type(model).__name__}", (OptimizedModel,), {"forward": forward, "__module__": OptimizedModel.__module__})
+    for name in methods:
+        setattr(made, name, bound(made, model, name))
+    return made
+
+
+def _refuse_optimized(model: nn.Module) -> None:
+    """Raises :class:`PlanError` if ``model`` was optimized before, or holds a model that was."""
+    for path, module in model.named_modules():
+        if isinstance(module, OptimizedModel):
+            what = f"its submodule '{path}' is" if path else "the model is"
+            raise PlanError(f"{what} already optimized: call .unoptimized() first, or optimize the whole plain model once")

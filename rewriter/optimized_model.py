@@ -2,9 +2,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from .capture.shell import plain_copy
 from .capture.turns import Runs
 from .errors import CaptureError, PlanError, nearest
 from .in_backward_guard import InBackwardGuard, drop_placeholders
-from .methods import bound, plainly
+from .methods import plainly
 from .pipeline import Step
 from .plan import Plan
 from .report import Report
@@ -476,29 +475,3 @@ def _set_owner(graph: Graph, owner: int) -> None:
 def _sentence(r: Record) -> str:
     where = f"{r.subject or 'the model'}" + (f" ({r.location})" if r.location else "")
     return f"{r.status} {r.rule}: {where}: {r.reason or r.detail or 'rewritten'}"
-
-
-def with_signature_of(model: nn.Module, methods: Iterable[str] = ()) -> type[OptimizedModel]:
-    """A subclass of :class:`OptimizedModel` whose ``forward`` shows the plain model's signature and documentation; ``methods``:
-    those that are captured too."""
-    plain, base = type(model).forward, OptimizedModel.forward
-    forward = types.FunctionType(base.__code__, base.__globals__, "forward", base.__defaults__, base.__closure__)
-    try:
-        forward.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
-        pass
-    forward.__doc__ = plain.__doc__
-    made = type(f"Optimized{type(model).__name__}", (OptimizedModel,), {"forward": forward, "__module__": __name__})
-    for name in methods:
-        setattr(made, name, bound(made, model, name))
-    return made
-
-
-def refuse_optimized(model: nn.Module) -> None:
-    """Raises :class:`PlanError` if ``model`` was optimized before, or holds a model that was."""
-    for path, module in model.named_modules():
-        if isinstance(module, OptimizedModel):
-            what = f"its submodule '{path}' is" if path else "the model is"
-            raise PlanError(f"{what} already optimized: call .unoptimized() first, or optimize the whole plain model once")
-
-

@@ -196,7 +196,7 @@ def state_kept(shell: nn.Module, graph: fx.Graph):
 
     # what autograd saved in earlier forwards is what it will be again
     counted = [t for t in (*(buffer for _, _, buffer, _ in saved), *(t for t, _ in others)) if t.layout is torch.strided and not t.is_inference()]
-    with torch.autograd._unsafe_preserve_version_counter(tuple(counted)):
+    with torch.autograd.grad_mode._unsafe_preserve_version_counter(tuple(counted)):
         try:
             yield buffers
         finally:

@@ -139,7 +139,7 @@ def test_a_capture_inside_a_functional_call_serves_later_calls(requires_grad):
 
 def test_a_capture_between_forward_and_backward():
     """It runs the plain model, whose batch norm writes the statistics that the earlier forward's graph holds, and puts them back."""
-    plain, (x, ids) = nn.Sequential(nn.Embedding(50, 4), nn.BatchNorm1d(4)), batch()
+    plain, (_, ids) = nn.Sequential(nn.Embedding(50, 4), nn.BatchNorm1d(4)), batch()
     opt = tw.optimize(copy.deepcopy(plain), sample_inputs=(ids[:, 0],))
     for m in (plain, opt):
         (m(ids[:, 0]).square().sum() + m(ids[:, 1].int()).pow(3).sum()).backward()
