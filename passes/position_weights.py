@@ -94,6 +94,8 @@ def _peel(node: Any, labels: tuple[int, ...], ids: Ids) -> tuple[Any, tuple[int,
     if not isinstance(node, Node) or node.op != "call_function" or not node.args:
         return node, labels
     source, rank = node.args[0], len(labels)
+    if is_op(node, aten.cat.default) and len(source) == 1:  # type: ignore[arg-type]
+        return _peel(source[0], labels, ids)  # type: ignore[index]
     before = _before(node, labels)
     if before is not None:
         return _peel(source, before, ids)

@@ -81,6 +81,7 @@ MASKS = {
     "bmm and count": lambda e, i: (
         torch.bmm(mask(i).unsqueeze(1).float(), e).squeeze(1) / (mask(i).float().sum(-1, keepdim=True) + 1e-16)
     ),
+    "bmm, masks of one feature put side by side": lambda e, i: torch.bmm(torch.cat([mask(i).unsqueeze(1).float()], 1), e).squeeze(1),
     "matmul": lambda e, i: torch.matmul(mask(i).float().unsqueeze(1), e),
     "bmm, other side": lambda e, i: torch.bmm(e.transpose(1, 2), mask(i).float().unsqueeze(2)).squeeze(-1),
     "einsum": lambda e, i: torch.einsum("bl,bld->bd", mask(i).float(), e),
