@@ -94,7 +94,7 @@ def export(shell: nn.Module, args: tuple, kwargs: dict, entry: str = "forward", 
     Raises CaptureError with the cause and the user's line.
     """
     inputs, leaves = sample_inputs(shell, args, kwargs, entry)
-    tensors = [leaves[i] for i in inputs.tensors]
+    tensors = [_no_view(leaves[i]) for i in inputs.tensors]
     if not exact:
         tensors = _at_least_two(tensors)
     constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
@@ -213,6 +213,13 @@ def _no_print():
         yield
     finally:
         del _trace.__dict__["print"]
+
+
+def _no_view(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, or of a part of a larger one a copy: export would also guard the sizes of the larger one, which no call shows."""
+    if tensor.layout != torch.strided or not tensor._is_view():
+        return tensor
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _at_least_two(tensors: list) -> list:

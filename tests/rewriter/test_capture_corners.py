@@ -53,6 +53,27 @@ def test_one_example_is_no_constant_for_export(rows):
     assert "dimension 1 of input 'b' was 1 when captured and is 12 now" in result.guards.failure(wide, {})
 
 
+PARTS = {"columns": lambda ids: ids[:, :2], "later columns": lambda ids: ids[:, 2:], "rows": lambda ids: ids[3:], "turned": lambda ids: ids.t()[:7].t()}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_sample_that_is_part_of_a_larger_tensor_is_guarded_by_its_own_sizes(part):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(20, 4)
+
+        def forward(self, ids):
+            forced([ids])
+            return torch.cat([self.table(ids), self.table(ids)], 1).sum(1)
+
+    batch, other = torch.randint(0, 20, (9, 7)), torch.randint(0, 20, (12, 7))
+    result, module, shell = captured(Model(), (PARTS[part](batch),), door="export")
+    for args in ((PARTS[part](batch),), (PARTS[part](other).clone(),)):
+        assert result.guards.failure(args, {}) is None
+        torch.testing.assert_close(module(*args)[0], shell(*args))
+
+
 def test_changes_of_inputs_and_parts_of_results():
     class Writes(nn.Module):
         def forward(self, x, mask):
