@@ -242,11 +242,11 @@ def _changed_state(graph: fx.Graph) -> set[str]:
 def derived_batches(inputs, args: tuple, kwargs: dict) -> list[tuple[int, tuple, dict]]:
     """[(rows, args, kwargs)] at other batch sizes: one row more, one, none. Empty where dimension 0 is not plainly a batch.
 
-    Every tensor must have the same size in dimension 0, and none may look like offsets or lengths.
+    Every tensor must be dense and have the same size in dimension 0, and none may look like offsets or lengths.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     tensors = [(i, leaf) for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    if not tensors or any(leaf.dim() == 0 for _, leaf in tensors):
+    if not tensors or any(leaf.dim() == 0 or leaf.layout != torch.strided for _, leaf in tensors):
         return []
     rows = {leaf.shape[0] for _, leaf in tensors}
     if len(rows) != 1 or rows == {0}:

@@ -171,6 +171,9 @@ def kept(shell: nn.Module):
                 value.clear()
                 value.extend(content) if isinstance(value, list) else value.update(content)
             for parameter, data, content in parameters:
+                if parameter.layout != torch.strided or data.layout != torch.strided:
+                    parameter.data = data  # a sparse matrix is nearly always made anew, hardly ever written into
+                    continue
                 if parameter.data_ptr() != data.data_ptr():
                     parameter.data = data
                 if not torch.equal(parameter.detach(), content):

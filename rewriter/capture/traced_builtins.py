@@ -13,7 +13,10 @@ from contextlib import contextmanager
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ..errors import CaptureError
+
 _DATA = torch.Tensor.data.__get__
+_SET = {torch.Tensor.data.__set__: "data", torch.Tensor.grad.__set__: "grad"}
 
 
 class Again(BaseException):
@@ -36,6 +39,8 @@ class TracedCalls(DataIsDetached):
         self.spaces: dict[tuple[int, str], dict] = {}
 
     def __torch_function__(self, func, _, args=(), kwargs=None):
+        if func in _SET:  # Python changes the tensor itself, of which a graph has no form: it would be done once, by the capture
+            raise CaptureError(f"forward() assigns to the .{_SET[func]} of a tensor")
         if func is torch.Tensor.__len__ and args[0].dim() and isinstance(args[0].shape[0], torch.SymInt):
             self._note("len", sys._getframe(1))
         elif func is torch.Tensor.__int__:

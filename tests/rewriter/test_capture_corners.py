@@ -1,9 +1,14 @@
 """Capture at its corners: shared tensors, single examples, parameter containers, abandoned traces, arrays changed in place."""
 
+import copy
+
 import pytest
+import tablewright as tw
 import torch
 from capture_harness import captured
 from tablewright.rewriter.capture import attach, capture, clone_shell, verify
+from tablewright.rewriter.capture.check import derived_batches
+from tablewright.rewriter.capture.program_check import kept
 from test_capture_models import Offsets, Plainest
 from torch import nn
 
@@ -191,3 +196,43 @@ def test_a_tensor_that_forward_makes_and_changes_is_made_anew_at_every_call(made
     _, module, _ = captured(Sums(), (ids,), door=door)
     first, second = (module(ids)[0].clone() for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("how", ["data", "grad"])
+def test_tensors_that_forward_gives_other_data_or_gradients_get_them_at_every_call(how):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.out = nn.Embedding(20, 4), nn.Linear(4, 1)
+
+        def forward(self, ids):
+            weight = self.table.weight
+            if how == "data":  # as models do that keep their rows at one length
+                weight.data = weight.data / weight.data.norm(dim=1, keepdim=True) * 2 + 0.1
+            else:
+                weight.grad = None
+            return self.out(self.table(ids)).sum(1)
+
+    torch.manual_seed(0)
+    plain = Model()
+    model, ids = copy.deepcopy(plain), torch.randint(0, 20, (8,))
+    theirs = torch.optim.SGD(plain.parameters(), lr=0.1)
+    opt, ours = tw.optimize(model, "auto", optimizer=torch.optim.SGD(model.parameters(), lr=0.1), sample_inputs=(ids,))
+    for _ in range(3):
+        for net, optimizer in ((plain, theirs), (opt, ours)):
+            net(ids).sum().backward()
+            optimizer.step()  # without zero_grad: what forward does to gradients counts
+        torch.testing.assert_close(opt.state_dict(), plain.state_dict())
+
+
+def test_a_sparse_parameter_is_put_back_and_sparse_inputs_have_no_other_batches():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.graph = nn.Parameter(torch.eye(6).to_sparse(), requires_grad=False)
+
+    model = Model()
+    with kept(model):
+        model.graph.data = (torch.eye(6) * 2).to_sparse()
+    assert torch.equal(model.graph.detach().to_dense(), torch.eye(6))
+    assert derived_batches(None, (torch.eye(6).to_sparse(), torch.arange(6)), {}) == []
