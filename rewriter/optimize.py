@@ -71,6 +71,9 @@ def optimize(
     _refuse_optimized(model)
     if verify not in VERIFY or on_skip not in ("report", "error"):
         raise PlanError(f"verify is one of {VERIFY} and on_skip is 'report' or 'error'; they are {verify!r} and {on_skip!r}")
+    if optimizer is not None and not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "state")):
+        raise PlanError(f"optimizer= is a {type(optimizer).__name__}, not a torch.optim.Optimizer: give the one that steps the tables; others, and "
+                        "schedulers, stay as they are, for the parameters are the same objects")  # fmt: skip
     if optimizer is not None and copy:
         raise PlanError("copy=True gives the result parameters of its own, which the given optimizer would not step: "
                         "build the optimizer on the result instead")  # fmt: skip

@@ -154,6 +154,15 @@ def test_bad_plans_change_nothing():
     torch.testing.assert_close(opt(*batch()), model(*batch()))
 
 
+@pytest.mark.parametrize("wrap", [lambda o: [o], lambda o: torch.optim.lr_scheduler.StepLR(o, 1)], ids=["list", "scheduler"])
+def test_what_is_no_optimizer_is_refused_by_name(wrap):
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 2))
+    given = wrap(torch.optim.Adagrad(model.parameters()))
+    with pytest.raises(tw.PlanError, match=f"optimizer= is a {type(given).__name__}, not a torch.optim.Optimizer"):
+        tw.optimize(model, optimizer=given, sample_inputs=(torch.arange(3),))
+    assert model(torch.arange(3)).shape == (3, 2)
+
+
 def test_a_plain_functional_lookup_is_named_by_its_line():
     class Functional(nn.Module):
         def __init__(self):
