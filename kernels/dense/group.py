@@ -88,6 +88,8 @@ class _Group(torch.autograd.Function):
 
 
 def _autograd(x, weights, biases) -> list[Tensor]:
+    if x.layout != torch.strided:  # a sparse matrix: torch's own product takes it, ours read dense rows
+        return reference(x, weights, biases)
     if torch.is_autocast_enabled(x.device.type):
         return reference(x, weights, biases)  # which autocast sees and casts as in the plain model
     if not torch.is_grad_enabled() and not tracing():

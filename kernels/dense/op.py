@@ -104,6 +104,8 @@ class _Dense(torch.autograd.Function):
 
 
 def _autograd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, of_relu: bool = False) -> Tensor:
+    if x.layout != torch.strided:  # a sparse matrix: torch's own product takes it, ours read dense rows
+        return reference(x, weight, bias, activation)
     if torch.is_autocast_enabled(x.device.type):
         return reference(x, weight, bias, activation)  # which autocast sees and casts as in the plain model
     if not torch.is_grad_enabled() and not tracing():

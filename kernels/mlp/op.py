@@ -119,6 +119,8 @@ class _Mlp(torch.autograd.Function):
 
 
 def _autograd(x: Tensor, weights, biases, layers: str, train: Sequence[bool]) -> Tensor:
+    if x.layout != torch.strided:  # a sparse matrix: torch's own product takes it, ours read dense rows
+        return reference.plain(x, weights, biases, decode(layers), train)
     if torch.is_autocast_enabled(x.device.type):
         if x.is_cpu:
             return reference.plain(x, weights, biases, decode(layers), train)  # which autocast sees and casts as in the plain model

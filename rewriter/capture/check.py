@@ -7,11 +7,13 @@ from __future__ import annotations
 import random
 from contextlib import contextmanager
 from operator import attrgetter
+from typing import Any
 
 import numpy
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch._ops import HigherOrderOperator
 
 from ..errors import CaptureError, explain
 from .cleanup import is_mutable
@@ -174,7 +176,7 @@ def modes_kept(shell: nn.Module):
 @contextmanager
 def state_kept(shell: nn.Module, graph: fx.Graph):
     """Yields a function that gives the watched buffers; puts back buffers, parameters that the graph changes, and lists."""
-    changed = _changed_state(graph)
+    changed = _changed_state(shell, graph)
     held = [(module._buffers, name, buffer) for module in shell.modules() for name, buffer in module._buffers.items()
             if buffer is not None]
     tables = _tables_read(shell, graph)
@@ -185,7 +187,7 @@ def state_kept(shell: nn.Module, graph: fx.Graph):
     for path in changed:
         owner, _, name = path.rpartition(".")
         tensor = getattr(shell.get_submodule(owner), name)
-        if id(tensor) not in tensors:
+        if isinstance(tensor, torch.Tensor) and id(tensor) not in tensors:
             others.append((tensor, tensor.clone()))
     attributes = [(module.__dict__, dict(module.__dict__)) for module in shell.modules()]
     arrays = [(value, value.copy()) for _, before in attributes for value in before.values() if type(value) is numpy.ndarray]
@@ -226,17 +228,40 @@ def _tables_read(shell: nn.Module, graph: fx.Graph) -> set[int]:
     return {key for key, only in reads.items() if only}
 
 
-def _changed_state(graph: fx.Graph) -> set[str]:
+def _changed_state(shell: nn.Module, graph: fx.Graph) -> set[str]:
     """Parameters and buffers that the graph changes in place."""
+    return {str(node.target) for node in _changed(shell, graph) if node.op == "get_attr"}
+
+
+def _changed(shell: nn.Module, graph: fx.Graph) -> set[fx.Node]:
+    """What the graph did not make and changes in place, also in the graphs within it, as export makes of ``torch.no_grad()``."""
     found = set()
     for node in graph.nodes:
-        if is_mutable(node) and node.args and isinstance(node.args[0], fx.Node):
-            source = node.args[0]
-            while source.op == "call_function" and source.args and isinstance(source.args[0], fx.Node):
+        written: Any = node.args[:1] if is_mutable(node) else ()
+        if isinstance(node.target, HigherOrderOperator):
+            written = node.all_input_nodes  # of a form unknown here: whatever it reads
+            for at, arg in enumerate(node.args):
+                inner = _module_at(shell, arg)
+                if inner is not None:
+                    changed = _changed(inner, inner.graph)
+                    given = (n for n in inner.graph.nodes if n.op == "placeholder")
+                    written = [outer for outer, n in zip(node.args[at + 1 :], given) if n in changed]
+                    break
+        for source in written:
+            while isinstance(source, fx.Node) and source.op == "call_function" and source.args:
                 source = source.args[0]
-            if source.op == "get_attr":
-                found.add(source.target)
+            if isinstance(source, fx.Node):
+                found.add(source)
     return found
+
+
+def _module_at(shell: nn.Module, node: Any) -> fx.GraphModule | None:
+    """The graph within a graph that ``node`` reads from ``shell``."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    *path, name = str(node.target).split(".")
+    module = getattr(shell.get_submodule(".".join(path)), name, None)
+    return module if isinstance(module, fx.GraphModule) else None
 
 
 def derived_batches(inputs, args: tuple, kwargs: dict) -> list[tuple[int, tuple, dict]]:

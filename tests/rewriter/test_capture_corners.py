@@ -7,7 +7,7 @@ import tablewright as tw
 import torch
 from capture_harness import captured
 from tablewright.rewriter.capture import attach, capture, clone_shell, verify
-from tablewright.rewriter.capture.check import derived_batches
+from tablewright.rewriter.capture.check import _changed_state, derived_batches
 from tablewright.rewriter.capture.program_check import kept
 from test_capture_models import Offsets, Plainest
 from torch import nn
@@ -236,3 +236,45 @@ def test_a_sparse_parameter_is_put_back_and_sparse_inputs_have_no_other_batches(
         model.graph.data = (torch.eye(6) * 2).to_sparse()
     assert torch.equal(model.graph.detach().to_dense(), torch.eye(6))
     assert derived_batches(None, (torch.eye(6).to_sparse(), torch.arange(6)), {}) == []
+
+
+@pytest.mark.parametrize("how", ["scaled", "row"])
+def test_weights_that_forward_changes_under_no_grad_are_put_back_after_the_capture(how):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(20, 4)
+
+        def forward(self, ids):
+            with torch.no_grad():
+                if how == "scaled":
+                    self.table.weight.mul_(2.0)
+                else:
+                    self.table.weight[0] = 0
+            return self.table(ids)
+
+    model, ids = Model(), torch.arange(5)
+    plain = copy.deepcopy(model)
+    opt = tw.optimize(model, "auto", sample_inputs=(ids,))
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    for _ in range(2):
+        torch.testing.assert_close(opt(ids), plain(ids))
+
+
+def test_weights_that_forward_only_reads_under_no_grad_are_not_copied_for_that():
+    """They may be larger than what is left of the memory."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.read, self.written = nn.Embedding(20, 4), nn.Embedding(20, 4)
+
+        def forward(self, ids):
+            forced([ids])
+            with torch.no_grad():
+                self.written.weight[0] = 0
+                target = self.read(ids)
+            return self.written(ids) - target
+
+    result, _, shell = captured(Model(), (torch.arange(5),), door="export")
+    assert _changed_state(shell, result.graph) == {"written.weight"}
